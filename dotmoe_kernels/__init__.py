@@ -1,0 +1,64 @@
+"""dotmoe_kernels: a dense LLM into a sparse Mixture-of-Experts by differentiable optimal transport (DOT-MoE), made fast.
+
+The public names, in the order of the method. The Hugging Face side is imported on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .alignment import AlignmentConfig
+from .dispatch import Slots, dispatch_tokens, gather_tokens, scatter_tokens
+from .experts import expert_ffn, grouped_mm, masked_ffn
+from .permutation import neuron_order, pack_experts, unpack_experts
+from .reference import Routing, SinkhornInfo, straight_through
+from .rounding import balanced_assignment
+from .routing import route_soft_top_k, route_top_k
+from .soft_topk import soft_top_k
+from .transport import sinkhorn
+
+if TYPE_CHECKING:
+    from .conversion import DotMoeConfig, DotMoeForCausalLM, convert, export, load, save
+
+__version__ = "0.1.0"
+
+_CONVERSION = ("DotMoeConfig", "DotMoeForCausalLM", "convert", "export", "load", "save")
+
+__all__ = [
+    "AlignmentConfig",
+    "DotMoeConfig",
+    "DotMoeForCausalLM",
+    "Routing",
+    "SinkhornInfo",
+    "Slots",
+    "balanced_assignment",
+    "convert",
+    "dispatch_tokens",
+    "expert_ffn",
+    "export",
+    "gather_tokens",
+    "grouped_mm",
+    "load",
+    "masked_ffn",
+    "neuron_order",
+    "pack_experts",
+    "route_soft_top_k",
+    "route_top_k",
+    "save",
+    "scatter_tokens",
+    "sinkhorn",
+    "soft_top_k",
+    "straight_through",
+    "unpack_experts",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CONVERSION:
+        return getattr(import_module(".conversion", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_CONVERSION})

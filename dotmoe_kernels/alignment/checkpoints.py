@@ -1,0 +1,60 @@
+"""The state of a run on disk: one file a checkpoint, whole or absent, from which the run continues bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._files import write_file
+
+_KEEP = 2  # the newest checkpoints that are kept
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:07d}.pt"
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Writes the state after ``step`` steps and drops all but the newest checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = checkpoint_path(folder, step)
+    write_file(path, lambda file: torch.save(state, file))
+    for old in sorted(folder.glob("step-*.pt"))[:-_KEEP]:
+        old.unlink()
+    return path
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in ``folder``, if any."""
+    return max(folder.glob("step-*.pt"), default=None)
+
+
+def load_checkpoint(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """The state in ``path``; ValueError if it was written by a run with other options or another model."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {error}") from error
+    theirs = state["fingerprint"]
+    for key, ours in fingerprint.items():
+        if theirs.get(key) != ours:
+            raise ValueError(f"checkpoint {path} was written with {key} = {theirs.get(key)!r}; this run has {ours!r}")
+    return state
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Drops the lines of ``path`` at and after ``step``, which the resumed run writes again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):  # a line cut off by the interruption
+            continue
+    text = "".join(line + "\n" for line in kept)
+    write_file(path, lambda file: file.write(text.encode()))

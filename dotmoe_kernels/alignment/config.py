@@ -1,0 +1,78 @@
+"""The options of an alignment run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .._checks import require
+
+INITS = ("noise", "kmeans", "activation")
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """How A and the router are trained. The defaults suit a run of a few hundred steps; the paper's are beside them.
+
+    Attributes:
+        steps: optimizer steps (paper: 3500).
+        batch_size: sequences a step (paper: 64 of 2048 tokens).
+        micro_batch_size: sequences a forward pass; the gradients of a step's passes are summed. None: ``batch_size``.
+        affinity_lr, router_lr: peak learning rates of AdamW (paper: 5e-4 for both; a short run needs far more).
+        weight_decay, clip: of AdamW, and the largest gradient norm.
+        warmup: share of the steps over which the learning rate rises; then it falls as a cosine to zero.
+        tau_start, tau_end: temperature of the transport, falling linearly over the first ``tau_decay`` share of the steps.
+        num_iters, tol, backward: of ``sinkhorn``, warm-started from the step before.
+        kl, ce, z, balance: weights of the four loss terms.
+        init: what A and the router start from: "noise", or the partition "kmeans" or "activation".
+        init_std: standard deviation of the noise.
+        init_strength: affinity of a neuron to its expert of the partition, in the units of tau.
+        seed: of the noise and of the order of the data.
+        checkpoint_every: steps between checkpoints; 0 writes only the last.
+    """
+
+    steps: int = 300
+    batch_size: int = 8
+    micro_batch_size: int | None = None
+    affinity_lr: float = 2e-2
+    router_lr: float = 2e-3
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    warmup: float = 0.2
+    tau_start: float = 1.0
+    tau_end: float = 0.1
+    tau_decay: float = 0.2
+    num_iters: int = 50
+    tol: float = 1e-3
+    backward: str = "unroll"
+    kl: float = 2.0
+    ce: float = 1.0
+    z: float = 1e-3
+    balance: float = 1e-2
+    init: str = "noise"
+    init_std: float = 0.01
+    init_strength: float = 0.5
+    seed: int = 0
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "checkpoint_every"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 0, name, value, "an integer of at least 0")
+        for name in ("batch_size", "num_iters"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 1, name, value, "an integer of at least 1")
+        micro = self.micro_batch_size
+        require(micro is None or 1 <= micro <= self.batch_size, "micro_batch_size", micro, f"1 to batch_size = {self.batch_size}")
+        for name in ("affinity_lr", "router_lr", "clip", "tau_start", "tau_end"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        for name in ("weight_decay", "kl", "ce", "z", "balance", "init_std", "init_strength", "tol"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "a number of at least 0")
+        for name in ("warmup", "tau_decay"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share from 0 to 1")
+        require(self.backward in ("unroll", "implicit"), "backward", repr(self.backward), '"unroll" or "implicit"')
+        require(self.init in INITS, "init", repr(self.init), " | ".join(INITS))
+
+    def tau(self, step: int) -> float:
+        """Temperature of that step (0-based)."""
+        decay = max(self.tau_decay * self.steps, 1e-9)
+        return self.tau_start + (self.tau_end - self.tau_start) * min(step / decay, 1.0)

@@ -1,0 +1,195 @@
+"""The training loop: A and the router of all layers against the dense model's own output.
+
+A step: plans and assignments of all layers; for every micro-batch a dense pass (teacher), a sparse pass and a backward pass;
+one backward pass through Sinkhorn; AdamW. Everything else is frozen. The same seed and data give the same run, and a resumed
+run equals an uninterrupted one bit for bit on CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .._checks import require, require_indices
+from .checkpoints import last_checkpoint, load_checkpoint, save_checkpoint, truncate_log
+from .config import AlignmentConfig
+from .losses import alignment_losses
+from .module import AlignmentFFN, all_experts
+from .transport import Transport
+
+
+class AlignmentResult(NamedTuple):
+    """What a run leaves besides the layers' own parameters and assignments."""
+
+    steps: int
+    seconds: float
+    log: list[dict[str, float]]  # one entry a step of this call
+
+
+def _sequences(data: Tensor, step: int, config: AlignmentConfig) -> Tensor:
+    """The [batch_size, S] sequences of a step: epochs of the data, each in an order of its own."""
+    first = step * config.batch_size
+    rows = []
+    for epoch in range(first // len(data), (first + config.batch_size - 1) // len(data) + 1):
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
+        start, stop = first - epoch * len(data), first + config.batch_size - epoch * len(data)
+        rows.append(order[max(start, 0) : min(stop, len(data))])
+    return data[torch.cat(rows)]
+
+
+def _learning_rate(step: int, config: AlignmentConfig) -> float:
+    """Share of the peak: linear warm-up, then a cosine to zero."""
+    warm = config.warmup * config.steps
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(config.steps - warm, 1)))
+
+
+def _first_bad_layer(layers: dict[str, AlignmentFFN]) -> str:
+    """The first layer with a non-finite output or gradient, for the error message."""
+    for name, layer in layers.items():
+        if layer.finite is not None and not bool(layer.finite):
+            return f"layer {name}"
+    for name, layer in layers.items():
+        for parameter in (layer.affinity, layer.router_weight):
+            if parameter is not None and parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                return f"layer {name}"
+    return "the output head (every FFN is finite)"
+
+
+def align(
+    model: nn.Module,
+    layers: dict[str, AlignmentFFN],
+    data: Tensor,
+    config: AlignmentConfig,
+    *,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    label: str = "align",
+    fingerprint: dict[str, Any] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> AlignmentResult:
+    """Trains the affinities and routers of ``layers`` in place, and leaves their final assignments in ``expert_of``.
+
+    Args:
+        model: a causal LM whose FFNs are ``layers``; called as model(input_ids=..., use_cache=False).logits. Put into eval mode.
+        layers: the FFNs by name. A layer without an affinity keeps its assignment and trains its router alone.
+        data: [N, S] int64 packed token sequences.
+        config: the options.
+        folder: where checkpoints (``checkpoints/``) and the log (``log.jsonl``, a line a step) go. None: nowhere.
+        resume: continue from the newest checkpoint in ``folder`` (from the start if there is none).
+        progress: show a bar with the loss terms and the time left.
+        fingerprint: what else must agree with a checkpoint that is resumed.
+        on_step: called with the number of steps done after each.
+
+    Returns:
+        AlignmentResult.
+
+    Raises:
+        ValueError: data of a wrong shape or dtype, or a checkpoint of a run with other options.
+        FloatingPointError: a non-finite loss or gradient; names the step, the layer and the last good checkpoint.
+
+    Source: section 3 of DOT-MoE (arXiv 2606.01666).
+    """
+    require_indices(data, "data", 2, "[N, S]")
+    require(data.shape[0] >= 1 and data.shape[1] >= 2, "data", f"of shape {list(data.shape)}", "sequences of at least 2 tokens")
+    require(len(layers) >= 1, "layers", "empty", "at least one FFN")
+    device = next(iter(layers.values())).router_weight.device
+    model.eval().requires_grad_(False)
+    routers = [layer.router_weight.requires_grad_() for layer in layers.values()]
+    affinities = [layer.affinity.requires_grad_() for layer in layers.values() if layer.affinity is not None]
+    groups = [{"params": routers, "lr": 0.0, "peak": config.router_lr}]
+    if affinities:
+        groups.append({"params": affinities, "lr": 0.0, "peak": config.affinity_lr})
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    transport = Transport(layers, config)
+
+    marks = {**dataclasses.asdict(config), "data": list(data.shape), "layers": list(layers), **(fingerprint or {})}
+    marks = json.loads(json.dumps(marks))
+    checkpoints = None if folder is None else Path(folder) / "checkpoints"
+    log_path = None if folder is None else Path(folder) / "log.jsonl"
+    first, last_good = 0, "none"
+    found = last_checkpoint(checkpoints) if resume and checkpoints is not None else None
+    if found is not None:
+        state = load_checkpoint(found, marks)
+        first, last_good = state["step"], str(found)
+        with torch.no_grad():
+            for parameter, value in zip([*routers, *affinities], state["parameters"], strict=True):
+                parameter.copy_(value)
+        optimizer.load_state_dict(state["optimizer"])
+        transport.tau, transport.log_v = state["tau"], {k: v.to(device) for k, v in state["log_v"].items()}
+    if log_path is not None:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        truncate_log(log_path, first if found is not None else 0)
+
+    def checkpoint(step: int) -> str:
+        assert checkpoints is not None
+        state = {
+            "step": step,
+            "fingerprint": marks,
+            "parameters": [p.detach().clone() for p in (*routers, *affinities)],
+            "optimizer": optimizer.state_dict(),
+            "tau": transport.tau,
+            "log_v": transport.log_v,
+        }
+        return str(save_checkpoint(checkpoints, step, state))
+
+    begin, log = time.monotonic(), []
+    bar = tqdm(total=config.steps, initial=first, desc=label, disable=not progress, dynamic_ncols=True)
+    with bar:
+        for step in range(first, config.steps):
+            tau = config.tau(step)
+            entry: dict[str, float] = {"step": step + 1, "tau": tau, **transport.refresh(tau)}
+            share = _learning_rate(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = share * group["peak"]
+            optimizer.zero_grad(set_to_none=True)
+            batch = _sequences(data, step, config).to(device)
+            sums = torch.zeros(5, device=device)
+            for micro in batch.split(config.micro_batch_size or config.batch_size):
+                with torch.no_grad(), all_experts(layers):
+                    teacher = model(input_ids=micro, use_cache=False).logits
+                logits = model(input_ids=micro, use_cache=False).logits
+                losses = alignment_losses(teacher, logits, micro, layers, config)
+                weight = len(micro) / len(batch)
+                (losses.total * weight).backward()
+                sums += torch.stack([term.detach().float() for term in losses]) * weight
+            transport.backward()
+            norm = nn.utils.clip_grad_norm_([*routers, *affinities], config.clip)
+            values = [*sums.tolist(), float(norm)]
+            if not all(map(math.isfinite, values)):
+                terms = ", ".join(f"{n} {v:.4g}" for n, v in zip(("loss", "kl", "ce", "z", "balance", "norm"), values, strict=True))
+                raise FloatingPointError(
+                    f"non-finite loss or gradient at step {step + 1} in {_first_bad_layer(layers)} ({terms}); "
+                    f"last good checkpoint: {last_good}"
+                )
+            optimizer.step()
+            entry |= dict(zip(("loss", "kl", "ce", "z", "balance", "grad_norm"), values, strict=True))
+            entry |= {"lr": share * config.router_lr, "seconds": time.monotonic() - begin}
+            log.append(entry)
+            if log_path is not None:
+                with log_path.open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
+            done = step + 1
+            if checkpoints is not None and (
+                done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0)
+            ):
+                last_good = checkpoint(done)
+            bar.set_postfix(loss=f"{values[0]:.3f}", kl=f"{values[1]:.3f}", ce=f"{values[2]:.3f}", tau=f"{tau:.2f}", refresh=False)
+            bar.update()
+            if on_step is not None:
+                on_step(done)
+    transport.refresh(config.tau(max(config.steps - 1, 0)))  # the assignment after the last update
+    for layer in layers.values():
+        layer.plan = layer.routing = None
+    return AlignmentResult(config.steps, time.monotonic() - begin, log)

@@ -1,0 +1,77 @@
+"""The four-term loss (eq. 5): kl KL(dense || sparse) + ce CE(next token) + z mean(logsumexp(Z)^2) + balance E <load, mean Q>."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import require
+from .config import AlignmentConfig
+from .module import AlignmentFFN
+
+
+class Losses(NamedTuple):
+    """Unscaled terms [], means over the valid tokens and the layers, and their weighted sum."""
+
+    total: Tensor
+    kl: Tensor
+    ce: Tensor
+    z: Tensor
+    balance: Tensor
+
+
+def distillation_losses(
+    teacher_logits: Tensor, logits: Tensor, labels: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean KL(dense || sparse) and mean next-token cross-entropy over the valid tokens.
+
+    Args:
+        teacher_logits, logits: [B, N, V] floating point; computed in float32 (float64 for float64).
+        labels: [B, N] int64 token ids; position n predicts labels[:, n + 1].
+        mask: [B, N], true for a valid token.
+
+    Returns:
+        (kl [], ce []); 0 without a valid token.
+
+    Raises:
+        ValueError: logits of different shapes.
+
+    Gradient: to ``logits``.
+
+    Source: eq. 5 of DOT-MoE (arXiv 2606.01666).
+    """
+    require(
+        teacher_logits.shape == logits.shape, "teacher_logits", f"of shape {list(teacher_logits.shape)}", str(list(logits.shape))
+    )
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    log_q = torch.log_softmax(logits.to(wide), -1)  # [B, N, V]
+    with torch.no_grad():
+        log_p = torch.log_softmax(teacher_logits.to(wide), -1)
+        p = log_p.exp()
+        negative_entropy = (p * log_p).sum(-1)  # [B, N]
+    kl = negative_entropy - torch.einsum("bnv,bnv->bn", p, log_q)
+    nll = -log_q[:, :-1].gather(-1, labels[:, 1:, None])[..., 0]  # [B, N - 1]
+    if mask is None:
+        return kl.mean(), nll.mean() if nll.numel() else nll.sum()
+    valid = mask.bool()
+    target = valid[:, 1:] & valid[:, :-1]
+    kl = torch.where(valid, kl, 0).sum() / valid.sum().clamp(min=1)
+    return kl, torch.where(target, nll, 0).sum() / target.sum().clamp(min=1)
+
+
+def alignment_losses(
+    teacher_logits: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    layers: dict[str, AlignmentFFN],
+    config: AlignmentConfig,
+    mask: Tensor | None = None,
+) -> Losses:
+    """The four terms and their weighted sum, after a sparse pass through ``layers``."""
+    kl, ce = distillation_losses(teacher_logits, logits, labels, mask)
+    routings = [layer.routing for layer in layers.values() if layer.routing is not None]
+    z = torch.stack([r.z_loss for r in routings]).mean()
+    balance = torch.stack([r.balance_loss for r in routings]).mean()
+    return Losses(config.kl * kl + config.ce * ce + config.z * z + config.balance * balance, kl, ce, z, balance)

@@ -1,0 +1,112 @@
+"""One FFN while it is being aligned: the frozen dense weights, a router that trains, and the assignment of this step.
+
+The teacher is the same module with every expert on, which is the dense FFN; ``dense`` switches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import require_shape
+from ..experts import masked_ffn
+from ..experts.activations import find_activation
+from ..reference import Routing
+from ..routing import route_top_k
+
+
+class AlignmentFFN(nn.Module):
+    """Stands in for a dense gated FFN: act(x Wg^T) * (x Wu^T) masked by the routed experts, times Wd^T (eq. 4).
+
+    Args:
+        gate_proj, up_proj: [F, H]; down_proj: [H, F]; taken over, frozen.
+        router_weight: [E, H] float32, trains.
+        top_k: K.
+        activation: an ACT2FN name.
+        affinity: [F, E] float32, trains; None for a fixed assignment.
+        expert_of: [F] int64; the fixed assignment, or the one that the affinity starts from.
+    """
+
+    def __init__(
+        self,
+        gate_proj: Tensor,
+        up_proj: Tensor,
+        down_proj: Tensor,
+        *,
+        router_weight: Tensor,
+        top_k: int,
+        activation: str,
+        affinity: Tensor | None = None,
+        expert_of: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        F, E = gate_proj.shape[0], router_weight.shape[0]
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj.detach(), up_proj.detach(), down_proj.detach()
+        self.router_weight = nn.Parameter(router_weight.float())
+        self.affinity = None if affinity is None else nn.Parameter(affinity.float())
+        if affinity is not None:
+            require_shape(affinity, "affinity", (F, E), "[F, E]")
+        self.top_k, self.activation = top_k, activation
+        self.expert_of = expert_of
+        self.plan: Tensor | None = None  # [F, E] of this step, a leaf that collects the gradient
+        self.mask: Tensor | None = None  # [T] valid tokens of this batch
+        self.dense = False
+        self.routing: Routing | None = None  # of the last sparse pass
+        self.finite: Tensor | None = None  # [] of the last sparse pass
+        self.inputs: list[Tensor] | None = None  # the inputs [T, H] of dense passes, while they are collected
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        x = hidden.reshape(-1, hidden.shape[-1])
+        if self.dense:
+            if self.inputs is not None:
+                self.inputs.append(x)
+            gate, up = x @ self.gate_proj.T, x @ self.up_proj.T
+            return ((find_activation(self.activation).forward(gate) * up) @ self.down_proj.T).view(hidden.shape)
+        assert self.expert_of is not None
+        with torch.autocast(x.device.type, enabled=False):
+            logits = x.float() @ self.router_weight.T  # [T, E]
+            self.routing = route_top_k(logits, self.top_k, mask=self.mask)
+        y = masked_ffn(
+            x,
+            self.gate_proj,
+            self.up_proj,
+            self.down_proj,
+            self.expert_of,
+            self.routing.indices,
+            plan=self.plan,
+            probs=self.routing.probs,
+            activation=self.activation,
+        )
+        self.finite = torch.isfinite(y.detach().sum())
+        return y.view(hidden.shape)
+
+
+@contextmanager
+def all_experts(layers: dict[str, AlignmentFFN]) -> Iterator[None]:
+    """Inside, every layer is the dense FFN: the teacher."""
+    for layer in layers.values():
+        layer.dense = True
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.dense = False
+
+
+@torch.no_grad()
+def collect_inputs(model: nn.Module, layers: dict[str, AlignmentFFN], tokens: Tensor, *, batch_size: int = 4) -> dict[str, Tensor]:
+    """The inputs [T, H] of every FFN for the tokens [N, S] in the dense model."""
+    for layer in layers.values():
+        layer.inputs = []
+    try:
+        with all_experts(layers):
+            for batch in tokens.split(batch_size):
+                model(input_ids=batch, use_cache=False)
+        return {name: torch.cat(layer.inputs or []) for name, layer in layers.items()}
+    finally:
+        for layer in layers.values():
+            layer.inputs = None

@@ -1,0 +1,67 @@
+"""Hugging Face: find FFNs, swap them, materialise the sparse model, save, load and export it.
+
+The only part of the package that imports transformers, and only once one of these names is touched.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .block import DotMoeBlock, DotMoeExperts, DotMoeRouter, all_experts, interleave_storage, moe_blocks
+    from .checkpoint import export, load, save
+    from .checks import check_lines, count_parameters, self_check
+    from .config import DotMoeConfig
+    from .convert import convert
+    from .data import load_tokens
+    from .modeling import DotMoeForCausalLM, materialize, restore_dense
+    from .surgery import DenseFFN, find_ffns, swap_ffn
+
+__all__ = [
+    "DenseFFN",
+    "DotMoeBlock",
+    "DotMoeConfig",
+    "DotMoeExperts",
+    "DotMoeForCausalLM",
+    "DotMoeRouter",
+    "all_experts",
+    "check_lines",
+    "convert",
+    "count_parameters",
+    "export",
+    "find_ffns",
+    "interleave_storage",
+    "load",
+    "load_tokens",
+    "materialize",
+    "moe_blocks",
+    "restore_dense",
+    "save",
+    "self_check",
+    "swap_ffn",
+]
+
+_NAMES_IN = {
+    "block": ("DotMoeBlock", "DotMoeExperts", "DotMoeRouter", "all_experts", "interleave_storage", "moe_blocks"),
+    "checkpoint": ("export", "load", "save"),
+    "checks": ("check_lines", "count_parameters", "self_check"),
+    "config": ("DotMoeConfig",),
+    "convert": ("convert",),
+    "data": ("load_tokens",),
+    "modeling": ("DotMoeForCausalLM", "materialize", "restore_dense"),
+    "surgery": ("DenseFFN", "find_ffns", "swap_ffn"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value  # a submodule of the same name would otherwise take its place
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULE_OF])

@@ -1,0 +1,67 @@
+"""README.md of a saved model: its structure, how it was made and the figures that were measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .checks import count_parameters
+
+if TYPE_CHECKING:
+    from .modeling import DotMoeForCausalLM
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _table(rows: Mapping[str, Any], heads: tuple[str, str]) -> str:
+    lines = [f"| {heads[0]} | {heads[1]} |", "|---|---|"]
+    return "\n".join(lines + [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()])
+
+
+def model_card(model: DotMoeForCausalLM, title: str, figures: Mapping[str, Any]) -> str:
+    """The text of README.md.
+
+    Args:
+        model: the sparse model.
+        title: heading.
+        figures: name -> number or text; a dictionary becomes a table of its own; ``base_model`` goes into the metadata too.
+    """
+    config = model.config
+    total, active = count_parameters(model)
+    head = ["---", "library_name: transformers", "tags: [dotmoe, mixture-of-experts]"]
+    if isinstance(figures.get("base_model"), str):
+        head.append(f"base_model: {json.dumps(figures['base_model'])}")
+    head.append("---")
+    structure = {
+        "dense architecture": config.dense_config.model_type,
+        "experts a layer": config.num_experts,
+        "experts a token": config.num_experts_per_tok,
+        "neurons an expert": config.moe_intermediate_size,
+        "router": config.router,
+        "parameters": f"{total:,}",
+        "active a token": f"{active:,} ({active / total:.1%})",
+    }
+    parts = [
+        "\n".join(head),
+        f"# {title}",
+        "A dense language model whose feed-forward neurons were partitioned into experts; no neuron was copied or removed, and "
+        "with every expert active it equals the dense model.",
+        _table(structure, ("structure", "")),
+    ]
+    if config.assignment:
+        parts += ["## Assignment", _table(config.assignment, ("setting", "value"))]
+    flat = {key: value for key, value in figures.items() if not isinstance(value, Mapping)}
+    if flat:
+        parts += ["## Measured", _table(flat, ("figure", "value"))]
+    for key, value in figures.items():
+        if isinstance(value, Mapping):
+            parts += [f"## {_cell(key)}", _table(value, ("figure", "value"))]
+    parts += [
+        "## Use",
+        '```python\nimport dotmoe_kernels as dk\n\nmodel = dk.load("path/to/this/folder")\n```',
+    ]
+    return "\n\n".join(parts) + "\n"

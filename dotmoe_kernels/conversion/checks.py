@@ -1,0 +1,129 @@
+"""The checks that every conversion runs: equal to the dense model with every expert on, and nothing lost on the way to disk."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import require, require_indices
+from .block import DotMoeBlock, all_experts, moe_blocks
+
+# largest relative error of the logits against the dense model's: the sums of a few dozen layers in another order
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(total, active a token): all parameters, and those a token touches.
+
+    Embeddings, attention, norms and routers count as active, of the experts K out of E; tied tensors count once.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    idle = 0
+    for block in moe_blocks(model).values():
+        experts = sum(p.numel() for p in block.experts.parameters())
+        idle += experts // block.gate.num_experts * (block.gate.num_experts - block.gate.top_k)
+    return total, total - idle
+
+
+def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    training = model.training
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        with torch.no_grad():
+            return model(input_ids=tokens.to(device), use_cache=False).logits
+    finally:
+        model.train(training)
+
+
+def relative_error(logits: Tensor, reference: Tensor) -> float:
+    """max |a - b| / max |b|, in float64."""
+    a, b = logits.detach().double().cpu(), reference.detach().double().cpu()
+    return float((a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def self_check(
+    model: nn.Module,
+    dense: Tensor | nn.Module | None,
+    tokens: Tensor,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Check a converted model against the dense one.
+
+    Args:
+        model: the sparse model.
+        dense: the dense model's logits on ``tokens`` [B, N, V] (taken before the conversion), or the dense model, or None to
+            restore it from ``model``.
+        tokens: [B, N] int64.
+        folder: where ``model`` was saved: loads it again and compares the logits.
+
+    Returns:
+        all_experts_error: relative error of the logits with every expert on, and ``tolerance`` for the dtype;
+        permutation: every neuron_order is one; capacities: every expert has exactly s neurons, as config says;
+        reload_equal, reload_error (with ``folder``): every tensor bit for bit, and the relative error of the logits with every
+            expert on (not 0 on a CPU: products differ with the alignment of a file's tensors);
+        total_parameters, active_parameters; passed: whether all of it holds.
+
+    Raises:
+        ValueError: tokens or logits of a wrong shape, no DotMoeBlock in the model.
+    """
+    blocks = moe_blocks(model)
+    require(bool(blocks), "model", f"a {type(model).__name__} without experts", "a converted model")
+    require_indices(tokens, "tokens", 2, "[B, N]")
+    if dense is None:
+        from .modeling import restore_dense
+
+        dense = restore_dense(model)  # type: ignore[arg-type]
+    reference = dense if isinstance(dense, Tensor) else _logits(dense, tokens)
+    with all_experts(model):
+        logits = _logits(model, tokens)
+    require(
+        tuple(reference.shape) == tuple(logits.shape),
+        "dense",
+        f"logits of shape {list(reference.shape)}",
+        f"[B, N, V] = {list(logits.shape)}",
+    )
+    dtype = next(iter(blocks.values())).experts.gate_up_proj.dtype
+    orders = [block.neuron_order.cpu() for block in blocks.values()]
+    result: dict[str, Any] = {
+        "all_experts_error": relative_error(logits, reference),
+        "tolerance": TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]),
+        "permutation": all(torch.equal(o.sort().values, torch.arange(o.numel())) for o in orders),
+        "capacities": all(_has_exact_capacities(block, model.config) for block in blocks.values()),
+    }
+    passed = result["all_experts_error"] <= result["tolerance"] and result["permutation"] and result["capacities"]
+    if folder is not None:
+        from .checkpoint import load
+
+        again = load(folder, device=next(model.parameters()).device)
+        ours, theirs = model.state_dict(), again.state_dict()
+        result["reload_equal"] = ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+        with all_experts(again):
+            result["reload_error"] = relative_error(_logits(again, tokens), logits)
+        passed = passed and result["reload_equal"] and result["reload_error"] <= result["tolerance"]
+    result["total_parameters"], result["active_parameters"] = count_parameters(model)
+    result["passed"] = bool(passed)
+    return result
+
+
+def _has_exact_capacities(block: DotMoeBlock, config: Any) -> bool:
+    E, s = config.num_experts, config.moe_intermediate_size
+    H = block.gate.weight.shape[1]
+    shapes = [tuple(t.shape) for t in (block.experts.gate_up_proj, block.experts.down_proj, block.neuron_order)]
+    return shapes == [(E, 2 * s, H), (E, H, s), (E * s,)]
+
+
+def check_lines(checks: dict[str, Any]) -> list[str]:
+    """The result of ``self_check`` in words, a line a check."""
+    lines = [
+        f"every expert on = dense: relative error {checks['all_experts_error']:.1e} (allowed {checks['tolerance']:.0e})",
+        f"assignment: {'a permutation' if checks['permutation'] else 'NOT A PERMUTATION'}, "
+        + ("exact capacities" if checks["capacities"] else "WRONG CAPACITIES"),
+    ]
+    if "reload_equal" in checks:
+        lines.append(f"reloaded checkpoint: {'the same tensors' if checks['reload_equal'] else 'DIFFERENT TENSORS'}")
+    return lines

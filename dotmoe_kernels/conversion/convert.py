@@ -1,0 +1,197 @@
+"""convert: find the FFNs, align (or partition), materialise the sparse model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .._checks import require, require_indices, require_range
+from ..alignment.config import AlignmentConfig
+from ..alignment.loop import align
+from ..alignment.module import AlignmentFFN, collect_inputs
+from ..alignment.transport import Transport
+from ..partitions import (
+    PARTITIONS,
+    Partition,
+    activation_partition,
+    kmeans_partition,
+    noise_router,
+    random_partition,
+    start_affinity,
+)
+from .config import DotMoeConfig
+from .modeling import DotMoeForCausalLM, materialize
+from .surgery import DenseFFN, find_ffns, swap_ffn
+
+METHODS = ("dot", *PARTITIONS)
+_CALIBRATION_TOKENS = 2048  # that the activation partition clusters on
+
+
+def _as_tokens(data: Tensor | Iterable[Tensor]) -> Tensor:
+    tokens = data if isinstance(data, Tensor) else torch.stack([torch.as_tensor(row) for row in data])
+    require_indices(tokens, "data", 2, "[N, S]")
+    require(
+        tokens.shape[0] >= 1 and tokens.shape[1] >= 2, "data", f"of shape {list(tokens.shape)}", "sequences of at least 2 tokens"
+    )
+    return tokens.long()
+
+
+def _partition(kind: str, ffn: DenseFFN, inputs: Tensor | None, num_experts: int, generator: torch.Generator) -> Partition | None:
+    F, H = ffn.gate_proj.shape
+    gate, up, down = (w.detach() for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
+    if kind == "random":
+        return random_partition(F, num_experts, H, generator)
+    if kind == "kmeans":
+        return kmeans_partition(gate, up, num_experts, generator)
+    if kind == "activation":
+        assert inputs is not None
+        return activation_partition(inputs, gate, up, down, num_experts, ffn.activation, generator)
+    return None
+
+
+def _build_layers(
+    model: PreTrainedModel,
+    ffns: dict[str, DenseFFN],
+    config: DotMoeConfig,
+    method: str,
+    options: AlignmentConfig,
+    data: Tensor | None,
+) -> dict[str, AlignmentFFN]:
+    """Every FFN of ``model`` swapped for an AlignmentFFN that starts as ``method`` and ``options.init`` say."""
+    E, K = config.num_experts, config.num_experts_per_tok
+    kind = options.init if method == "dot" else method
+    generator = torch.Generator().manual_seed(options.seed)
+    layers = {}
+    for name, ffn in ffns.items():
+        shape = (E, ffn.gate_proj.shape[1])
+        weights = (ffn.gate_proj.data, ffn.up_proj.data, ffn.down_proj.data)
+        layer = AlignmentFFN(*weights, router_weight=torch.zeros(shape), top_k=K, activation=ffn.activation)
+        layers[name] = layer
+        swap_ffn(model, name, layer)
+    inputs: dict[str, Tensor] = {}
+    if kind == "activation":
+        assert data is not None
+        rows = -(-_CALIBRATION_TOKENS // data.shape[1])
+        inputs = collect_inputs(model, layers, data[:rows].to(model.device))
+    for name, ffn in ffns.items():
+        layer, (F, H) = layers[name], ffn.gate_proj.shape
+        partition = _partition(kind, ffn, inputs.pop(name, None), E, generator)
+        router = noise_router(E, H, generator, std=options.init_std) if partition is None else partition.router_weight
+        device = ffn.gate_proj.device
+        layer.router_weight = torch.nn.Parameter(router.float().to(device))
+        if partition is not None:
+            layer.expert_of = partition.expert_of.to(device)
+        if method == "dot":
+            affinity = start_affinity(partition, (F, E), strength=options.init_strength, std=options.init_std, generator=generator)
+            layer.affinity = torch.nn.Parameter(affinity.to(device))
+    return layers
+
+
+def convert(
+    model: PreTrainedModel,
+    config: DotMoeConfig,
+    *,
+    method: str = "dot",
+    data: Tensor | Iterable[Tensor] | None = None,
+    alignment: AlignmentConfig | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> DotMoeForCausalLM:
+    """Turn a dense causal LM into a sparse DOT-MoE of the same neurons.
+
+    Args:
+        model: a dense Hugging Face causal LM with gated FFNs (LLaMA, Mistral, Qwen2, Qwen3, ...), on any device. It is used up:
+            the sparse model takes over its tensors. After an error or an interruption it is whole again.
+        config: DotMoeConfig(num_experts=E, top_k=K); E must divide the FFN's width.
+        method: "dot" learns assignment and router together; "random", "kmeans" and "activation" keep their assignment fixed and
+            train the router the same way, for comparison.
+        data: [N, S] int64 packed token sequences (see ``conversion.load_tokens``), or an iterable of [S]. None: nothing is
+            trained, and a warning says so.
+        alignment: the training options, AlignmentConfig(); ``init`` says what "dot" starts from.
+        folder: where checkpoints and the log of the training go. None: nowhere.
+        resume: continue from the newest checkpoint in ``folder``, bit for bit on CPU.
+        progress: show a bar.
+
+    Returns:
+        DotMoeForCausalLM in eval mode: with every expert on it equals the dense model.
+
+    Raises:
+        ValueError: an unknown method, a topology that does not fit, a model without recognisable FFNs or already sparse, data of
+            a wrong shape or with token ids outside the vocabulary, "activation" without data.
+        FloatingPointError: a non-finite loss; names the step, the layer and the last good checkpoint.
+
+    Source: DOT-MoE (arXiv 2606.01666).
+    """
+    require(method in METHODS, "method", repr(method), " | ".join(METHODS))
+    options = AlignmentConfig() if alignment is None else alignment
+    require(isinstance(config, DotMoeConfig), "config", f"a {type(config).__name__}", "a DotMoeConfig")
+    ffns = find_ffns(model)
+    width = next(iter(ffns.values())).gate_proj.shape[0]
+    config = copy.deepcopy(config)
+    config.check(dense_width=width)
+    tokens = None if data is None else _as_tokens(data)
+    if tokens is not None:
+        vocabulary = model.config.get_text_config().vocab_size
+        require_range(tokens, "data", 0, vocabulary - 1)
+    needs_data = "activation" in (method, options.init if method == "dot" else "")
+    require(tokens is not None or not needs_data, "data", None, 'token sequences to calibrate on, for "activation"')
+    if tokens is None:
+        warnings.warn(
+            f"data is None: nothing is trained, the router is random (N(0, {options.init_std})) and so the model is not usable "
+            "as it is; give data to align it",
+            stacklevel=2,
+        )
+
+    before = {name: ffn.module for name, ffn in ffns.items()}
+    grads = [(p, p.requires_grad) for p in model.parameters()]
+    training = model.training
+    try:
+        model.eval().requires_grad_(False)
+        layers = _build_layers(model, ffns, config, method, options, tokens)
+        steps = 0
+        if tokens is not None and options.steps > 0:
+            fingerprint = {
+                "method": method,
+                "topology": [config.num_experts, config.num_experts_per_tok],
+                "model": [type(model).__name__, model.num_parameters()],
+                "tokens": int((tokens.flatten() * (torch.arange(tokens.numel()) % 1009 + 1)).sum()),
+            }
+            steps = align(
+                model,
+                layers,
+                tokens,
+                options,
+                folder=folder,
+                resume=resume,
+                progress=progress,
+                label=method,
+                fingerprint=fingerprint,
+            ).steps
+        elif method == "dot":
+            Transport(layers, options).refresh(options.tau_end)
+    except BaseException:
+        for name, module in before.items():
+            swap_ffn(model, name, module)
+        model.train(training)
+        raise
+    finally:
+        for parameter, flag in grads:
+            parameter.requires_grad_(flag)
+
+    learned = {name: (layer.expert_of, layer.router_weight.detach()) for name, layer in layers.items()}
+    del layers, before
+    config.assignment = {
+        "method": method,
+        "init": options.init if method == "dot" else method,
+        "steps": steps,
+        "seed": options.seed,
+        "tokens": 0 if tokens is None else steps * options.batch_size * tokens.shape[1],
+    }
+    return materialize(model, config, learned, ffns=ffns).eval()  # type: ignore[arg-type]

@@ -1,0 +1,165 @@
+"""Text files or a Hugging Face dataset -> packed sequences of token ids."""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import require
+
+_WHOLE = (".txt", ".md", ".py")
+_SHUFFLE_BUFFER = 10_000
+
+
+def _missing_extra(package: str, source: str) -> ImportError:
+    return ImportError(f"reading {source} needs {package}: pip install 'dotmoe_kernels[data]'")
+
+
+def _whole(path: Path) -> Iterator[str]:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    require(bool(text.strip()), "sources", f"{path}, which is empty", "files with text")
+    yield text
+
+
+def _field(row: Any, text_field: str, where: str) -> str:
+    known = sorted(row) if isinstance(row, dict) else type(row).__name__
+    require(isinstance(row, dict) and text_field in row, "text_field", f"{text_field!r}, which {where} lacks", f"one of {known}")
+    return str(row[text_field] or "")
+
+
+def _jsonl(path: Path, text_field: str) -> Iterator[str]:
+    rows = 0
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"sources holds {path}, whose line {number} is no JSON ({error}); allowed: one object a line"
+                ) from None
+            rows += 1
+            yield _field(row, text_field, f"line {number} of {path}")
+    require(rows > 0, "sources", f"{path}, which is empty", "files with text")
+
+
+def _parquet(path: Path, text_field: str) -> Iterator[str]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise _missing_extra("pyarrow", str(path)) from None
+    file = parquet.ParquetFile(path)
+    names = file.schema_arrow.names
+    require(text_field in names, "text_field", f"{text_field!r}, which {path} lacks", f"one of {names}")
+    require(file.metadata.num_rows > 0, "sources", f"{path}, which is empty", "files with text")
+    for batch in file.iter_batches(columns=[text_field]):
+        for value in batch.column(0):
+            yield str(value.as_py() or "")
+
+
+def _hub(name: str, text_field: str, seed: int) -> Iterator[str]:
+    """A dataset by name, or "name:split" or "name:config:split"; streamed, shuffled within a buffer."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise _missing_extra("datasets", name) from None
+    path, *rest = name.split(":")
+    split = rest[-1] if rest else "train"
+    rows = load_dataset(path, rest[0] if len(rest) == 2 else None, split=split, streaming=True)
+    for row in rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER):
+        yield _field(row, text_field, name)
+
+
+def _documents(source: str, text_field: str, seed: int) -> Iterator[str]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix in (*_WHOLE, ".jsonl", ".parquet"))
+        require(bool(files), "sources", f"{path}, a folder without text", "a folder with .txt, .md, .py, .jsonl or .parquet files")
+        for file in files:
+            yield from _documents(str(file), text_field, seed)
+    elif path.suffix == ".jsonl" and path.is_file():
+        yield from _jsonl(path, text_field)
+    elif path.suffix == ".parquet" and path.is_file():
+        yield from _parquet(path, text_field)
+    elif path.is_file():
+        require(path.suffix in _WHOLE, "sources", str(path), "files ending in .txt, .md, .py, .jsonl or .parquet")
+        yield from _whole(path)
+    elif path.suffix in (*_WHOLE, ".jsonl", ".parquet"):
+        raise ValueError(f"sources holds {source}, which does not exist; allowed: a file, a folder or a dataset's name")
+    else:
+        yield from _hub(source, text_field, seed)
+
+
+def read_documents(
+    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, text_field: str = "text", seed: int = 0
+) -> Iterator[str]:
+    """The documents of ``sources``, one by one; arguments and errors as of ``load_tokens``."""
+    names = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    require(bool(names), "sources", names, "at least one file, folder or dataset name")
+    for name in names:
+        yield from _documents(os.fspath(name), text_field, seed)
+
+
+def pack_documents(
+    documents: Iterable[str], tokenizer: Any, *, sequence_length: int, max_tokens: int | None = None, given: str = "the documents"
+) -> Tensor:
+    """Tokenised ``documents`` packed into [M, N] int64 as ``load_tokens`` says; ``given`` names them in errors."""
+    require(isinstance(sequence_length, int) and sequence_length >= 1, "sequence_length", sequence_length, "an integer >= 1")
+    enough = max_tokens is None or max_tokens >= sequence_length
+    require(enough, "max_tokens", max_tokens, f"at least one sequence, {sequence_length}, or None")
+    end = tokenizer.eos_token_id
+    ids = array("q")
+    for text in documents:
+        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if end is not None:
+            ids.append(end)
+        if max_tokens is not None and len(ids) >= max_tokens:
+            break
+    count = len(ids) if max_tokens is None else min(len(ids), max_tokens)
+    require(count >= sequence_length, "sources", f"{given}, {count} tokens", f"at least one sequence of {sequence_length} tokens")
+    return torch.tensor(ids[: count // sequence_length * sequence_length], dtype=torch.int64).view(-1, sequence_length)
+
+
+def load_tokens(
+    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    tokenizer: Any,
+    *,
+    sequence_length: int,
+    max_tokens: int | None = None,
+    text_field: str = "text",
+    seed: int = 0,
+) -> Tensor:
+    """Documents, joined by the end-of-text token where the tokenizer has one, cut into full sequences; the rest is dropped.
+
+    Args:
+        sources: one or several of: a .txt, .md or .py file (one document), a .jsonl or .parquet file (one a row), a folder of
+            those, or the name of a Hugging Face dataset ("name", "name:split", "name:config:split"), which is streamed.
+        tokenizer: of transformers.
+        sequence_length: N tokens a sequence.
+        max_tokens: stop after so many tokens; None reads everything.
+        text_field: the field of a .jsonl, .parquet or dataset row that holds the text.
+        seed: of the shuffle of a dataset's stream; files are read in order.
+
+    Returns:
+        tokens [M, N] int64, the same for the same arguments.
+
+    Raises:
+        ValueError: no source, an empty file, no such field, an unknown kind of file, fewer tokens than one sequence.
+        ImportError: pyarrow or datasets is needed; it names the extra.
+    """
+    names = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    return pack_documents(
+        read_documents(names, text_field=text_field, seed=seed),
+        tokenizer,
+        sequence_length=sequence_length,
+        max_tokens=max_tokens,
+        given=", ".join(map(str, names)),
+    )

@@ -1,0 +1,88 @@
+"""What a model is worth: perplexity, the error of an FFN's output, the load of the experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import require, require_indices
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, tokens: Tensor, *, batch_size: int = 8) -> float:
+    """exp of the mean next-token cross-entropy in nats, every sequence on its own.
+
+    Args:
+        model: a causal LM, called as model(input_ids=..., use_cache=False).logits.
+        tokens: [N, S] int64 packed sequences.
+        batch_size: sequences a forward pass.
+
+    Raises:
+        ValueError: tokens of a wrong shape or dtype.
+    """
+    require_indices(tokens, "tokens", 2, "[N, S]")
+    require(
+        tokens.shape[0] >= 1 and tokens.shape[1] >= 2, "tokens", f"of shape {list(tokens.shape)}", "at least one pair of tokens"
+    )
+    device = next(model.parameters()).device
+    total = 0.0
+    for batch in tokens.split(batch_size):
+        batch = batch.to(device)
+        logits = model(input_ids=batch, use_cache=False).logits.float()
+        total += float(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+    return math.exp(total / (tokens.shape[0] * (tokens.shape[1] - 1)))
+
+
+def retention(dense_perplexity: float, sparse_perplexity: float) -> float:
+    """Share of the dense model's perplexity that is kept: dense / sparse, 1 when nothing is lost."""
+    return dense_perplexity / sparse_perplexity
+
+
+@torch.no_grad()
+def reconstruction_error(dense_output: Tensor, sparse_output: Tensor) -> float:
+    """Relative error |sparse - dense| / |dense| of an FFN's output [T, H] over all tokens."""
+    wide = dense_output.double()
+    return float((sparse_output.double() - wide).norm() / wide.norm().clamp(min=1e-300))
+
+
+def load_summary(load: Tensor) -> dict[str, float]:
+    """Of the loads [E] of one layer, as multiples of the even share 1 / E: least, median, most, and the experts never used."""
+    scaled = load.double() * load.numel()
+    return {
+        "min": float(scaled.min()),
+        "median": float(scaled.median()),
+        "max": float(scaled.max()),
+        "unused": int((load == 0).sum()),
+    }
+
+
+@contextmanager
+def collect_load(model: nn.Module) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """Inside, counts the slots of every expert; the function it yields gives the loads [E] by layer, each summing to 1.
+
+    The layers are the modules whose child ``gate`` returns (logits [T, E], weights, indices [T, K]), as a converted model's do.
+    """
+    counts: dict[str, Tensor] = {}
+    handles = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def count(module: nn.Module, args: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            logits, _, indices = output
+            E = logits.shape[-1]
+            found = torch.bincount(indices.flatten(), minlength=E + 1)[:E]
+            counts[name] = counts[name] + found if name in counts else found
+
+        return count
+
+    for name, module in model.named_modules():
+        if name.endswith(".gate") and hasattr(module, "num_experts"):
+            handles.append(module.register_forward_hook(hook(name.removesuffix(".gate"))))
+    try:
+        yield lambda: {name: count.double() / count.sum().clamp(min=1) for name, count in counts.items()}
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,81 @@
+"""The routed FFN: y_t = sum_j w_tj Down_e (act(Gate_e x_t) * (Up_e x_t)), e = indices[t, j]. This page picks how it runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._checks import require, require_float, require_indices, require_range, require_same, require_shape
+from .._tiles import pick_path
+from .activations import find_activation
+from .decode import decode_ffn
+from .grouped import grouped_ffn, grouped_mm
+from .masked import masked_ffn, masked_view_ffn
+
+__all__ = ["expert_ffn", "grouped_mm", "masked_ffn"]
+
+_PATHS = {"grouped": grouped_ffn, "decode": decode_ffn, "masked": masked_view_ffn}
+
+
+def expert_ffn(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    indices: Tensor,
+    weights: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    path: str = "auto",
+) -> Tensor:
+    """Routed FFN: y_t = sum_j weights_tj Down_e (act(Gate_e x_t) * (Up_e x_t)) with e = indices[t, j].
+
+    Args:
+        x: [T, H] floating point.
+        gate_up_proj: [E, 2s, H], each expert's gate rows above its up rows, in the dtype of ``x``.
+        down_proj: [E, H, s], any strides. As the transpose of a contiguous [E, s, H] it is the dense FFN as well, which
+            ``path="masked"`` uses without a copy.
+        indices: [T, K] int64 or int32 in [0, E]; E marks an empty slot.
+        weights: [T, K] floating point. None: 1.
+        activation: an ACT2FN name.
+        path: "grouped" sorts the tokens by expert (prefill, training), "decode" reads only the chosen experts (1-16 tokens),
+            "masked" runs the dense product and masks it (in between), "auto" picks by shape. All on the same tensors.
+
+    Returns:
+        y [T, H] in the dtype of ``x``, combined in float32.
+
+    Raises:
+        ValueError: a wrong rank, shape, dtype or device, an unknown activation or path; on CPU indices outside [0, E].
+
+    Gradient: to x, both weights and the routing weights. A second derivative is refused.
+
+    Source: eq. 6 of DOT-MoE (arXiv 2606.01666); names and shapes as in Hugging Face transformers v5.
+    """
+    require_float(x, "x", 2, "[T, H]")
+    require_float(gate_up_proj, "gate_up_proj", 3, "[E, 2s, H]")
+    require_float(down_proj, "down_proj", 3, "[E, H, s]")
+    T, H = x.shape
+    E, width = gate_up_proj.shape[:2]
+    require(width % 2 == 0, "gate_up_proj", f"of shape {list(gate_up_proj.shape)}", "[E, 2s, H], an even second size")
+    require_shape(gate_up_proj, "gate_up_proj", (E, width, H), "[E, 2s, H]")
+    require_shape(down_proj, "down_proj", (E, H, width // 2), "[E, H, s]")
+    require_indices(indices, "indices", 2, "[T, K]")
+    require(indices.shape[0] == T, "indices", f"of shape {list(indices.shape)}", f"[T, K] with T = {T}")
+    for name, tensor, dtype in (
+        ("gate_up_proj", gate_up_proj, True),
+        ("down_proj", down_proj, True),
+        ("indices", indices, False),
+    ):
+        require_same(tensor, name, x, "x", dtype=dtype)
+    require_range(indices, "indices", 0, E)
+    if weights is None:
+        weights = torch.ones(indices.shape, dtype=torch.float32, device=x.device)
+    else:
+        require_float(weights, "weights", 2, "[T, K]")
+        require_shape(weights, "weights", tuple(indices.shape), "[T, K]")
+        require_same(weights, "weights", x, "x", dtype=False)
+    find_activation(activation)
+    require(path in ("auto", *_PATHS), "path", repr(path), "auto | " + " | ".join(_PATHS))
+    if path == "auto":
+        path = pick_path(x, gate_up_proj, down_proj, indices)
+    with torch.autocast(x.device.type, enabled=False):
+        return _PATHS[path](x, gate_up_proj, down_proj, indices, weights, activation)

@@ -1,0 +1,181 @@
+"""Masked experts: the whole permuted FFN as one dense product, the experts that a token did not choose set to zero.
+
+``masked_view_ffn`` runs the routed FFN that way, for batches whose experts' union is everything: the dense product then reads the
+same weights with less overhead. ``masked_ffn`` is the forward that alignment learns through (eq. 4),
+
+    Y^ = (U * (R_ste M_ste^T)) Wd^T,  U = act(X Wg^T) * (X Wu^T),
+
+in the neurons' first order. M is one-hot in the forward, so R M^T is a gather R[:, expert_of]. Backward, after dU^ = dY Wd:
+
+    dG = dU^ * U [T, F];  dQ_te = sum_{i in e} dG_ti;  dP = dG^T R [F, E];  dU = dU^ * R[:, expert_of]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from .._checks import compute_dtype, require, require_float, require_indices, require_range, require_same, require_shape
+from .activations import find_activation
+
+
+def _expert_mask(indices: Tensor, weights: Tensor | None, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """R [T, E]: each token's weight for each expert; column E collects the empty slots and is dropped."""
+    w = torch.ones(indices.shape, dtype=dtype, device=indices.device) if weights is None else weights.to(dtype)
+    r = torch.zeros(indices.shape[0], num_experts + 1, dtype=dtype, device=indices.device)
+    return r.scatter_add(1, indices.long(), w)[:, :num_experts]
+
+
+def masked_view_ffn(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor, activation: str
+) -> Tensor:
+    """x [T, H] -> [T, H]; the arguments of ``expert_ffn``, checked there. A ``down_proj`` that is no transpose is copied."""
+    E, width, H = gate_up_proj.shape
+    r = _expert_mask(indices, weights, E, x.dtype)
+    gate, up = functional.linear(x, gate_up_proj.reshape(-1, H)).view(-1, E, 2, width // 2).unbind(2)  # [T, E, s] each
+    hidden = find_activation(activation).forward(gate) * up * r[:, :, None]
+    return hidden.reshape(-1, E * width // 2) @ down_proj.transpose(1, 2).reshape(-1, H)
+
+
+class _MaskedFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate_proj: Tensor,
+        up_proj: Tensor,
+        down_proj: Tensor,
+        r: Tensor,
+        plan: Tensor | None,
+        probs: Tensor | None,
+        expert_of: Tensor,
+        activation: str,
+    ) -> Tensor:
+        """r [T, E] holds the hard weights; plan and probs only receive gradients."""
+        gate, up = x @ gate_proj.T, x @ up_proj.T  # [T, F]
+        hidden = find_activation(activation).forward(gate).mul_(up)
+        hidden *= r[:, expert_of]
+        weight_grads = any(ctx.needs_input_grad[1:4])
+        ctx.save_for_backward(x if weight_grads else None, gate_proj, up_proj, down_proj, r, expert_of, gate, up)
+        ctx.activation = activation
+        ctx.soft = (None if plan is None else plan.dtype, None if probs is None else probs.dtype)
+        return hidden @ down_proj.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate_proj, up_proj, down_proj, r, expert_of, gate, up = ctx.saved_tensors
+        act = find_activation(ctx.activation)
+        need_x, need_gate, need_up, need_down, need_r, need_plan, need_probs = ctx.needs_input_grad[:7]
+        wide = compute_dtype(dy)
+        a = act.forward(gate)  # [T, F]
+        du = dy @ down_proj  # [T, F], of the masked hidden
+        dr = dplan = dprobs = dx = dgate_proj = dup_proj = ddown_proj = None
+        if need_r or need_plan or need_probs:
+            dg = (du * a).mul_(up)  # gradient of the gate R M^T
+            if need_plan:
+                dplan = (dg.T @ r).to(ctx.soft[0])
+            if need_r or need_probs:
+                experts = functional.one_hot(expert_of, r.shape[1]).to(dg.dtype)
+                segments = dg @ experts  # [T, E]
+                dprobs = segments.to(ctx.soft[1]) if need_probs else None
+                dr = segments.to(r.dtype) if need_r else None
+            del dg
+        if need_x or need_gate or need_up or need_down:
+            mask = r[:, expert_of]  # [T, F]
+            if need_down:
+                ddown_proj = dy.T @ (a * up).mul_(mask)
+            du *= mask
+            dgate, dup = act.backward(du * up, gate), du.mul_(a)
+            if need_x:
+                dx = (dgate @ gate_proj).to(wide).add_(dup @ up_proj).to(dy.dtype)
+            if need_gate:
+                dgate_proj = dgate.T @ x
+            if need_up:
+                dup_proj = dup.T @ x
+        return dx, dgate_proj, dup_proj, ddown_proj, dr, dplan, dprobs, None, None
+
+
+def masked_ffn(
+    x: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    expert_of: Tensor,
+    indices: Tensor,
+    *,
+    plan: Tensor | None = None,
+    probs: Tensor | None = None,
+    weights: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """Alignment forward (eq. 4): y = (U * (R M^T)) Wd^T with U = act(x Wg^T) * (x Wu^T), hard forward, soft backward.
+
+    Args:
+        x: [T, H] floating point.
+        gate_proj, up_proj: [F, H]; down_proj: [H, F]; in the dtype of ``x``.
+        expert_of: [F] int64, the hard assignment M.
+        indices: [T, K] int64, the hard routing R; index E is an empty slot.
+        plan: [F, E], receives the straight-through gradient dP.
+        probs: [T, E], receives the straight-through gradient dQ, of all the experts.
+        weights: [T, K] of the selected experts, with gradient. None: 1. Carries a router gradient of its own (the soft router):
+            never together with ``probs``.
+        activation: an ACT2FN name.
+
+    Returns:
+        y [T, H] in the dtype of ``x``.
+
+    Raises:
+        ValueError: a wrong rank, shape, dtype or device, an unknown activation, probs together with weights that need a
+            gradient; on CPU entries of expert_of or indices outside the experts.
+
+    Gradient: to x, plan, probs, weights and the three projections, each only if it needs one. A second derivative is refused.
+
+    Source: eq. 3 and 4 of DOT-MoE (arXiv 2606.01666).
+    """
+    require_float(x, "x", 2, "[T, H]")
+    require_float(gate_proj, "gate_proj", 2, "[F, H]")
+    T, H = x.shape
+    F = gate_proj.shape[0]
+    for name, tensor, shape, dims in (
+        ("gate_proj", gate_proj, (F, H), "[F, H]"),
+        ("up_proj", up_proj, (F, H), "[F, H]"),
+        ("down_proj", down_proj, (H, F), "[H, F]"),
+    ):
+        require_float(tensor, name, 2, dims)
+        require_shape(tensor, name, shape, dims)
+        require_same(tensor, name, x, "x")
+    require_indices(expert_of, "expert_of", 1, "[F]")
+    require_shape(expert_of, "expert_of", (F,), "[F]")
+    require_indices(indices, "indices", 2, "[T, K]")
+    require(indices.shape[0] == T, "indices", f"of shape {list(indices.shape)}", f"[T, K] with T = {T}")
+    E = None
+    for name, soft, rows in (("plan", plan, F), ("probs", probs, T)):
+        if soft is not None:
+            require_float(soft, name, 2, "[F, E]" if name == "plan" else "[T, E]")
+            E = soft.shape[1] if E is None else E
+            require_shape(soft, name, (rows, E), f"[{'F' if name == 'plan' else 'T'}, E]")
+            require_same(soft, name, x, "x", dtype=False)
+    if E is None:
+        # any E beyond the largest index does: an empty slot then gets a column that no neuron belongs to
+        E = int(expert_of.max()) + 1 if F else 1
+        E = max(E, int(indices.max()) + 1) if indices.numel() else E
+    require_range(expert_of, "expert_of", 0, E - 1)
+    require_range(indices, "indices", 0, E)
+    if weights is not None:
+        require_float(weights, "weights", 2, "[T, K]")
+        require_shape(weights, "weights", tuple(indices.shape), "[T, K]")
+        require(
+            not (probs is not None and probs.requires_grad and weights.requires_grad),
+            "weights",
+            "needing a gradient beside probs",
+            "one router gradient: probs (dense straight-through) or weights (selected experts)",
+        )
+    find_activation(activation)
+    with torch.autocast(x.device.type, enabled=False):
+        r = _expert_mask(indices, weights, E, x.dtype)
+        return _MaskedFFN.apply(x, gate_proj, up_proj, down_proj, r, plan, probs, expert_of, activation)

@@ -1,0 +1,142 @@
+"""Routing: router logits Z [T, E] -> K experts a token, their weights, the load and the two routing losses (eq. 3 and 5).
+
+    Q = softmax(Z);  R = top-K mask of Z;  R_ste = R + (Q - sg Q)
+    balance = E sum_e load_e mean_t Q_te;  z = mean_t logsumexp(Z_t)^2
+
+Everything in float32 (float64 for float64 logits). Cost: one read of Z.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._checks import compute_dtype, require, require_finite, require_float, require_shape, require_tensor
+from .reference import Routing, straight_through
+from .soft_topk import soft_top_k
+
+_WEIGHTS = ("unit", "softmax", "renormalized")
+
+
+def _top_indices(scores: Tensor, k: int) -> Tensor:
+    """Indices [T, k] of the k largest of each row, descending, ties to the lower index."""
+    T, E = scores.shape
+    if scores.device.type != "cpu" or k == 0:
+        return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k]
+    # topk is the faster one, but leaves the order of equal values open: sort just the rows where that matters
+    values, indices = torch.topk(scores, min(k + 1, E), dim=-1)
+    tied = (values[:, 1:] == values[:, :-1]).any(-1).nonzero()[:, 0]
+    indices = indices[:, :k]
+    if tied.numel():
+        indices[tied] = torch.sort(scores[tied], dim=-1, descending=True, stable=True).indices[:, :k]
+    return indices
+
+
+def _check_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    require_tensor(mask, "mask", "[T]")
+    require_shape(mask, "mask", (logits.shape[0],), "[T]")
+    require(mask.device == logits.device, "mask", f"on {mask.device}", f"the device of the logits, {logits.device}")
+    return mask.bool()
+
+
+def _finish(z: Tensor, q: Tensor, probs: Tensor, indices: Tensor, weights: Tensor, mask: Tensor | None) -> Routing:
+    """Load and losses over the valid tokens. z, q, probs [T, E]; indices, weights [T, K]; an empty slot is E."""
+    T, E = z.shape
+    if mask is not None:
+        indices = torch.where(mask[:, None], indices, E)
+        weights = torch.where(mask[:, None], weights, 0)
+        q = torch.where(mask[:, None], q, 0)
+    count = torch.bincount(indices.flatten(), minlength=E + 1)[:E].to(z.dtype)
+    load = count / count.sum().clamp(min=1)
+    tokens = mask.sum().clamp(min=1) if mask is not None else max(T, 1)
+    lse_squared = torch.logsumexp(z, -1) ** 2  # [T]
+    if mask is not None:
+        lse_squared = torch.where(mask, lse_squared, 0)
+    return Routing(indices, weights, probs, load, E * torch.dot(load, q.sum(0)) / tokens, lse_squared.sum() / tokens)
+
+
+def route_top_k(router_logits: Tensor, top_k: int, *, weights: str = "unit", mask: Tensor | None = None) -> Routing:
+    """The ``top_k`` largest logits of each token, ties to the lower index.
+
+    Args:
+        router_logits: [T, E] floating point; computed in float32 (float64 for float64).
+        top_k: experts a token, 1 <= top_k <= E.
+        weights: of the selected experts: "unit" is 1 with the gradient of the softmax (straight-through), "softmax" is Q,
+            "renormalized" is Q over its sum among the selected.
+        mask: [T], true for a valid token; a padding token gets empty slots (index E, weight 0) and counts nowhere.
+
+    Returns:
+        Routing(indices [T, K] int64 best first, weights [T, K], probs Q [T, E], load [E] summing to 1, balance_loss [],
+        z_loss []); the losses are unscaled means over the valid tokens and 0 without any.
+
+    Raises:
+        ValueError: a wrong rank, dtype or mask, top_k outside [1, E], an unknown ``weights``, NaN or infinite logits (CPU).
+
+    Gradient: to ``router_logits`` from weights (the selected experts only), probs and both losses; the load has none.
+
+    Source: eq. 3 and 5 of DOT-MoE (arXiv 2606.01666); balance: Switch Transformer (arXiv 2101.03961); z: ST-MoE
+    (arXiv 2202.08906).
+    """
+    require_float(router_logits, "router_logits", 2, "[T, E]")
+    E = router_logits.shape[1]
+    require(isinstance(top_k, int) and not isinstance(top_k, bool), "top_k", repr(top_k), f"an integer from 1 to E = {E}")
+    require(1 <= top_k <= E, "top_k", top_k, f"an integer from 1 to E = {E}")
+    require(weights in _WEIGHTS, "weights", repr(weights), " | ".join(_WEIGHTS))
+    valid = _check_mask(mask, router_logits)
+    require_finite(router_logits, "router_logits")
+    z = router_logits.to(compute_dtype(router_logits))
+    q = torch.softmax(z, -1)
+    indices = _top_indices(z.detach(), top_k)
+    chosen = q.gather(1, indices)  # [T, K]
+    if weights == "unit":
+        chosen = straight_through(torch.ones_like(chosen), chosen)
+    elif weights == "renormalized":
+        chosen = chosen / chosen.sum(-1, keepdim=True)
+    return _finish(z, q, q, indices, chosen, valid)
+
+
+def route_soft_top_k(
+    scores: Tensor,
+    k: float | Tensor,
+    *,
+    temperature: float | Tensor,
+    threshold: float,
+    max_active: int,
+    mask: Tensor | None = None,
+) -> Routing:
+    """SoftMoE: p = LapSum(scores, k); the experts with p > threshold, at least one and at most ``max_active``, weighted by p.
+
+    Args:
+        scores: [T, E] raw router scores, floating point.
+        k: expected number of experts a token, in (0, E): a float or a tensor [] or [T].
+        temperature: LapSum's alpha > 0, a float or a tensor [] or [T].
+        threshold: theta in [0, 1); constant in the backward, no renormalisation.
+        max_active: K, slots a token, 1 <= max_active <= E.
+        mask: [T], true for a valid token.
+
+    Returns:
+        Routing(indices [T, K] int64, weights [T, K], probs p [T, E], load, balance_loss, z_loss); an unused slot has index E and
+        weight 0. The balance loss takes p over its sum for Q.
+
+    Raises:
+        ValueError: as ``soft_top_k`` and ``route_top_k``; a threshold outside [0, 1), max_active outside [1, E].
+
+    Gradient: to scores, k and temperature from weights, probs and losses, with the selection held constant.
+
+    Source: SoftMoE (arXiv 2606.17952).
+    """
+    require_float(scores, "scores", 2, "[T, E]")
+    E = scores.shape[1]
+    require(isinstance(max_active, int) and 1 <= max_active <= E, "max_active", max_active, f"an integer from 1 to E = {E}")
+    require(isinstance(threshold, int | float) and 0 <= threshold < 1, "threshold", threshold, "a number in [0, 1)")
+    valid = _check_mask(mask, scores)
+    p = soft_top_k(scores, k, temperature=temperature)  # [T, E]
+    z = scores.to(compute_dtype(scores))
+    indices = _top_indices(z.detach(), max_active)
+    chosen = p.gather(1, indices)
+    keep = chosen.detach() > threshold
+    keep[:, :1] = True
+    q = p / p.sum(-1, keepdim=True)
+    return _finish(z, q, p, torch.where(keep, indices, E), torch.where(keep, chosen, 0), valid)

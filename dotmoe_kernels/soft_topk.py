@@ -1,0 +1,109 @@
+"""LapSum soft top-k: p in (0, 1)^E with sum exactly k, the differentiable top-k of SoftMoE.
+
+    p_i = Phi(r_i / alpha - b), Phi(z) = e^z / 2 for z <= 0 and 1 - e^-z / 2 above, b such that sum_i p_i = k
+
+With s the sorted r / alpha, L_i = sum_{j<=i} e^{s_j - s_i} and R_i = sum_{j>=i} e^{s_i - s_j}, the number n - k is reached between
+two neighbours s_{m-1} and s_m, where b solves a quadratic in e^b. All of it stays in logarithms: e^{s_{m-1} - s_m} underflows
+when k is an integer and the gap is wide. Computed in float64: the differences of scores of 1e4 would cost float32 its digits.
+Cost: one sort and two scans of [..., E].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._checks import compute_dtype, require, require_finite, require_float, require_same
+
+
+def _laplace_offset(s: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """(s_m, ln y) [...] with b = s_m + ln y for the ascending s [..., n] and k [...]."""
+    n = s.shape[-1]
+    log_l = torch.logcumsumexp(s, -1) - s  # ln L
+    log_r = torch.logcumsumexp(-s.flip(-1), -1).flip(-1) + s  # ln R
+    phi = torch.arange(n, dtype=s.dtype, device=s.device) + 0.5 + (log_r.exp() - log_l.exp()) / 2
+    w = n - k
+    m = (phi < w[..., None]).sum(-1)  # first i with phi_i >= w
+
+    def at(values: Tensor, index: Tensor) -> Tensor:
+        return values.gather(-1, index.clamp(0, n - 1)[..., None])[..., 0]
+
+    upper, lower = at(s, m), at(s, m - 1)
+    log_b, log_c, d = at(log_l, m - 1), at(log_r, m), w - m
+    log_bg = log_b + lower - upper  # ln(B gam)
+    q = torch.sqrt(d * d + torch.exp(log_bg + log_c))
+    tiny = torch.finfo(s.dtype).tiny
+    inner = torch.where(
+        d > 0,
+        torch.log((d + q).clamp(min=tiny)) - log_c,
+        torch.where(d < 0, log_bg - torch.log((q - d).clamp(min=tiny)), (log_bg - log_c) / 2),
+    )
+    first = torch.log(2 * w) - log_c  # m = 0: below every score
+    last = log_b - torch.log((2 * k).clamp(min=tiny))  # m = n: above every score, relative to s_{n-1}
+    log_y = torch.where(m == 0, first, torch.where(m == n, last, inner))
+    return torch.where(m == n, lower, upper), log_y
+
+
+class _SoftTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, k: Tensor, temperature: Tensor) -> Tensor:
+        """scores [..., n], k and temperature [...], all float64."""
+        s = scores / temperature[..., None]
+        pivot, log_y = _laplace_offset(torch.sort(s, -1).values, k)
+        z = (s - pivot[..., None]) - log_y[..., None]
+        half = 0.5 * torch.exp(-z.abs())
+        ctx.save_for_backward(scores, temperature, z)
+        return torch.where(z <= 0, half, 1 - half)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores, temperature, z = ctx.saved_tensors
+        alpha = temperature[..., None]
+        total = 0.5 * torch.exp(torch.logsumexp(-z.abs(), -1, keepdim=True))  # S = sum of the densities
+        h = torch.softmax(-z.abs(), -1)
+        dk = (h * grad).sum(-1, keepdim=True)
+        dscores = (total / alpha) * h * (grad - dk)
+        dtemperature = -(dscores * scores).sum(-1) / temperature
+        return dscores, dk[..., 0], dtemperature
+
+
+def soft_top_k(scores: Tensor, k: float | Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
+    """LapSum: p_i = Phi(scores_i / temperature - b) with b such that sum_i p_i = k.
+
+    Args:
+        scores: [..., E] floating point, finite.
+        k: in (0, E), need not be whole: a number or a tensor [] or [...].
+        temperature: alpha > 0: a number or a tensor [] or [...].
+
+    Returns:
+        p [..., E] in [0, 1], float32 (float64 for float64 scores); the sum is k to 1e-6 E.
+
+    Raises:
+        ValueError: a wrong rank, shape or dtype; on CPU also NaN or infinite scores, k outside (0, E), temperature <= 0.
+
+    Gradient: to scores, k and temperature, through the implicit b. A second derivative is refused.
+
+    Source: LapSum (arXiv 2503.06242), as used by SoftMoE (arXiv 2606.17952).
+    """
+    require_float(scores, "scores", 1, "[..., E]", at_least=True)
+    batch, E = scores.shape[:-1], scores.shape[-1]
+    require_finite(scores, "scores")
+    given: list[Tensor] = []
+    for name, value in (("k", k), ("temperature", temperature)):
+        if isinstance(value, Tensor):
+            require(value.dim() == 0 or value.shape == batch, name, f"of shape {list(value.shape)}", f"[] or {list(batch)}")
+            require_same(value, name, scores, "scores", dtype=False)
+            given.append(value.double().expand(batch))
+        else:
+            require(isinstance(value, int | float), name, repr(value), "a number or a tensor")
+            given.append(torch.full(batch, float(value), dtype=torch.float64, device=scores.device))
+    ks, temperatures = given
+    if scores.device.type == "cpu" and ks.numel():
+        require(bool(((ks > 0) & (ks < E)).all()), "k", k, f"strictly between 0 and E = {E}")
+        positive = (temperatures > 0) & temperatures.isfinite()
+        require(bool(positive.all()), "temperature", temperature, "positive and finite")
+    return _SoftTopK.apply(scores.double(), ks, temperatures).to(compute_dtype(scores))
