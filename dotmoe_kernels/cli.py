@@ -213,7 +213,7 @@ def _convert(args: argparse.Namespace) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from .conversion import DotMoeConfig, convert, check_lines, find_ffns, load_tokens, save, self_check
+    from .conversion import DotMoeConfig, check_lines, convert, find_ffns, load_tokens, save, self_check
     from .evaluation import perplexity, retention
 
     dense = AutoModelForCausalLM.from_pretrained(

@@ -20,31 +20,30 @@ from ._checks import compute_dtype, require, require_finite, require_float, requ
 
 
 def _laplace_offset(s: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """(s_m, ln y) [...] with b = s_m + ln y for the ascending s [..., n] and k [...]."""
+    """(pivot, offset) [...] with b = pivot + offset for the ascending s [..., n] and k [...].
+
+    The pivot is the neighbour that b lies close to: measured from the other one, the gap would cost the digits."""
     n = s.shape[-1]
     log_l = torch.logcumsumexp(s, -1) - s  # ln L
     log_r = torch.logcumsumexp(-s.flip(-1), -1).flip(-1) + s  # ln R
     phi = torch.arange(n, dtype=s.dtype, device=s.device) + 0.5 + (log_r.exp() - log_l.exp()) / 2
-    w = n - k
-    m = (phi < w[..., None]).sum(-1)  # first i with phi_i >= w
+    m = (phi < (n - k)[..., None]).sum(-1)  # first i with phi_i >= n - k
 
     def at(values: Tensor, index: Tensor) -> Tensor:
         return values.gather(-1, index.clamp(0, n - 1)[..., None])[..., 0]
 
     upper, lower = at(s, m), at(s, m - 1)
-    log_b, log_c, d = at(log_l, m - 1), at(log_r, m), w - m
-    log_bg = log_b + lower - upper  # ln(B gam)
-    q = torch.sqrt(d * d + torch.exp(log_bg + log_c))
+    log_b, log_c, gap = at(log_l, m - 1), at(log_r, m), upper - lower
+    d = (n - m) - k
+    q = torch.sqrt(d * d + torch.exp(log_b + log_c - gap))
     tiny = torch.finfo(s.dtype).tiny
-    inner = torch.where(
-        d > 0,
-        torch.log((d + q).clamp(min=tiny)) - log_c,
-        torch.where(d < 0, log_bg - torch.log((q - d).clamp(min=tiny)), (log_bg - log_c) / 2),
-    )
-    first = torch.log(2 * w) - log_c  # m = 0: below every score
-    last = log_b - torch.log((2 * k).clamp(min=tiny))  # m = n: above every score, relative to s_{n-1}
-    log_y = torch.where(m == 0, first, torch.where(m == n, last, inner))
-    return torch.where(m == n, lower, upper), log_y
+    above = torch.log((d + q).clamp(min=tiny)) - log_c  # d > 0: from the upper neighbour
+    below = log_b - torch.log((q - d).clamp(min=tiny))  # d < 0: from the lower one
+    middle = (gap + log_b - log_c) / 2
+    offset = torch.where(d > 0, above, torch.where(d < 0, below, middle))
+    offset = torch.where(m == 0, torch.log(2 * (n - k)) - log_c, offset)  # below every score
+    offset = torch.where(m == n, log_b - torch.log(2 * k), offset)  # above every score
+    return torch.where((m == 0) | ((d > 0) & (m < n)), upper, lower), offset
 
 
 class _SoftTopK(torch.autograd.Function):
@@ -52,8 +51,8 @@ class _SoftTopK(torch.autograd.Function):
     def forward(ctx: Any, scores: Tensor, k: Tensor, temperature: Tensor) -> Tensor:
         """scores [..., n], k and temperature [...], all float64."""
         s = scores / temperature[..., None]
-        pivot, log_y = _laplace_offset(torch.sort(s, -1).values, k)
-        z = (s - pivot[..., None]) - log_y[..., None]
+        pivot, offset = _laplace_offset(torch.sort(s, -1).values, k)
+        z = (s - pivot[..., None]) - offset[..., None]
         half = 0.5 * torch.exp(-z.abs())
         ctx.save_for_backward(scores, temperature, z)
         return torch.where(z <= 0, half, 1 - half)

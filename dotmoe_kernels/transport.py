@@ -135,7 +135,7 @@ def _unrolled_adjoint(
 
 
 def _implicit_gradient(plan: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient at the fixed point: (dX [F, E], d c [E] up to a constant).
+    """Gradient at the fixed point: (dX [F, E], d c [E] with <q, dc> = 0, which is what the unrolled steps give).
 
     [diag(q) - P^T diag(1/r) P] y = b - P^T(a / r), x = (a - P y) / r, dX = P * (G - x - y), with r, q the actual sums of P,
     a = sum_e P G and b = sum_i P G. The matrix is built as a Laplacian, whose null vector 1 is exact, and solved in float64."""
@@ -152,7 +152,7 @@ def _implicit_gradient(plan: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     rhs = (b - scaled.T @ a).double()
     y = torch.linalg.solve(laplacian, rhs - rhs.mean()).to(plan.dtype)
     xi = (a - plan @ y) / r
-    return plan * (grad - xi[:, None] - y), y
+    return plan * (grad - xi[:, None] - y), y - torch.dot(q, y) / q.sum()
 
 
 class _Sinkhorn(torch.autograd.Function):
@@ -235,7 +235,7 @@ def sinkhorn(
         ValueError: a wrong rank, shape or dtype; on CPU tensors also NaN or infinite values, tau <= 0, a capacity that is not
             positive or does not sum to F.
 
-    Gradient: to affinity, tau, capacity (implicit: up to a constant) and init (unroll). A second derivative is refused.
+    Gradient: to affinity, tau, capacity and init (unroll only). A second derivative is refused.
 
     Source: eq. 1 of DOT-MoE (arXiv 2606.01666); Cuturi 2013 (arXiv 1306.0895); absorption as in Schmitzer 2019
     (arXiv 1610.06519); implicit gradient as in Eisenberger et al. 2022 (arXiv 2205.06688).
