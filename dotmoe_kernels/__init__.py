@@ -12,8 +12,8 @@ from .alignment import AlignmentConfig
 from .dispatch import Slots, dispatch_tokens, gather_tokens, scatter_tokens
 from .experts import expert_ffn, grouped_mm, masked_ffn
 from .permutation import neuron_order, pack_experts, unpack_experts
-from .reference import Routing, SinkhornInfo, straight_through
-from .rounding import balanced_assignment
+from .reference import Routing, SinkhornInfo
+from .rounding import balanced_assignment, straight_through
 from .routing import route_soft_top_k, route_top_k
 from .soft_topk import soft_top_k
 from .transport import sinkhorn
@@ -61,4 +61,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_CONVERSION})
+    return [*__all__, "__version__"]

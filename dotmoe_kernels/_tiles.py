@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 
-def pick_path(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor) -> str:
+def pick_path(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, *, needs_grad: bool = False) -> str:
     """The path of ``expert_ffn`` for these tensors: "grouped", "decode" or "masked"."""
     T, K = indices.shape
     E = gate_up_proj.shape[0]
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up_proj, down_proj))
     if needs_grad:
         return "grouped"
     # 16-bit products on a CPU reach their speed only at many rows: the dense view is the faster one while an expert has few

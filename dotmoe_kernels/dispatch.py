@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ._autograd import first_order
 from ._checks import (
     compute_dtype,
     require,
@@ -74,7 +74,7 @@ class _Scatter(torch.autograd.Function):
         return x.index_select(0, token).masked_fill_(~used, 0)
 
     @staticmethod
-    @once_differentiable
+    @first_order("scatter_tokens")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         token, used = ctx.saved_tensors
         rows = torch.where(used, grad, 0).to(compute_dtype(grad))
@@ -92,7 +92,7 @@ class _Gather(torch.autograd.Function):
         return rows.new_zeros(T, ys.shape[1]).index_add_(0, token, rows).to(ys.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order("gather_tokens")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ys, weights, token, source, used = ctx.saved_tensors
         rows = grad.index_select(0, token).to(compute_dtype(grad))  # [S, H]

@@ -16,10 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import compute_dtype, require, require_float
-from .reference import straight_through
-
-__all__ = ["balanced_assignment", "straight_through"]
+from . import reference
+from ._checks import compute_dtype, require, require_float, require_same, require_tensor
 
 
 def _deferred_acceptance(scores: np.ndarray, capacity: np.ndarray) -> np.ndarray:
@@ -108,3 +106,25 @@ def balanced_assignment(scores: Tensor, capacity: Tensor | Sequence[int] | None 
         return expert_of
     chosen = dense.gather(-1, expert_of[..., None])[..., 0]
     return expert_of, (dense.amax(-1) - chosen).sum(-1)
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """Forward ``hard``, backward ``soft``: hard + (soft - sg soft) (eq. 3).
+
+    Args:
+        hard: any shape and dtype, the values.
+        soft: floating point, the shape of ``hard``; receives the gradient as it comes.
+
+    Returns:
+        The values of ``hard`` in the dtype of ``soft``.
+
+    Raises:
+        ValueError: different shapes or devices, a ``soft`` that is not floating point.
+
+    Source: eq. 3 of DOT-MoE (arXiv 2606.01666); Bengio et al. 2013 (arXiv 1308.3432).
+    """
+    require_tensor(hard, "hard", "[...]")
+    require_float(soft, "soft", 0, "[...]", at_least=True)
+    require(hard.shape == soft.shape, "hard", f"of shape {list(hard.shape)}", f"the shape of soft, {list(soft.shape)}")
+    require_same(hard, "hard", soft, "soft", dtype=False)
+    return reference.straight_through(hard, soft)

@@ -32,13 +32,15 @@ def _top_indices(scores: Tensor, k: int) -> Tensor:
     return indices
 
 
-def _check_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:
+def _check_mask(mask: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(logits with padding rows zero, mask): whatever a padding row holds, NaN included, stays out of values and gradients."""
     if mask is None:
-        return None
+        return logits, None
     require_tensor(mask, "mask", "[T]")
     require_shape(mask, "mask", (logits.shape[0],), "[T]")
     require(mask.device == logits.device, "mask", f"on {mask.device}", f"the device of the logits, {logits.device}")
-    return mask.bool()
+    valid = mask.bool()
+    return torch.where(valid[:, None], logits, 0), valid
 
 
 def _finish(z: Tensor, q: Tensor, probs: Tensor, indices: Tensor, weights: Tensor, mask: Tensor | None) -> Routing:
@@ -65,7 +67,8 @@ def route_top_k(router_logits: Tensor, top_k: int, *, weights: str = "unit", mas
         top_k: experts a token, 1 <= top_k <= E.
         weights: of the selected experts: "unit" is 1 with the gradient of the softmax (straight-through), "softmax" is Q,
             "renormalized" is Q over its sum among the selected.
-        mask: [T], true for a valid token; a padding token gets empty slots (index E, weight 0) and counts nowhere.
+        mask: [T], true for a valid token; a padding token gets empty slots (index E, weight 0), counts nowhere, and its row may
+            hold anything.
 
     Returns:
         Routing(indices [T, K] int64 best first, weights [T, K], probs Q [T, E], load [E] summing to 1, balance_loss [],
@@ -84,7 +87,7 @@ def route_top_k(router_logits: Tensor, top_k: int, *, weights: str = "unit", mas
     require(isinstance(top_k, int) and not isinstance(top_k, bool), "top_k", repr(top_k), f"an integer from 1 to E = {E}")
     require(1 <= top_k <= E, "top_k", top_k, f"an integer from 1 to E = {E}")
     require(weights in _WEIGHTS, "weights", repr(weights), " | ".join(_WEIGHTS))
-    valid = _check_mask(mask, router_logits)
+    router_logits, valid = _check_mask(mask, router_logits)
     require_finite(router_logits, "router_logits")
     z = router_logits.to(compute_dtype(router_logits))
     q = torch.softmax(z, -1)
@@ -131,7 +134,7 @@ def route_soft_top_k(
     E = scores.shape[1]
     require(isinstance(max_active, int) and 1 <= max_active <= E, "max_active", max_active, f"an integer from 1 to E = {E}")
     require(isinstance(threshold, int | float) and 0 <= threshold < 1, "threshold", threshold, "a number in [0, 1)")
-    valid = _check_mask(mask, scores)
+    scores, valid = _check_mask(mask, scores)
     p = soft_top_k(scores, k, temperature=temperature)  # [T, E]
     z = scores.to(compute_dtype(scores))
     indices = _top_indices(z.detach(), max_active)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ._autograd import first_order
 from ._checks import compute_dtype, require, require_finite, require_float, require_same
 
 
@@ -58,7 +58,7 @@ class _SoftTopK(torch.autograd.Function):
         return torch.where(z <= 0, half, 1 - half)
 
     @staticmethod
-    @once_differentiable
+    @first_order("soft_top_k")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scores, temperature, z = ctx.saved_tensors
         alpha = temperature[..., None]

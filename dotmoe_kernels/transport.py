@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ._autograd import first_order
 from ._checks import compute_dtype, require, require_finite, require_float, require_same, require_shape, require_tensor
 from .reference import SinkhornInfo
 
@@ -179,7 +179,7 @@ class _Sinkhorn(torch.autograd.Function):
         return plan, log_u, log_v, count, error
 
     @staticmethod
-    @once_differentiable
+    @first_order("sinkhorn")
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         affinity, capacity, tau, plan, *histories = ctx.saved_tensors
         _, _, final, mode = ctx.options
@@ -243,7 +243,12 @@ def sinkhorn(
     require_float(affinity, "affinity", 2, "[..., F, E]", at_least=True)
     batch, (F, E) = affinity.shape[:-2], affinity.shape[-2:]
     require(F >= 1 and E >= 1, "affinity", f"of shape {list(affinity.shape)}", "at least one neuron and one expert")
-    require(isinstance(num_iters, int) and num_iters >= 1, "num_iters", num_iters, "an integer of at least 1")
+    require(
+        isinstance(num_iters, int) and not isinstance(num_iters, bool) and num_iters >= 1,
+        "num_iters",
+        num_iters,
+        "an integer of at least 1",
+    )
     require(isinstance(tol, int | float) and tol >= 0, "tol", tol, "a number of at least 0")
     require(final in ("row", "column"), "final", repr(final), '"row" or "column"')
     require(backward in ("unroll", "implicit"), "backward", repr(backward), '"unroll" or "implicit"')

@@ -37,8 +37,9 @@ def expert_ffn(
         indices: [T, K] int64 or int32 in [0, E]; E marks an empty slot.
         weights: [T, K] floating point. None: 1.
         activation: an ACT2FN name.
-        path: "grouped" sorts the tokens by expert (prefill, training), "decode" reads only the chosen experts (1-16 tokens),
-            "masked" runs the dense product and masks it (in between), "auto" picks by shape. All on the same tensors.
+        path: "grouped" sorts the tokens by expert (prefill, training), "decode" reads only the chosen experts (1-16 tokens; where
+            a gradient is needed it is "grouped"), "masked" runs the dense product and masks it (in between), "auto" picks by
+            shape. All on the same tensors.
 
     Returns:
         y [T, H] in the dtype of ``x``, combined in float32.
@@ -75,7 +76,10 @@ def expert_ffn(
         require_same(weights, "weights", x, "x", dtype=False)
     find_activation(activation)
     require(path in ("auto", *_PATHS), "path", repr(path), "auto | " + " | ".join(_PATHS))
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up_proj, down_proj, weights))
     if path == "auto":
-        path = pick_path(x, gate_up_proj, down_proj, indices)
+        path = pick_path(x, gate_up_proj, down_proj, indices, needs_grad=needs_grad)
+    if path == "decode" and needs_grad:
+        path = "grouped"
     with torch.autocast(x.device.type, enabled=False):
         return _PATHS[path](x, gate_up_proj, down_proj, indices, weights, activation)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .._autograd import first_order
 from .._checks import require, require_float, require_offsets, require_same
 from ..dispatch import dispatch_tokens, gather_tokens, scatter_tokens
 from .activations import find_activation
@@ -41,7 +41,7 @@ class _GroupedMM(torch.autograd.Function):
         return _multiply(a, b, offsets)
 
     @staticmethod
-    @once_differentiable
+    @first_order("grouped_mm")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, offsets = ctx.saved_tensors
         grad = grad.contiguous()

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from .._autograd import first_order
 from .._checks import compute_dtype, require, require_float, require_indices, require_range, require_same, require_shape
 from .activations import find_activation
 
@@ -66,7 +66,7 @@ class _MaskedFFN(torch.autograd.Function):
         return hidden @ down_proj.T
 
     @staticmethod
-    @once_differentiable
+    @first_order("masked_ffn")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_proj, up_proj, down_proj, r, expert_of, gate, up = ctx.saved_tensors
         act = find_activation(ctx.activation)
