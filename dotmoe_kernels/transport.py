@@ -13,6 +13,7 @@ All in float32, or float64 for a float64 affinity. Cost: about 4 T F E flops for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,14 @@ def _log_step(x: Tensor, g: Tensor, log_c: Tensor) -> tuple[Tensor, Tensor]:
     return g + (log_c - log_q), log_q
 
 
+def _products(k: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """(v [E] -> K v [F], u [F] -> K^T u [E]); on a CPU by NumPy, whose matrix-vector products are the faster ones."""
+    if k.device.type != "cpu":
+        return lambda v: torch.mv(k, v), lambda u: torch.mv(k.T, u)
+    array = k.numpy()
+    return lambda v: torch.from_numpy(array @ v.numpy()), lambda u: torch.from_numpy(u.numpy() @ array)
+
+
 def _spread(x: Tensor) -> float:
     low, high = torch.aminmax(x)
     return float(high - low)
@@ -50,6 +59,7 @@ def _solve(x: Tensor, c: Tensor, g: Tensor, num_iters: int, tol: float, final: s
     history = [g]
     # first step: q can underflow to 0 from a cold start, and then its logarithm needs a column maximum
     k, ref = torch.softmax(x + g, -1), g
+    times, transposed_times = _products(k)
     q = k.sum(0)
     if float(q.min()) > 1e-30:
         g, log_q = g + (log_c - q.log()), q.log()
@@ -61,9 +71,10 @@ def _solve(x: Tensor, c: Tensor, g: Tensor, num_iters: int, tol: float, final: s
         spread = _spread(shift)
         if not spread <= _ABSORB:
             k, ref = torch.softmax(x + g, -1), g
+            times, transposed_times = _products(k)
             shift = torch.zeros_like(g)
         v = shift.exp()
-        q = torch.mv(k.T, torch.mv(k, v).reciprocal_())  # column sums over v
+        q = transposed_times(times(v).reciprocal_())  # column sums over v
         step = log_c - q.log()
         if not _spread(step) <= _SAFE:  # a column of K that underflowed
             g, log_q = _log_step(x, g, log_c)
@@ -71,11 +82,11 @@ def _solve(x: Tensor, c: Tensor, g: Tensor, num_iters: int, tol: float, final: s
             log_q = log_c - step + shift
             g = ref + step
         history.append(g)
-    del k
+    del k, times, transposed_times
     if final == "row":
         y = x + g
-        log_u = -torch.logsumexp(y, -1)
         plan = torch.softmax(y, -1)
+        log_u = plan.amax(-1).log() - y.amax(-1)  # -LSE, read off each row's largest entry
         error = (plan.sum(0) / c - 1).abs().max()
     else:
         log_u = -torch.logsumexp(x + history[-2], -1)
@@ -108,19 +119,20 @@ def _unrolled_adjoint(
     plain = int(wide[-1]) + 1 if wide.numel() else 0  # steps 1..plain in the log domain
     if plain < steps:
         k = plan if final == "row" else torch.softmax(x + history[-1], -1)
-        v = (shift - low[:, None])[plain:].exp().T.contiguous()  # [E, T]; the scale of a v cancels in u v
-        u = (k @ v).reciprocal_()  # [F, T]
-        inverse_q = (k.T @ u).reciprocal_()  # [E, T]
+        times, transposed_times = _products(k)
+        v = (shift - low[:, None])[plain:].exp()  # [T, E]; the scale of a v cancels in u v
+        u = (v @ k.T).reciprocal_()  # [T, F]
+        inverse_q = (u @ k).reciprocal_()  # [T, E]
         uf, z = torch.empty_like(u), torch.empty_like(v)
         for t in range(steps - plain - 1, -1, -1):
             dlogc += gbar
-            z[:, t] = gbar * inverse_q[:, t]
-            fbar = -u[:, t] * torch.mv(k, z[:, t])
+            torch.mul(gbar, inverse_q[t], out=z[t])
+            fbar = times(z[t]).mul_(u[t]).neg_()
             if fbar_last is not None:
                 fbar, fbar_last = fbar + fbar_last, None
-            uf[:, t] = u[:, t] * fbar
-            gbar = -v[:, t] * torch.mv(k.T, uf[:, t])
-        dx = dx - k * (torch.cat((u, uf), 1) @ torch.cat((z, v), 1).T)
+            torch.mul(u[t], fbar, out=uf[t])
+            gbar = transposed_times(uf[t]).mul_(v[t]).neg_()
+        dx = torch.addcmul(dx, k, torch.cat((u, uf)).T @ torch.cat((z, v)), value=-1)
     for t in range(plain - 1, -1, -1):
         dlogc += gbar
         log_s = torch.log_softmax(x + history[t], -1)

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from .checkpoint import export, load, save
     from .checks import check_lines, count_parameters, self_check
     from .config import DotMoeConfig
-    from .convert import convert
     from .data import load_tokens
     from .modeling import DotMoeForCausalLM, materialize, restore_dense
+    from .pipeline import convert
     from .surgery import DenseFFN, find_ffns, swap_ffn
 
 __all__ = [
@@ -47,7 +47,7 @@ _NAMES_IN = {
     "checkpoint": ("export", "load", "save"),
     "checks": ("check_lines", "count_parameters", "self_check"),
     "config": ("DotMoeConfig",),
-    "convert": ("convert",),
+    "pipeline": ("convert",),
     "data": ("load_tokens",),
     "modeling": ("DotMoeForCausalLM", "materialize", "restore_dense"),
     "surgery": ("DenseFFN", "find_ffns", "swap_ffn"),

@@ -29,8 +29,8 @@ from ..evaluation import perplexity, retention
 from .checkpoint import load, save
 from .checks import check_lines, count_parameters, self_check
 from .config import DotMoeConfig
-from .convert import METHODS, convert
 from .data import pack_documents, read_documents
+from .pipeline import METHODS, convert
 
 _END = "<|endoftext|>"
 

@@ -1,0 +1,368 @@
+"""Save, load, export: what is written comes back bit for bit, what does not fit is an error, and a failed save changes nothing."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import BACKBONES, E, F, H, dense_model, random_layers, sparse_model, tokens
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import dotmoe_kernels as dk
+from dotmoe_kernels.conversion import DotMoeConfig, all_experts, materialize, moe_blocks
+
+SHAPE = {"num_experts": E, "top_k": 2}
+MLP = "model.layers.0.mlp"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A saved model's folder, which a test may damage."""
+    dk.save(sparse_model(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def same_state(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
+
+
+def edit(folder, change):
+    """Rewrite the weights after ``change`` of their dictionary."""
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder, **fields):
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | fields))
+
+
+def contents(folder):
+    return {f.name: f.read_bytes() for f in folder.iterdir()}
+
+
+def word_tokenizer():
+    vocabulary = {"<eos>": 0, "<unk>": 1, "a": 2, "b": 3}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>")
+
+
+# --- round trips -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_save_and_load(kind, tie, tmp_path):
+    model, x = sparse_model(kind, tie_word_embeddings=tie), tokens()
+    dk.save(model, tmp_path / "m")
+    loaded = dk.load(tmp_path / "m")
+    assert same_state(model, loaded)
+    assert not loaded.training
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) is tie
+    assert all(b.experts.down_proj.transpose(1, 2).is_contiguous() for b in moe_blocks(loaded).values())
+    with torch.no_grad():
+        expected = model(x).logits
+        assert float((loaded(x).logits - expected).abs().max() / expected.abs().max()) < 5e-6
+    assert loaded.config.dense_config.to_dict() == type(loaded.config.dense_config)(**model.config.dense_config.to_dict()).to_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_export_dense_is_bit_for_bit(kind, tie, dtype, tmp_path):
+    model = dense_model(kind, tie_word_embeddings=tie, dtype=dtype)
+    model.save_pretrained(tmp_path / "source")
+    source = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    sparse = materialize(source, DotMoeConfig(**SHAPE), random_layers(source))
+    dk.save(sparse, tmp_path / "m", tokenizer=word_tokenizer())
+    dk.export(tmp_path / "m", tmp_path / "out")
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("source", "out")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(t, files[1][n]) and t.dtype == files[1][n].dtype for n, t in files[0].items())
+    restored = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(restored) is type(model)
+    assert same_state(restored, model)
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("source", "out"))
+    assert before == after
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a b")["input_ids"] == [2, 3]
+
+
+def test_from_pretrained_of_both_classes(saved):
+    for cls in (dk.DotMoeForCausalLM, AutoModelForCausalLM):
+        model = cls.from_pretrained(saved)
+        assert type(model) is dk.DotMoeForCausalLM
+        assert moe_blocks(model)[MLP].experts.down_proj.transpose(1, 2).is_contiguous()
+
+
+def test_load_with_another_dtype_and_top_k(saved):
+    model = dk.load(saved, dtype=torch.bfloat16, device="cpu", top_k=5)
+    assert model.dtype == torch.bfloat16
+    assert moe_blocks(model)[MLP].neuron_order.dtype == torch.int64
+    assert moe_blocks(model)[MLP].gate.top_k == model.config.top_k == 5
+
+
+def test_shards(tmp_path):
+    model = sparse_model()
+    dk.save(model, tmp_path / "m", max_shard_size="20KB")
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
+    assert same_state(dk.load(tmp_path / "m"), model)
+    next((tmp_path / "m").glob("*-00002-of-*.safetensors")).unlink()
+    with pytest.raises(ValueError, match=r"without model-00002-of-.*allowed: a folder with every shard"):
+        dk.load(tmp_path / "m")
+
+
+def test_folder_contents(tmp_path):
+    model = sparse_model()
+    model.config.assignment = {"method": "dot", "seed": 3}
+    dk.save(model, tmp_path / "m", tokenizer=word_tokenizer(), card={"base_model": "x/y", "perplexity": 7.25, "Tasks": {"a": 1}})
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert 'base_model: "x/y"' in card
+    assert "| perplexity | 7.25 |" in card
+    assert "## Tasks" in card
+    assert "| method | dot |" in card
+    assert dk.load(tmp_path / "m").config.assignment == {"method": "dot", "seed": 3}
+    assert AutoTokenizer.from_pretrained(tmp_path / "m")("a")["input_ids"] == [2]
+    assert str(tmp_path) not in (tmp_path / "m" / "config.json").read_text()
+
+
+def test_config_has_no_path_of_the_source(tmp_path):
+    dense_model().save_pretrained(tmp_path / "source")
+    source = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    dk.save(materialize(source, DotMoeConfig(**SHAPE), random_layers(source)), tmp_path / "m")
+    assert all(str(tmp_path) not in f.read_text() for f in (tmp_path / "m").glob("*.[jm][sd]*"))
+
+
+def test_training_after_loading(saved):
+    model, x = dk.load(saved).train(), tokens()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model(x, labels=x).loss
+    before.backward()
+    optimizer.step()
+    assert model(x, labels=x).loss < before
+    dk.save(model, saved, overwrite=True)  # the loaded tensors may still be mapped from the folder that goes
+    assert same_state(dk.load(saved), model)
+
+
+def test_all_experts_after_reload_is_the_dense_model(tmp_path):
+    model, x = dense_model(), tokens()
+    with torch.no_grad():
+        expected = model(x).logits
+        dk.save(materialize(model, DotMoeConfig(**SHAPE), random_layers(model)), tmp_path / "m")
+        loaded = dk.load(tmp_path / "m")
+        with all_experts(loaded):
+            assert float((loaded(x).logits - expected).abs().max() / expected.abs().max()) < 5e-6
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------------
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"folder is .*nowhere, which does not exist; allowed: a folder written by"):
+        dk.load(tmp_path / "nowhere")
+
+
+def test_folder_is_a_file(tmp_path):
+    (tmp_path / "f").write_text("")
+    with pytest.raises(ValueError, match=r"folder is .*f, which is none; allowed: a folder"):
+        dk.load(tmp_path / "f")
+
+
+def test_no_config(saved):
+    (saved / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"without a config.json; allowed"):
+        dk.load(saved)
+
+
+def test_broken_config(saved):
+    (saved / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+        dk.load(saved)
+
+
+def test_another_kind_of_model(tmp_path):
+    dense_model().save_pretrained(tmp_path / "d")
+    with pytest.raises(ValueError, match=r"model_type of .*config.json is 'llama'; allowed: 'dotmoe'"):
+        dk.load(tmp_path / "d")
+
+
+def test_no_dense_config(saved):
+    edit_config(saved, dense_config=None)
+    with pytest.raises(ValueError, match=r"dense_config of .* is absent; allowed"):
+        dk.load(saved)
+
+
+def test_newer_format(saved):
+    edit_config(saved, format_version=2)
+    with pytest.raises(ValueError, match=r"format_version is 2; allowed: at most 1.*upgrade"):
+        dk.load(saved)
+
+
+def test_no_weights(saved):
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"without weights; allowed: a folder with model.safetensors or model.safetensors.index.json"
+    ):
+        dk.load(saved)
+
+
+def test_truncated_weights(saved):
+    data = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read .*allowed: a complete safetensors file"):
+        dk.load(saved)
+
+
+LOADERS = [dk.load, dk.DotMoeForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("name", [f"{MLP}.gate.weight", f"{MLP}.experts.down_proj", f"{MLP}.neuron_order", "lm_head.weight"])
+def test_missing_tensor(saved, name, loader):
+    edit(saved, lambda state: state.pop(name))
+    with pytest.raises(ValueError, match=rf"without the tensor {name}; allowed: a checkpoint with every tensor"):
+        loader(saved)
+
+
+def test_missing_tied_embedding(tmp_path):
+    dk.save(sparse_model(tie_word_embeddings=True), tmp_path / "m")
+    edit(tmp_path / "m", lambda state: state.pop("model.embed_tokens.weight"))
+    with pytest.raises(ValueError, match=r"without the tensor model.embed_tokens.weight"):
+        dk.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_wrong_shape(saved, loader):
+    edit(saved, lambda state: state.update({f"{MLP}.experts.down_proj": torch.zeros(E, F // E, H)}))
+    with pytest.raises(ValueError, match=rf"{MLP}.experts.down_proj of .* is of shape \[8, 8, 32\]; allowed: shape \[8, 32, 8\]"):
+        loader(saved)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_order_is_no_permutation(saved, loader):
+    edit(saved, lambda state: state[f"{MLP}.neuron_order"].__setitem__(0, state[f"{MLP}.neuron_order"][1].clone()))
+    with pytest.raises(ValueError, match=rf"{MLP}.neuron_order of .* is no permutation; allowed: each of 0 to 63 once"):
+        loader(saved)
+
+
+def test_topology_that_does_not_fit_the_dense_model(saved):
+    edit_config(saved, num_experts=7)
+    with pytest.raises(ValueError, match=r"num_experts is 7; allowed: a divisor of F = 64"):
+        dk.load(saved)
+
+
+def test_export_architecture(saved, tmp_path):
+    with pytest.raises(ValueError, match=r"architecture is 'mixtral'; allowed: 'dense'"):
+        dk.export(saved, tmp_path / "out", architecture="mixtral")
+    assert not (tmp_path / "out").exists()
+
+
+def test_save_of_a_dense_model(tmp_path):
+    with pytest.raises(ValueError, match="model is a LlamaForCausalLM; allowed: a DotMoeForCausalLM"):
+        dk.save(dense_model(), tmp_path / "m")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------------
+
+
+def test_existing_folder(saved, tmp_path):
+    before = contents(saved)
+    for act in (lambda: dk.save(sparse_model(seed=9), saved), lambda: dk.export(saved, saved)):
+        with pytest.raises(ValueError, match=r"which exists; allowed: a new folder, or overwrite=True"):
+            act()
+    assert contents(saved) == before
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="file, a file; allowed: a folder"):
+        dk.save(sparse_model(), tmp_path / "file", overwrite=True)
+
+
+def test_overwrite(saved):
+    model = sparse_model(seed=9)
+    (saved / "stale.txt").write_text("x")
+    dk.save(model, saved, overwrite=True)
+    assert same_state(dk.load(saved), model)
+    assert not (saved / "stale.txt").exists()
+    assert [f.name for f in saved.parent.iterdir()] == ["model"]
+
+
+def test_overwrite_refuses_a_folder_without_a_model(tmp_path):
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match="papers, which holds something else than a model"):
+        dk.save(sparse_model(), tmp_path / "papers", overwrite=True)
+    assert (tmp_path / "papers" / "thesis.txt").read_text() == "x"
+
+
+def test_empty_folder_and_new_parents(tmp_path):
+    (tmp_path / "empty").mkdir()
+    dk.save(sparse_model(), tmp_path / "empty")
+    dk.save(sparse_model(), tmp_path / "a" / "b")
+    assert dk.load(tmp_path / "a" / "b").config.num_experts == E
+
+
+class Interrupting:
+    def save_pretrained(self, folder):
+        assert (folder / "model.safetensors").is_file(), "interrupted late"
+        raise KeyboardInterrupt
+
+
+def test_interrupted_save(saved):
+    before = contents(saved)
+    with pytest.raises(KeyboardInterrupt):
+        dk.save(sparse_model(seed=9), saved, tokenizer=Interrupting(), overwrite=True)
+    assert contents(saved) == before
+    assert [f.name for f in saved.parent.iterdir()] == ["model"]
+
+
+def test_failed_rename_puts_the_old_folder_back(saved, monkeypatch):
+    before, rename = contents(saved), type(saved).rename
+
+    def failing(self, target):
+        if ".new-" in self.name:
+            raise OSError("on purpose")
+        return rename(self, target)
+
+    monkeypatch.setattr(type(saved), "rename", failing)
+    with pytest.raises(OSError, match="on purpose"):
+        dk.save(sparse_model(seed=9), saved, overwrite=True)
+    assert contents(saved) == before
+    assert [f.name for f in saved.parent.iterdir()] == ["model"]
+
+
+HARSH = """
+import os, resource, signal, sys
+import dotmoe_kernels as dk
+folder = sys.argv[1]
+model = dk.load(folder)
+class Killer:
+    def save_pretrained(self, folder):
+        os.kill(os.getpid(), signal.SIGKILL)
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+for act in (lambda: dk.save(model, folder, overwrite=True), lambda: dk.export(folder, folder, overwrite=True)):
+    try:
+        act()
+    except Exception as error:
+        print("refused", os.listdir(os.path.dirname(folder)), flush=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+dk.save(model, folder, tokenizer=Killer(), overwrite=True)
+"""
+
+
+def test_file_size_limit_and_kill(saved):
+    """A write that fails half-way, as on a full disk, for save and export; then a save that is killed before its rename."""
+    before = contents(saved)
+    assert len(before["model.safetensors"]) > 40_000
+    done = subprocess.run([sys.executable, "-c", HARSH, str(saved)], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["refused ['model']"] * 2, done.stderr
+    assert done.returncode == -9
+    assert contents(saved) == before
+    (left,) = saved.parent.glob(".model.new-*")
+    shutil.rmtree(left)
+    assert dk.load(saved).config.num_experts == E

@@ -1,0 +1,156 @@
+"""Text in, packed sequences of token ids out."""
+
+import json
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dotmoe_kernels.conversion import load_tokens
+
+EOS = 0
+
+
+def make_tokenizer(eos=True):
+    vocabulary = {"<eos>": EOS, "<unk>": 1} | {chr(97 + i): 2 + i for i in range(26)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>" if eos else None)
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".py"])
+def test_whole_files_are_joined_by_eos(tokenizer, tmp_path, suffix):
+    (tmp_path / f"1{suffix}").write_text("a b c")
+    (tmp_path / f"2{suffix}").write_text("d\ne")
+    files = [tmp_path / f"1{suffix}", str(tmp_path / f"2{suffix}")]
+    out = load_tokens(files, tokenizer, sequence_length=3)
+    assert out.dtype == torch.int64
+    assert out.tolist() == [[2, 3, 4], [EOS, 5, 6]]  # the last end-of-text is the dropped remainder
+
+
+def test_without_eos(tmp_path):
+    (tmp_path / "1.txt").write_text("a b")
+    (tmp_path / "2.txt").write_text("c d")
+    files = [tmp_path / "1.txt", tmp_path / "2.txt"]
+    assert load_tokens(files, make_tokenizer(eos=False), sequence_length=4).tolist() == [[2, 3, 4, 5]]
+
+
+def test_jsonl_rows_are_documents(tokenizer, tmp_path):
+    rows = [{"body": "a b"}, {"body": "c"}, {"body": None}]
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
+    out = load_tokens(tmp_path / "x.jsonl", tokenizer, sequence_length=6, text_field="body")
+    assert out.tolist() == [[2, 3, EOS, 4, EOS, EOS]]
+
+
+def test_parquet_rows_are_documents(tokenizer, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pa.table({"id": [1, 2], "text": ["a b", "c"]}), tmp_path / "x.parquet")
+    assert load_tokens(tmp_path / "x.parquet", tokenizer, sequence_length=5).tolist() == [[2, 3, EOS, 4, EOS]]
+    with pytest.raises(ValueError, match=r"text_field is 'body', which .*x.parquet lacks; allowed: one of \['id', 'text'\]"):
+        load_tokens(tmp_path / "x.parquet", tokenizer, sequence_length=2, text_field="body")
+
+
+def test_folder_is_read_in_order_and_repeatably(tokenizer, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "z.txt").write_text("c")
+    (tmp_path / "b.md").write_text("b")
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "picture.png").write_bytes(b"\x89")
+    first = load_tokens(tmp_path, tokenizer, sequence_length=2)
+    assert first.tolist() == [[2, EOS], [3, EOS], [4, EOS]]
+    assert torch.equal(first, load_tokens(tmp_path, tokenizer, sequence_length=2))
+
+
+def test_max_tokens(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("a b c d e f g h")
+    assert load_tokens(tmp_path / "a.txt", tokenizer, sequence_length=2, max_tokens=5).tolist() == [[2, 3], [4, 5]]
+    with pytest.raises(ValueError, match="max_tokens is 1; allowed: at least one sequence, 2"):
+        load_tokens(tmp_path / "a.txt", tokenizer, sequence_length=2, max_tokens=1)
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+def test_empty_file(tokenizer, tmp_path, name):
+    (tmp_path / name).write_text("\n")
+    with pytest.raises(ValueError, match=rf"sources is .*{name}, which is empty; allowed: files with text"):
+        load_tokens(tmp_path / name, tokenizer, sequence_length=2)
+
+
+def test_too_few_tokens(tokenizer, tmp_path):
+    (tmp_path / "x.txt").write_text("a b")
+    with pytest.raises(ValueError, match=r"sources is .*x.txt, 3 tokens; allowed: at least one sequence of 4 tokens"):
+        load_tokens(tmp_path / "x.txt", tokenizer, sequence_length=4)
+
+
+def test_no_such_field(tokenizer, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"content": "a"}\n')
+    with pytest.raises(ValueError, match=r"text_field is 'text', which line 1 of .*x.jsonl lacks; allowed: one of \['content'\]"):
+        load_tokens(tmp_path / "x.jsonl", tokenizer, sequence_length=1)
+
+
+def test_broken_line(tokenizer, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{\n')
+    with pytest.raises(ValueError, match=r"x.jsonl, whose line 2 is no JSON"):
+        load_tokens(tmp_path / "x.jsonl", tokenizer, sequence_length=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.txt", r"nowhere.txt, which does not exist; allowed: a file, a folder or a dataset's name"),
+        ("x.pdf", r"x.pdf; allowed: files ending in .txt, .md, .py, .jsonl or .parquet"),
+        ("empty", r"empty, a folder without text"),
+    ],
+)
+def test_bad_sources(tokenizer, tmp_path, name, message):
+    (tmp_path / "x.pdf").write_text("a")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=message):
+        load_tokens(tmp_path / name, tokenizer, sequence_length=1)
+
+
+def test_no_source(tokenizer):
+    with pytest.raises(ValueError, match=r"sources is \[\]; allowed: at least one file"):
+        load_tokens([], tokenizer, sequence_length=1)
+
+
+def test_bad_sequence_length(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="sequence_length is 0; allowed: an integer >= 1"):
+        load_tokens(tmp_path, tokenizer, sequence_length=0)
+
+
+@pytest.mark.parametrize(("package", "source"), [("pyarrow", "x.parquet"), ("datasets", "some/dataset")])
+def test_missing_package_names_the_extra(tokenizer, tmp_path, monkeypatch, package, source):
+    (tmp_path / "x.parquet").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    for module in (package, f"{package}.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"reading {source} needs {package}: pip install 'dotmoe_kernels\[data\]'"):
+        load_tokens(source, tokenizer, sequence_length=1)
+
+
+def test_dataset_stream(tokenizer, monkeypatch):
+    class Rows(list):
+        def shuffle(self, seed, buffer_size):
+            assert (seed, buffer_size) == (7, 10_000)
+            return self
+
+    calls = []
+
+    def load_dataset(path, name, *, split, streaming):
+        calls.append((path, name, split, streaming))
+        return Rows([{"text": "a b"}, {"text": "c"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", type(sys)("datasets"))
+    sys.modules["datasets"].load_dataset = load_dataset
+    for source in ("o/n", "o/n:test", "o/n:config:test"):
+        assert load_tokens(source, tokenizer, sequence_length=5, seed=7).tolist() == [[2, 3, EOS, 4, EOS]]
+    assert calls == [("o/n", None, "train", True), ("o/n", None, "test", True), ("o/n", "config", "test", True)]
