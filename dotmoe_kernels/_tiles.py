@@ -2,8 +2,107 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+
+BACKEND = "hip" if torch.version.hip else "cuda"
+
+# rounding: most experts -> rows and experts of a tile of proposals, experts and entries of a tile of the selection. A tile of
+# proposals is as wide as a warp at most, so that each warp has rows of its own and none waits for another
+_ROUNDING = {
+    "cuda": {
+        16: {"BLOCK_F": 256, "BLOCK_E": 16, "BLOCK_X": 8, "BLOCK_S": 256},
+        512: {"BLOCK_F": 128, "BLOCK_E": 32, "BLOCK_X": 8, "BLOCK_S": 256},
+    },
+    "hip": {
+        16: {"BLOCK_F": 256, "BLOCK_E": 16, "BLOCK_X": 8, "BLOCK_S": 256},
+        512: {"BLOCK_F": 64, "BLOCK_E": 64, "BLOCK_X": 8, "BLOCK_S": 256},
+    },
+}
+
+
+def rounding_tiles(backend: str = BACKEND) -> dict[int, tuple[dict[str, int], dict[str, Any]]]:
+    """Most experts -> (tile, launch options); more experts than the last entry use the last one, in several tiles."""
+    return {E: ({**tile, "SWEEP": 512}, {"num_warps": 16, "num_stages": 1}) for E, tile in _ROUNDING[backend].items()}
+
+
+def rounding_tile(E: int) -> tuple[dict[str, int], dict[str, Any]]:
+    tiles = rounding_tiles()
+    return next((tile for most, tile in tiles.items() if most >= E), tiles[max(tiles)])
+
+
+# transport, by kernel: elements of a row tile of 256 threads (a tile's accumulators take as many registers again), and programs a
+# multiprocessor: as many as run at once, since the next launch adds up what each of them leaves
+_TRANSPORT = {
+    "first": (2560, 3),
+    "step": (5120, 3),
+    "plan": (2560, 3),
+    "adjoint": (5120, 2),
+    "plain": (5120, 1),
+    "finish": (2560, 2),
+    "stats": (5120, 2),
+    "apply": (5120, 2),
+}
+
+
+class TransportTiles(NamedTuple):
+    """Row tiles [BLOCK_F, BLOCK_E] and [BLOCK_F, BLOCK_R], and how many programs share a layer."""
+
+    blocks: dict[str, int]  # BLOCK_E, BLOCK_R (0: none), BLOCK_F
+    options: dict[str, Any]
+    wave: int  # programs at a time
+
+    def split(self, F: int, L: int) -> tuple[int, int]:
+        """(programs a layer, rows of each); every program has rows."""
+        block = self.blocks["BLOCK_F"]
+        tiles = -(-F // block)
+        programs = max(1, min(self.wave // max(L, 1), tiles, 128))
+        chunk = -(-tiles // programs) * block
+        return -(-F // chunk), chunk
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def column_blocks(E: int) -> tuple[int, int]:
+    """(BLOCK_E, BLOCK_R): E columns as one power of two, or as two where that leaves fewer idle: 148 = 128 + 20 -> (128, 32)."""
+    whole = max(16, _power_of_two(E))
+    main = whole // 2
+    rest = max(16, _power_of_two(E - main))
+    return (main, rest) if main >= 16 and main + rest < whole else (whole, 0)
+
+
+def transport_tiles(E: int, kernel: str, backend: str = BACKEND, device: torch.device | None = None) -> TransportTiles:
+    main, rest = column_blocks(E)
+    elements, programs = _TRANSPORT[kernel]
+    blocks = {"BLOCK_E": main, "BLOCK_R": rest, "BLOCK_F": max(4, _power_of_two(elements // (main + rest) + 1) // 2)}
+    options: dict[str, Any] = {"num_warps": 4 if backend == "hip" else 8, "num_stages": 1}  # 256 threads
+    if kernel == "finish":  # has a matrix product, and too many registers for two programs if it is let
+        blocks["BLOCK_F"] = max(16, blocks["BLOCK_F"])
+        if backend == "cuda" and main + rest <= 256:
+            options["maxnreg"] = 128
+    on_gpu = device is not None and device.type == "cuda"
+    return TransportTiles(blocks, options, programs * (torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 3))
+
+
+def gram_tiles(E: int, backend: str = BACKEND) -> tuple[dict[str, int], dict[str, Any]]:
+    block = min(64, max(16, _power_of_two(E)))
+    warps = {16: 1, 32: 2, 64: 4}[block]
+    return {"BLOCK_M": block, "BLOCK_K": 32}, {"num_warps": max(1, warps // 2) if backend == "hip" else warps, "num_stages": 2}
+
+
+# experts on a CPU, by rows an expert (T K / E): from where one expert after another beats whole grouped products, and where the
+# dense view beats both in 16 bits, whose products reach their speed only at many rows
+_CPU_LOOP_ROWS = {torch.float32: 24, torch.float64: 24, torch.bfloat16: 96, torch.float16: 96}
+_CPU_MASKED_ROWS = (1.5, 5.0)
+
+
+def expert_by_expert(dtype: torch.dtype, num_slots: int, num_experts: int) -> bool:
+    """Whether the grouped path on a CPU finishes one expert after another instead of one product after another."""
+    return num_slots >= _CPU_LOOP_ROWS[dtype] * num_experts
 
 
 def pick_path(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, *, needs_grad: bool = False) -> str:
@@ -12,8 +111,8 @@ def pick_path(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tenso
     E = gate_up_proj.shape[0]
     if needs_grad:
         return "grouped"
-    # 16-bit products on a CPU reach their speed only at many rows: the dense view is the faster one while an expert has few
     has_dense_view = down_proj.transpose(1, 2).is_contiguous()
-    if x.dtype in (torch.bfloat16, torch.float16) and has_dense_view and T >= 3 and T * K < 16 * E:
+    first, last = _CPU_MASKED_ROWS
+    if x.dtype in (torch.bfloat16, torch.float16) and has_dense_view and first * E <= T * K < last * E:
         return "masked"
-    return "decode" if T <= 2 else "grouped"
+    return "decode" if T == 1 and x.dtype in (torch.float32, torch.float64) else "grouped"

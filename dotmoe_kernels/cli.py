@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import shutil
 import sys
 import warnings
@@ -12,8 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from . import __version__
-from ._checks import require
+from ._checks import require, require_range
 from .alignment.config import INITS, AlignmentConfig
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -152,11 +155,12 @@ def _device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device is {name!r}; allowed: auto, cpu, cuda, cuda:N") from None
-    require(device.type != "cuda" or torch.cuda.is_available(), "--device", repr(name), "cpu: this machine has no usable GPU")
+    kind, _, number = name.partition(":")
+    known = name == "cpu" or (kind == "cuda" and (name == kind or number.isdecimal()))
+    require(known, "--device", repr(name), "auto, cpu, cuda, cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    allowed = f"cpu, or cuda:N with N below {count}" if count else "cpu: this machine has no usable GPU"
+    require(name == "cpu" or int(number or 0) < count, "--device", repr(name), allowed)
     return name
 
 
@@ -183,14 +187,13 @@ def _require_model_folder(name: str) -> None:
 
 def _demo(args: argparse.Namespace) -> int:
     folder = Path(args.output)
-    known = not folder.exists() or not any(folder.iterdir()) or (folder / "demo.json").is_file() or (folder / "dense").is_dir()
     require(args.overwrite or not folder.exists(), "--output", f"{folder}, which exists", "a new folder, or --overwrite")
+    ours = (folder / "demo.json").is_file() or (folder / "dense").is_dir()
+    known = not folder.exists() or ours or (folder.is_dir() and not any(folder.iterdir()))
     require(known, "--output", f"{folder}, which holds something else than a demo", "a new folder")
     from .conversion.demo import run_demo
 
-    if folder.exists():
-        shutil.rmtree(folder)
-    run_demo(folder, data=args.data, quick=args.quick, seed=args.seed, progress=sys.stderr.isatty())
+    run_demo(folder, data=args.data, quick=args.quick, seed=args.seed, overwrite=args.overwrite, progress=sys.stderr.isatty())
     return 0
 
 
@@ -198,6 +201,10 @@ def _convert(args: argparse.Namespace) -> int:
     output = Path(args.output).expanduser()
     run = output.with_name(output.name + ".run")
     require(args.overwrite or not output.exists(), "--output", f"{output}, which exists", "a new folder, or --overwrite")
+    replaceable = not output.exists() or (output.is_dir() and ((output / "config.json").is_file() or not any(output.iterdir())))
+    require(
+        replaceable, "--output", f"{output}, which holds something else than a model", "a new folder, or one with a config.json"
+    )
     started = any((run / "checkpoints").glob("step-*.pt"))
     require(
         args.resume or args.overwrite or not started,
@@ -216,9 +223,15 @@ def _convert(args: argparse.Namespace) -> int:
     from .conversion import DotMoeConfig, check_lines, convert, find_ffns, load_tokens, save, self_check
     from .evaluation import perplexity, retention
 
-    dense = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=getattr(torch, args.dtype) if args.dtype else "auto", device_map=device
-    )
+    dtype = getattr(torch, args.dtype) if args.dtype else "auto"
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {args.model} cannot be read ({error})") from None
+    dense, found = loaded
+    lacking = sorted(found["missing_keys"])
+    require(not lacking, "MODEL", f"{args.model}, without the tensor {', '.join(lacking[:4])}", "a complete causal LM")
+    dense = dense.to(device)
     find_ffns(dense)  # a model that cannot be converted ends here, before the data is read
     config = DotMoeConfig.for_dense(
         dense.config.get_text_config(),
@@ -242,6 +255,7 @@ def _convert(args: argparse.Namespace) -> int:
         f"{tokens.numel()} tokens",
         f"at least two sequences of {args.sequence_length}, one to train and one to measure on",
     )
+    require_range(tokens, "--data", 0, dense.config.get_text_config().vocab_size - 1)
     keep = min(max(len(tokens) // 20, 1), _HELD_OUT)
     train, held = tokens[:-keep], tokens[-keep:]
     print(f"data: {train.numel():,} tokens to train on, {held.numel():,} held out (the end of the data)")
@@ -281,7 +295,8 @@ def _convert(args: argparse.Namespace) -> int:
         print(f"dotmoe convert: error: a self-check failed: {checks}", file=sys.stderr)
         return 1
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    print(f"saved: {output}; log of the training: {run / 'log.jsonl'}")
+    log = run / "log.jsonl"
+    print(f"saved: {output}" + (f"; log of the training: {log}" if log.is_file() else "; nothing was trained (--steps 0)"))
     return 0
 
 
@@ -306,6 +321,7 @@ def _eval(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
         text_field=args.text_field,
     )
+    require_range(tokens, "--data", 0, model.config.get_text_config().vocab_size - 1)
     with all_experts(model):
         dense = perplexity(model, tokens, batch_size=args.batch_size)
     with collect_load(model) as loads:
@@ -338,7 +354,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     require(args.max_new_tokens >= 1, "--max-new-tokens", args.max_new_tokens, "at least 1")
-    require(args.temperature >= 0, "--temperature", args.temperature, "at least 0")
+    require(0 <= args.temperature < math.inf, "--temperature", args.temperature, "at least 0")
     import torch
 
     model = _load(args)
@@ -386,7 +402,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"dotmoe {args.command}: error: {error}", file=sys.stderr)
         return 1
-    except (ValueError, ImportError, OSError) as error:
+    except Exception as error:
+        # the bare class is what tokenizers raises when a file cannot be written
+        if type(error) is not Exception and not isinstance(error, ValueError | ImportError | OSError | SafetensorError):
+            raise
         line = " ".join(str(error).split())
         print(f"dotmoe {args.command}: error: {line}", file=sys.stderr)
         return 2

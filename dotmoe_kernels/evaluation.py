@@ -22,9 +22,10 @@ def perplexity(model: nn.Module, tokens: Tensor, *, batch_size: int = 8) -> floa
         batch_size: sequences a forward pass.
 
     Raises:
-        ValueError: tokens of a wrong shape or dtype.
+        ValueError: tokens of a wrong shape or dtype, a batch_size below 1.
     """
     require_indices(tokens, "tokens", 2, "[N, S]")
+    require(isinstance(batch_size, int) and batch_size >= 1, "batch_size", batch_size, "an integer of at least 1")
     require(
         tokens.shape[0] >= 1 and tokens.shape[1] >= 2, "tokens", f"of shape {list(tokens.shape)}", "at least one pair of tokens"
     )
@@ -34,7 +35,8 @@ def perplexity(model: nn.Module, tokens: Tensor, *, batch_size: int = 8) -> floa
         batch = batch.to(device)
         logits = model(input_ids=batch, use_cache=False).logits.float()
         total += float(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
-    return math.exp(total / (tokens.shape[0] * (tokens.shape[1] - 1)))
+    loss = total / (tokens.shape[0] * (tokens.shape[1] - 1))
+    return math.exp(loss) if loss < 700 else loss * math.inf  # exp overflows; NaN stays NaN
 
 
 def retention(dense_perplexity: float, sparse_perplexity: float) -> float:

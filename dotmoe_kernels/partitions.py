@@ -65,7 +65,8 @@ def random_partition(num_neurons: int, num_experts: int, hidden_size: int, gener
     """Every expert a random draw of F / E neurons."""
     order = torch.randperm(num_neurons, generator=generator)
     expert_of = torch.empty_like(order)
-    expert_of[order] = torch.arange(num_neurons) * num_experts // num_neurons
+    sizes = torch.tensor([num_neurons // num_experts + (e < num_neurons % num_experts) for e in range(num_experts)])
+    expert_of[order] = torch.repeat_interleave(sizes)
     return Partition(expert_of, noise_router(num_experts, hidden_size, generator))
 
 

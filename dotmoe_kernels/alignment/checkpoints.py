@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Writes the state after ``step`` steps and drops all but the newest checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(folder, step)
-    write_file(path, lambda file: torch.save(state, file))
+    buffer = io.BytesIO()  # in memory first: torch.save hides the OSError of a full disk behind another error
+    torch.save(state, buffer)
+    write_file(path, lambda file: file.write(buffer.getbuffer()))
     for old in sorted(folder.glob("step-*.pt"))[:-_KEEP]:
         old.unlink()
     return path
@@ -36,9 +39,9 @@ def load_checkpoint(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
     """The state in ``path``; ValueError if it was written by a run with other options or another model."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = state["fingerprint"]
     except Exception as error:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from error
-    theirs = state["fingerprint"]
     for key, ours in fingerprint.items():
         if theirs.get(key) != ours:
             raise ValueError(f"checkpoint {path} was written with {key} = {theirs.get(key)!r}; this run has {ours!r}")

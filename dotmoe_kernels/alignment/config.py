@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .._checks import require
@@ -16,7 +17,8 @@ class AlignmentConfig:
     Attributes:
         steps: optimizer steps (paper: 3500).
         batch_size: sequences a step (paper: 64 of 2048 tokens).
-        micro_batch_size: sequences a forward pass; the gradients of a step's passes are summed. None: ``batch_size``.
+        micro_batch_size: sequences a forward pass; the gradients of a step's passes are summed. None: ``batch_size``. The balance
+            loss, a product of two means, is then that of each pass.
         affinity_lr, router_lr: peak learning rates of AdamW (paper: 5e-4 for both; a short run needs far more).
         weight_decay, clip: of AdamW, and the largest gradient norm.
         warmup: share of the steps over which the learning rate rises; then it falls as a cosine to zero.
@@ -64,9 +66,9 @@ class AlignmentConfig:
         micro = self.micro_batch_size
         require(micro is None or 1 <= micro <= self.batch_size, "micro_batch_size", micro, f"1 to batch_size = {self.batch_size}")
         for name in ("affinity_lr", "router_lr", "clip", "tau_start", "tau_end"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
         for name in ("weight_decay", "kl", "ce", "z", "balance", "init_std", "init_strength", "tol"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "a number of at least 0")
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a number of at least 0")
         for name in ("warmup", "tau_decay"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share from 0 to 1")
         require(self.backward in ("unroll", "implicit"), "backward", repr(self.backward), '"unroll" or "implicit"')

@@ -54,14 +54,15 @@ def _learning_rate(step: int, config: AlignmentConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(config.steps - warm, 1)))
 
 
-def _first_bad_layer(layers: dict[str, AlignmentFFN]) -> str:
-    """The first layer with a non-finite output or gradient, for the error message."""
+def _source(layers: dict[str, AlignmentFFN], loss_is_finite: bool) -> str:
+    """Where the first non-finite value arose, for the error message: forward from the first layer, backward from the last."""
     for name, layer in layers.items():
         if layer.finite is not None and not bool(layer.finite):
             return f"layer {name}"
-    for name, layer in layers.items():
-        for parameter in (layer.affinity, layer.router_weight):
-            if parameter is not None and parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+    if loss_is_finite:
+        for name, layer in reversed(layers.items()):
+            gradients = [p.grad for p in (layer.affinity, layer.router_weight) if p is not None and p.grad is not None]
+            if not all(bool(torch.isfinite(g).all()) for g in gradients):
                 return f"layer {name}"
     return "the output head (every FFN is finite)"
 
@@ -154,6 +155,8 @@ def align(
             for group in optimizer.param_groups:
                 group["lr"] = share * group["peak"]
             optimizer.zero_grad(set_to_none=True)
+            for layer in layers.values():
+                layer.finite = None
             batch = _sequences(data, step, config).to(device)
             sums = torch.zeros(5, device=device)
             for micro in batch.split(config.micro_batch_size or config.batch_size):
@@ -165,14 +168,16 @@ def align(
                 (losses.total * weight).backward()
                 sums += torch.stack([term.detach().float() for term in losses]) * weight
             transport.backward()
-            norm = nn.utils.clip_grad_norm_([*routers, *affinities], config.clip)
+            trained = [*routers, *affinities]
+            norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
             values = [*sums.tolist(), float(norm)]
             if not all(map(math.isfinite, values)):
                 terms = ", ".join(f"{n} {v:.4g}" for n, v in zip(("loss", "kl", "ce", "z", "balance", "norm"), values, strict=True))
+                where = _source(layers, all(map(math.isfinite, values[:-1])))
                 raise FloatingPointError(
-                    f"non-finite loss or gradient at step {step + 1} in {_first_bad_layer(layers)} ({terms}); "
-                    f"last good checkpoint: {last_good}"
+                    f"non-finite loss or gradient at step {step + 1} in {where} ({terms}); last good checkpoint: {last_good}"
                 )
+            nn.utils.clip_grads_with_norm_(trained, config.clip, norm)
             optimizer.step()
             entry |= dict(zip(("loss", "kl", "ce", "z", "balance", "grad_norm"), values, strict=True))
             entry |= {"lr": share * config.router_lr, "seconds": time.monotonic() - begin}

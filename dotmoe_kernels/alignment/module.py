@@ -55,7 +55,7 @@ class AlignmentFFN(nn.Module):
         self.mask: Tensor | None = None  # [T] valid tokens of this batch
         self.dense = False
         self.routing: Routing | None = None  # of the last sparse pass
-        self.finite: Tensor | None = None  # [] of the last sparse pass
+        self.finite: Tensor | None = None  # [] of the sparse passes since it was set to None
         self.inputs: list[Tensor] | None = None  # the inputs [T, H] of dense passes, while they are collected
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -68,7 +68,8 @@ class AlignmentFFN(nn.Module):
             return ((find_activation(self.activation).forward(gate) * up) @ self.down_proj.T).view(hidden.shape)
         assert self.expert_of is not None
         with torch.autocast(x.device.type, enabled=False):
-            logits = x.float() @ self.router_weight.T  # [T, E]
+            # a NaN goes on to the loss through x; there the step and the layer are named
+            logits = torch.nan_to_num(x.float() @ self.router_weight.T)  # [T, E]
             self.routing = route_top_k(logits, self.top_k, mask=self.mask)
         y = masked_ffn(
             x,
@@ -81,7 +82,8 @@ class AlignmentFFN(nn.Module):
             probs=self.routing.probs,
             activation=self.activation,
         )
-        self.finite = torch.isfinite(y.detach().sum())
+        finite = torch.isfinite(y.detach().sum() + self.routing.z_loss.detach())
+        self.finite = finite if self.finite is None else self.finite & finite
         return y.view(hidden.shape)
 
 

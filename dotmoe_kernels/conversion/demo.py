@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import random
+import shutil
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
@@ -103,21 +104,15 @@ def train_dense(tokens: Tensor, steps: int, *, vocab_size: int, seed: int, progr
     return model.eval()
 
 
-def _split(texts: list[str], tokenizer: PreTrainedTokenizerFast, held_out: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Training and held-out sequences [N, S]: of different documents, or the end of the only one."""
+def split_documents(texts: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+    """Training and held-out text: of different documents, or the ends of the few there are."""
     texts = list(texts)
     random.Random(seed).shuffle(texts)
     if len(texts) >= 20:
         share = len(texts) // 20
-        held, train = texts[:share], texts[share:]
-    else:
-        cuts = [len(t) * 19 // 20 for t in texts]
-        train = [t[:cut] for t, cut in zip(texts, cuts, strict=True)]
-        held = [t[cut:] for t, cut in zip(texts, cuts, strict=True)]
-    return (
-        pack_documents(train, tokenizer, sequence_length=_SEQUENCE),
-        pack_documents(held, tokenizer, sequence_length=_SEQUENCE)[:held_out],
-    )
+        return texts[share:], texts[:share]
+    cuts = [len(t) * 19 // 20 for t in texts]
+    return [t[:cut] for t, cut in zip(texts, cuts, strict=True)], [t[cut:] for t, cut in zip(texts, cuts, strict=True)]
 
 
 def _write_figure(path: Path, rows: list[dict[str, Any]], logs: dict[str, list[dict[str, float]]], note: str) -> bool:
@@ -163,6 +158,7 @@ def run_demo(
     data: Sequence[str] = (),
     quick: bool = False,
     seed: int = 0,
+    overwrite: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -173,6 +169,7 @@ def run_demo(
         data: text files instead of the standard library's sources.
         quick: a minute; proves the path, not the ranking.
         seed: of everything.
+        overwrite: remove what ``folder`` holds, once the text is read.
         progress: show bars.
         say: where the lines go.
 
@@ -180,10 +177,14 @@ def run_demo(
         ValueError: too little text.
     """
     folder, size, begin = Path(folder), QUICK if quick else FULL, time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
     texts = list(read_documents(data)) if data else standard_library()
-    tokenizer = train_tokenizer(texts)
-    train, held = _split(texts, tokenizer, size.held_out, seed)
+    train_texts, held_texts = split_documents(texts, seed)
+    tokenizer = train_tokenizer(train_texts)
+    train = pack_documents(train_texts, tokenizer, sequence_length=_SEQUENCE)
+    held = pack_documents(held_texts, tokenizer, sequence_length=_SEQUENCE)[: size.held_out]
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     source = ", ".join(data) if data else "the Python standard library's sources"
     say(f"text: {source}: {train.numel():,} training and {held.numel():,} held-out tokens")
 

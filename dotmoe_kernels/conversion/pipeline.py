@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..partitions import (
     start_affinity,
 )
 from .config import DotMoeConfig
-from .modeling import DotMoeForCausalLM, materialize
+from .modeling import DotMoeForCausalLM, dense_class, materialize
 from .surgery import DenseFFN, find_ffns, swap_ffn
 
 METHODS = ("dot", *PARTITIONS)
@@ -34,12 +35,36 @@ _CALIBRATION_TOKENS = 2048  # that the activation partition clusters on
 
 
 def _as_tokens(data: Tensor | Iterable[Tensor]) -> Tensor:
-    tokens = data if isinstance(data, Tensor) else torch.stack([torch.as_tensor(row) for row in data])
+    if isinstance(data, Tensor):
+        tokens = data
+    else:
+        rows = [torch.as_tensor(row) for row in data]
+        lengths = sorted({row.numel() for row in rows})
+        require(bool(rows), "data", "empty", "sequences of at least 2 tokens")
+        require(len(lengths) == 1, "data", f"of sequences of {lengths[0]} to {lengths[-1]} tokens", "sequences of one length")
+        tokens = torch.stack(rows)
     require_indices(tokens, "data", 2, "[N, S]")
     require(
         tokens.shape[0] >= 1 and tokens.shape[1] >= 2, "data", f"of shape {list(tokens.shape)}", "sequences of at least 2 tokens"
     )
-    return tokens.long()
+    return tokens.long().cpu()
+
+
+def _check_model(model: PreTrainedModel, config: DotMoeConfig, ffns: dict[str, DenseFFN]) -> None:
+    """What ``materialize`` would refuse, before anything is trained."""
+    expected = dense_class(model.config)
+    require(type(model) is expected, "model", f"a {type(model).__name__}", f"the causal LM of its config, {expected.__name__}")
+    widths = sorted({ffn.gate_proj.shape[0] for ffn in ffns.values()})
+    require(len(widths) == 1, "model", f"with FFN widths {widths}", "one width for every layer")
+    config.check(dense_width=widths[0])
+    require(config.router == "top_k", "config.router", repr(config.router), "'top_k'")
+
+
+def _checksum(ffns: dict[str, DenseFFN]) -> int:
+    """Of the bits of the FFNs' weights, whatever the order of the sum."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    weights = [w.detach() for ffn in ffns.values() for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)]
+    return sum(int(w.view(bits[w.element_size()]).sum()) for w in weights)
 
 
 def _partition(kind: str, ffn: DenseFFN, inputs: Tensor | None, num_experts: int, generator: torch.Generator) -> Partition | None:
@@ -99,6 +124,7 @@ def convert(
     *,
     method: str = "dot",
     data: Tensor | Iterable[Tensor] | None = None,
+    init: str | None = None,
     alignment: AlignmentConfig | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
@@ -108,13 +134,15 @@ def convert(
 
     Args:
         model: a dense Hugging Face causal LM with gated FFNs (LLaMA, Mistral, Qwen2, Qwen3, ...), on any device. It is used up:
-            the sparse model takes over its tensors. After an error or an interruption it is whole again.
+            the sparse model takes over its tensors. After an error or an interruption of the training it is whole again.
         config: DotMoeConfig(num_experts=E, top_k=K); E must divide the FFN's width.
         method: "dot" learns assignment and router together; "random", "kmeans" and "activation" keep their assignment fixed and
             train the router the same way, for comparison.
         data: [N, S] int64 packed token sequences (see ``conversion.load_tokens``), or an iterable of [S]. None: nothing is
             trained, and a warning says so.
-        alignment: the training options, AlignmentConfig(); ``init`` says what "dot" starts from.
+        init: what "dot" starts A and the router from: "noise", or the partition "kmeans" or "activation". None: as ``alignment``
+            says.
+        alignment: the training options. None: AlignmentConfig().
         folder: where checkpoints and the log of the training go. None: nowhere.
         resume: continue from the newest checkpoint in ``folder``, bit for bit on CPU.
         progress: show a bar.
@@ -131,11 +159,12 @@ def convert(
     """
     require(method in METHODS, "method", repr(method), " | ".join(METHODS))
     options = AlignmentConfig() if alignment is None else alignment
+    if init is not None:
+        options = dataclasses.replace(options, init=init)
     require(isinstance(config, DotMoeConfig), "config", f"a {type(config).__name__}", "a DotMoeConfig")
     ffns = find_ffns(model)
-    width = next(iter(ffns.values())).gate_proj.shape[0]
     config = copy.deepcopy(config)
-    config.check(dense_width=width)
+    _check_model(model, config, ffns)
     tokens = None if data is None else _as_tokens(data)
     if tokens is not None:
         vocabulary = model.config.get_text_config().vocab_size
@@ -151,7 +180,7 @@ def convert(
 
     before = {name: ffn.module for name, ffn in ffns.items()}
     grads = [(p, p.requires_grad) for p in model.parameters()]
-    training = model.training
+    modes = [(m, m.training) for m in model.modules()]
     try:
         model.eval().requires_grad_(False)
         layers = _build_layers(model, ffns, config, method, options, tokens)
@@ -161,6 +190,7 @@ def convert(
                 "method": method,
                 "topology": [config.num_experts, config.num_experts_per_tok],
                 "model": [type(model).__name__, model.num_parameters()],
+                "weights": _checksum(ffns),
                 "tokens": int((tokens.flatten() * (torch.arange(tokens.numel()) % 1009 + 1)).sum()),
             }
             steps = align(
@@ -177,16 +207,17 @@ def convert(
         elif method == "dot":
             Transport(layers, options).refresh(options.tau_end)
     except BaseException:
-        for name, module in before.items():
-            swap_ffn(model, name, module)
-        model.train(training)
+        for name, dense in before.items():
+            swap_ffn(model, name, dense)
+        for module, training in modes:
+            module.training = training
         raise
     finally:
         for parameter, flag in grads:
             parameter.requires_grad_(flag)
 
     learned = {name: (layer.expert_of, layer.router_weight.detach()) for name, layer in layers.items()}
-    del layers, before
+    del layers, before, modes  # so that the dense FFNs are freed one by one
     config.assignment = {
         "method": method,
         "init": options.init if method == "dot" else method,

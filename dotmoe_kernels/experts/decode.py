@@ -24,14 +24,23 @@ def decode_ffn(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tens
         for j, e in enumerate(row):
             if e < E:
                 chosen.setdefault(e, []).append((t, j))
+    if not chosen:
+        return y.to(x.dtype)
+    if T == 1:
+        experts = sorted(chosen)
+        hidden = x.new_empty(len(experts), gate_up_proj.shape[1])
+        for n, e in enumerate(experts):
+            torch.mv(gate_up_proj[e], x[0], out=hidden[n])
+        gate, up = hidden.chunk(2, -1)  # [n, s] each
+        products = act(gate).mul_(up)
+        rows = x.new_empty(len(experts), x.shape[1])
+        for n, e in enumerate(experts):
+            torch.mv(down_proj[e], products[n], out=rows[n])
+        w = torch.stack([weights[0, [j for _, j in chosen[e]]].sum() for e in experts]).to(y.dtype)
+        return (w @ rows.to(y.dtype))[None].to(x.dtype)
     for e in sorted(chosen):
-        pairs = chosen[e]
-        if T == 1:
-            rows, w = x, weights[:, [j for _, j in pairs]].sum(1)
-        else:
-            tokens = torch.tensor([t for t, _ in pairs], device=x.device)
-            rows, w = x[tokens], weights[tokens, [j for _, j in pairs]]
-        gate, up = (rows @ gate_up_proj[e].T).chunk(2, -1)  # [n, s] each
-        out = (act(gate) * up) @ down_proj[e].T * w[:, None].to(x.dtype)  # [n, H]
-        y = y + out if T == 1 else y.index_add(0, tokens, out.to(y.dtype))
+        tokens, places = (torch.tensor(column, device=x.device) for column in zip(*chosen[e], strict=True))
+        gate, up = (x[tokens] @ gate_up_proj[e].T).chunk(2, -1)
+        out = act(gate).mul_(up) @ down_proj[e].T  # [n, H]
+        y.index_add_(0, tokens, out.to(y.dtype) * weights[tokens, places][:, None].to(y.dtype))
     return y.to(x.dtype)

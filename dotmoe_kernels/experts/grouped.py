@@ -7,14 +7,17 @@ xs [S, H], S = T K. Only experts with slots are read. Cost: 6 S s H flops.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .._autograd import first_order
-from .._checks import require, require_float, require_offsets, require_same
-from ..dispatch import dispatch_tokens, gather_tokens, scatter_tokens
+from .._checks import compute_dtype, require, require_float, require_offsets, require_same
+from .._tiles import expert_by_expert
+from ..dispatch import Slots, dispatch_tokens, gather_tokens, scatter_tokens
 from .activations import find_activation
 
 
@@ -24,8 +27,21 @@ def _segments(offsets: Tensor) -> list[tuple[int, int, int]]:
     return [(e, bounds[e], bounds[e + 1]) for e in range(len(bounds) - 1) if bounds[e + 1] > bounds[e]]
 
 
+def _fits_torch(a: Tensor, b: Tensor) -> bool:
+    """Whether torch's grouped product takes these: on a CPU, rows in steps of 16 bytes, one of the last two strides 1."""
+    if a.device.type != "cpu" or a.dtype not in (torch.float32, torch.bfloat16) or not hasattr(functional, "grouped_mm"):
+        return False
+    step = 16 // a.element_size()
+    lined_up = all(t.stride(-1) == 1 and t.stride(-2) % step == 0 for t in (a, b if b.stride(-1) == 1 else b.transpose(-1, -2)))
+    return lined_up and a.numel() > 0 and b.shape[2] % step == 0 and a.data_ptr() % 16 == 0 and b.data_ptr() % 16 == 0
+
+
 def _multiply(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """out[rows of e] = a[rows of e] @ b[e]; rows beyond the last offset are zero."""
+    if _fits_torch(a, b):
+        out = functional.grouped_mm(a, b, offs=offsets[1:].to(torch.int32))
+        out[int(offsets[-1]) :] = 0
+        return out
     out = a.new_empty(a.shape[0], b.shape[2])
     end = 0
     for e, start, end in _segments(offsets):
@@ -78,10 +94,31 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     return _GroupedMM.apply(a, b, offsets)
 
 
+def _expert_by_expert(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, slots: Slots, weights: Tensor, act: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Each expert from its tokens' rows to their sums while they are in the cache; the [S, H] rows never exist as a whole."""
+    y = torch.zeros(x.shape, dtype=compute_dtype(x), device=x.device)
+    w = weights.reshape(-1)[slots.source][:, None].to(y.dtype)  # [S, 1]
+    for e, start, end in _segments(slots.offsets):
+        token = slots.token[start:end]
+        gate, up = (x.index_select(0, token) @ gate_up_proj[e].T).chunk(2, -1)  # [n, s] each
+        rows = act(gate).mul_(up) @ down_proj[e].T
+        y.index_add_(0, token, rows.to(y.dtype) * w[start:end])
+    return y.to(x.dtype)
+
+
 def grouped_ffn(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor, activation: str) -> Tensor:
     """x [T, H] -> [T, H] over the expert-sorted slots; the arguments of ``expert_ffn``, checked there."""
-    slots = dispatch_tokens(indices, gate_up_proj.shape[0])
+    E = gate_up_proj.shape[0]
+    slots, act = dispatch_tokens(indices, E), find_activation(activation).forward
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, gate_up_proj, down_proj, weights)):
+        if x.device.type == "cpu" and expert_by_expert(x.dtype, indices.numel(), E):
+            return _expert_by_expert(x, gate_up_proj, down_proj, slots, weights, act)
+        gate, up = _multiply(x[slots.token], gate_up_proj.transpose(1, 2), slots.offsets).chunk(2, -1)  # [S, s] each
+        ys = _multiply(act(gate).mul_(up), down_proj.transpose(1, 2), slots.offsets)
+        return gather_tokens(ys, slots, weights)
     xs = scatter_tokens(x, slots)  # [S, H]
-    gate, up = grouped_mm(xs, gate_up_proj.transpose(1, 2), slots.offsets).chunk(2, -1)  # [S, s] each
-    ys = grouped_mm(find_activation(activation).forward(gate) * up, down_proj.transpose(1, 2), slots.offsets)
+    gate, up = grouped_mm(xs, gate_up_proj.transpose(1, 2), slots.offsets).chunk(2, -1)
+    ys = grouped_mm(act(gate) * up, down_proj.transpose(1, 2), slots.offsets)
     return gather_tokens(ys, slots, weights)

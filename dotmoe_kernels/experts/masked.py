@@ -37,7 +37,11 @@ def masked_view_ffn(
     E, width, H = gate_up_proj.shape
     r = _expert_mask(indices, weights, E, x.dtype)
     gate, up = functional.linear(x, gate_up_proj.reshape(-1, H)).view(-1, E, 2, width // 2).unbind(2)  # [T, E, s] each
-    hidden = find_activation(activation).forward(gate) * up * r[:, :, None]
+    hidden = find_activation(activation).forward(gate)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up_proj, weights)):
+        hidden = hidden * up * r[:, :, None]
+    else:
+        hidden.mul_(up).mul_(r[:, :, None])
     return hidden.reshape(-1, E * width // 2) @ down_proj.transpose(1, 2).reshape(-1, H)
 
 
@@ -58,7 +62,7 @@ class _MaskedFFN(torch.autograd.Function):
         """r [T, E] holds the hard weights; plan and probs only receive gradients."""
         gate, up = x @ gate_proj.T, x @ up_proj.T  # [T, F]
         hidden = find_activation(activation).forward(gate).mul_(up)
-        hidden *= r[:, expert_of]
+        hidden *= r.index_select(1, expert_of)
         weight_grads = any(ctx.needs_input_grad[1:4])
         ctx.save_for_backward(x if weight_grads else None, gate_proj, up_proj, down_proj, r, expert_of, gate, up)
         ctx.activation = activation
@@ -86,7 +90,7 @@ class _MaskedFFN(torch.autograd.Function):
                 dr = segments.to(r.dtype) if need_r else None
             del dg
         if need_x or need_gate or need_up or need_down:
-            mask = r[:, expert_of]  # [T, F]
+            mask = r.index_select(1, expert_of)  # [T, F]
             if need_down:
                 ddown_proj = dy.T @ (a * up).mul_(mask)
             du *= mask
