@@ -38,7 +38,7 @@ def rounding_tile(E: int) -> tuple[dict[str, int], dict[str, Any]]:
 _TRANSPORT = {
     "first": (2560, 3),
     "step": (5120, 3),
-    "plan": (2560, 3),
+    "plan": (5120, 2),
     "adjoint": (5120, 2),
     "plain": (5120, 1),
     "finish": (2560, 2),
@@ -78,14 +78,16 @@ def column_blocks(E: int) -> tuple[int, int]:
 def transport_tiles(E: int, kernel: str, backend: str = BACKEND, device: torch.device | None = None) -> TransportTiles:
     main, rest = column_blocks(E)
     elements, programs = _TRANSPORT[kernel]
-    blocks = {"BLOCK_E": main, "BLOCK_R": rest, "BLOCK_F": max(4, _power_of_two(elements // (main + rest) + 1) // 2)}
+    blocks = {"BLOCK_E": main, "BLOCK_R": rest, "BLOCK_F": min(128, max(4, _power_of_two(elements // (main + rest) + 1) // 2))}
     options: dict[str, Any] = {"num_warps": 4 if backend == "hip" else 8, "num_stages": 1}  # 256 threads
-    if kernel == "finish":  # has a matrix product, and too many registers for two programs if it is let
+    if kernel == "finish":  # has a matrix product, whose tiles have 16 rows
         blocks["BLOCK_F"] = max(16, blocks["BLOCK_F"])
-        if backend == "cuda" and main + rest <= 256:
-            options["maxnreg"] = 128
+    if backend == "cuda" and programs == 2 and main + rest <= 256:  # compilers differ, and 128 let two programs run at once
+        options["maxnreg"] = 128
     on_gpu = device is not None and device.type == "cuda"
-    return TransportTiles(blocks, options, programs * (torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 3))
+    return TransportTiles(
+        blocks, options, programs * (torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 3)
+    )
 
 
 def gram_tiles(E: int, backend: str = BACKEND) -> tuple[dict[str, int], dict[str, Any]]:

@@ -1,0 +1,51 @@
+"""The ``paired`` fixture, and what pytest-benchmark writes about machine and commit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bench import machine
+from bench.paired import Group, Recorder, play
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.manual_seed(0)
+    config.stash[_LOAD] = [round(x, 2) for x in os.getloadavg()]
+
+
+_LOAD = pytest.StashKey[list[float]]()
+
+
+@pytest.fixture(scope="session")
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def paired(recorder: Recorder, benchmark: Any) -> Callable[[Group, str], None]:
+    """paired(group, impl): measure the group once, report the times of one implementation."""
+
+    def report(group: Group, impl: str) -> None:
+        play(benchmark, recorder.result(group), impl)
+
+    return report
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.clear()  # pytest-benchmark's own has the host name in it
+    machine_info.update(machine.describe(), load_average_before=config.stash[_LOAD], load_average_after=list(os.getloadavg()))
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
+    commit_info["project"] = "dotmoe_kernels"
+    commit_info.pop("branch", None)
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+    for one in output_json["benchmarks"]:
+        one["params"] = {"group": one["group"], "impl": one["extra_info"]["impl"]}

@@ -1,0 +1,68 @@
+"""Peak extra memory of a call, by the operating system: a fresh process, its peak resident size minus what it held before.
+
+    python -m bench.memory bench.bench_transport NAME      prints bytes
+
+The module's ``memory_call(NAME)`` builds the inputs, warms the libraries up on something small and returns the call. The peak
+is the high-water mark of the resident set (VmHWM, set back before the call through /proc/self/clear_refs; without it ru_maxrss).
+It counts everything, the scratch of the math libraries and the outputs included, and not only what one allocator reports.
+glibc is told to map every block above 64 KiB, so that freed blocks leave the resident set and the mark follows the live bytes.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import resource
+import subprocess
+import sys
+
+from bench.machine import ROOT
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} in /proc/self/status")
+
+
+def _reset_peak() -> bool:
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return False
+    return True
+
+
+def measure_here(module: str, name: str) -> int:
+    """Bytes beyond those held before the call, at the call's peak; in this process."""
+    call = importlib.import_module(module).memory_call(name)
+    gc.collect()
+    if _reset_peak():
+        before = _status("VmRSS")
+        call()
+        return max(_status("VmHWM") - before, 0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def peak_extra_bytes(module: str, name: str) -> int:
+    """The same in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.memory", module, name],
+        cwd=ROOT,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"bench.memory {module} {name} failed:\n{done.stderr}")
+    return int(done.stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    print(measure_here(sys.argv[1], sys.argv[2]))

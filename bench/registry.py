@@ -1,0 +1,59 @@
+"""What an entry of the registry of kernels says (``bench/kernels.py``), and the rates that predictions are made from."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+# what predictions are made from: measured on one H200 elsewhere, except for the last two
+BANDWIDTH = 4.3e12  # bytes/s, device copy, read plus written
+BF16 = 790e12  # flops/s, bf16 matrix product
+FP32 = 60e12  # flops/s outside the matrix units [data sheet 67]
+PROGRAM_BANDWIDTH = 50e9  # bytes/s that a single program draws [estimate]
+ROUND_TRIP = 1e-6  # seconds of a dependent access to global memory with its barrier [estimate]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one launch does at one shape. ``programs``: how many run at a time, where they do not fill the GPU;
+    ``round_trips``: dependent accesses to global memory, one after the other, within a program."""
+
+    bytes: float
+    flops: float = 0.0
+    rate: float = FP32
+    programs: int | None = None
+    round_trips: float = 0.0
+
+    def seconds(self) -> float:
+        """Predicted time; nobody measured it."""
+        bandwidth = min(BANDWIDTH, PROGRAM_BANDWIDTH * self.programs) if self.programs else BANDWIDTH
+        return max(self.bytes / bandwidth, self.flops / self.rate) + self.round_trips * ROUND_TRIP
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One form of a kernel: its tile, its dtype."""
+
+    name: str
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    divisible: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One entry of the registry."""
+
+    name: str
+    function: str
+    variants: Callable[[str], list[Variant]]
+    costs: dict[str, Cost] = field(default_factory=dict)
+    needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def load(self) -> Any:
+        """The JITFunction."""
+        module, attribute = self.function.split(":")
+        return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,179 @@
+"""Transport: affinity A [F, E] -> plan P [F, E], by Sinkhorn-Knopp, with its own two gradients.
+
+    maximise <A, P> + tau H(P)  over  P 1 = 1, P^T 1 = c;      P_ie = exp(X_ie + f_i + g_e), X = A / tau
+
+f = log u [F] and g = log v [E] are the log-potentials. A step from g_{t-1}: f = -LSE_e(X + g_{t-1}), then
+g_t = g_{t-1} + log c - log q with q the column sums of softmax_e(X + g_{t-1}).
+
+Every forward keeps the potentials g_0..g_T; every backward keeps only A, the plan and those, and recomputes the rest. All in
+float32, or float64 for a float64 affinity.
+
+    scaling     PyTorch: forward and exact adjoint       streaming   Triton: forward
+    implicit    PyTorch: gradient at the fixed point     adjoint     Triton: exact adjoint
+    operators   the kernels as torch operators           gram        Triton: gradient at the fixed point
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._autograd import first_order
+from .._backend import use_triton
+from .._checks import compute_dtype, require, require_finite, require_float, require_same, require_shape, require_tensor
+from ..reference import SinkhornInfo
+from .implicit import implicit_gradient
+from .operators import sinkhorn_op
+from .scaling import solve, unrolled_adjoint
+
+
+class _Sinkhorn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, affinity: Tensor, capacity: Tensor, tau: Tensor, init: Tensor, options: tuple[int, float, str, str]
+    ) -> tuple[Tensor, ...]:
+        """affinity [L, F, E], capacity [L, E], tau [L], init [L, E]."""
+        num_iters, tol, final, _ = options
+        layers = [
+            solve(a.to(c.dtype) / t, c, g, num_iters, tol, final) for a, c, t, g in zip(affinity, capacity, tau, init, strict=True)
+        ]
+        count = torch.tensor([len(s.history) - 1 for s in layers], dtype=torch.int64, device=affinity.device)
+        if layers:
+            plan = torch.stack([s.plan for s in layers]) if len(layers) > 1 else layers[0].plan[None]
+            log_u, error = torch.stack([s.log_u for s in layers]), torch.stack([s.error for s in layers])
+            log_v = torch.stack([s.history[-1] for s in layers])
+        else:
+            plan, log_v = capacity.new_zeros(affinity.shape), torch.zeros_like(capacity)
+            log_u, error = capacity.new_zeros(affinity.shape[:2]), torch.zeros_like(tau)
+        ctx.options = options
+        ctx.save_for_backward(affinity, capacity, tau, plan, *(s.history for s in layers))
+        ctx.mark_non_differentiable(log_u, log_v, count, error)
+        return plan, log_u, log_v, count, error
+
+    @staticmethod
+    @first_order("sinkhorn")
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        affinity, capacity, tau, plan, *histories = ctx.saved_tensors
+        _, _, final, mode = ctx.options
+        daffinity, dcapacity = torch.zeros_like(plan), torch.zeros_like(capacity)
+        dtau, dinit = torch.zeros_like(tau), torch.zeros_like(capacity)
+        for n, history in enumerate(histories):
+            x = affinity[n].to(plan.dtype) / tau[n]
+            if mode == "unroll":
+                dx, dlogc, dinit[n] = unrolled_adjoint(x, capacity[n], history, plan[n], grad[n], final)
+                dcapacity[n] = dlogc / capacity[n]
+            else:
+                dx, dcapacity[n] = implicit_gradient(plan[n], grad[n])
+            if ctx.needs_input_grad[2]:
+                dtau[n] = -(x * dx).sum() / tau[n]
+            torch.div(dx, tau[n], out=daffinity[n])
+        return daffinity.to(affinity.dtype), dcapacity, dtau, dinit, None
+
+
+def sinkhorn(
+    affinity: Tensor,
+    capacity: Tensor | None = None,
+    *,
+    tau: float | Tensor = 1.0,
+    num_iters: int = 50,
+    tol: float = 0.0,
+    init: Tensor | None = None,
+    final: str = "row",
+    backward: str = "unroll",
+    return_info: bool = False,
+) -> Any:
+    """Entropic transport plan of neurons to experts: argmax <A, P> + tau H(P) over P 1 = 1, P^T 1 = c.
+
+    A step is one row update and one column update of the log-potentials. A layer stops once every column sum of a step is
+    within ``tol`` of its capacity (relative; 0 takes all the steps); that step's update is still applied.
+
+    Args:
+        affinity: [..., F, E] float32, bfloat16, float16 or float64, any strides: affinity of neuron i to expert e.
+        capacity: [E] or [..., E], positive, each layer's summing to F. None: F / E each, which may be fractional.
+        tau: temperature, in the units of ``affinity``: a positive float or a tensor [...], one a layer.
+        num_iters: most steps taken, at least 1.
+        tol: relative column error at which a layer stops.
+        init: [..., E] log_v to start from (``SinkhornInfo.log_v`` of an earlier call; rescale it when tau moves). None: zeros.
+        final: "row" ends with exact rows (the error is in the columns), "column" with exact columns.
+        backward: "unroll" is the exact adjoint of the steps taken; "implicit" is the gradient at the fixed point: exact at
+            convergence, one small solve, and none for ``init``.
+        return_info: also return ``SinkhornInfo(log_u [..., F], log_v [..., E], num_iters [...] int64, error [...])``, error
+            being the largest relative error of the returned plan's inexact marginal.
+
+    Returns:
+        plan [..., F, E] float32 (float64 for a float64 affinity), or (plan, info).
+
+    Raises:
+        ValueError: a wrong rank, shape or dtype; on CPU tensors also NaN or infinite values, tau <= 0, a capacity that is not
+            positive or does not sum to F.
+
+    Gradient: to affinity, tau, capacity and init (unroll only). A second derivative is refused.
+
+    Source: eq. 1 of DOT-MoE (arXiv 2606.01666); Cuturi 2013 (arXiv 1306.0895); absorption as in Schmitzer 2019
+    (arXiv 1610.06519); implicit gradient as in Eisenberger et al. 2022 (arXiv 2205.06688).
+    """
+    require_float(affinity, "affinity", 2, "[..., F, E]", at_least=True)
+    batch, (F, E) = affinity.shape[:-2], affinity.shape[-2:]
+    require(F >= 1 and E >= 1, "affinity", f"of shape {list(affinity.shape)}", "at least one neuron and one expert")
+    require(
+        isinstance(num_iters, int) and not isinstance(num_iters, bool) and num_iters >= 1,
+        "num_iters",
+        num_iters,
+        "an integer of at least 1",
+    )
+    require(isinstance(tol, int | float) and tol >= 0, "tol", tol, "a number of at least 0")
+    require(final in ("row", "column"), "final", repr(final), '"row" or "column"')
+    require(backward in ("unroll", "implicit"), "backward", repr(backward), '"unroll" or "implicit"')
+    require_finite(affinity, "affinity")
+    dtype, device = compute_dtype(affinity), affinity.device
+    check_values = device.type == "cpu" and not torch.compiler.is_compiling()
+
+    if isinstance(tau, Tensor):
+        require(tau.dim() == 0 or tau.shape == batch, "tau", f"of shape {list(tau.shape)}", f"a float or shape {list(batch)}")
+        require_same(tau, "tau", affinity, "affinity", dtype=False)
+        taus = tau.to(dtype).expand(batch)
+    else:
+        require(isinstance(tau, int | float), "tau", repr(tau), "a positive number or a tensor")
+        taus = torch.full(batch, float(tau), dtype=dtype, device=device)
+    if check_values and taus.numel():
+        require(bool((taus > 0).all() & taus.isfinite().all()), "tau", tau, "positive and finite")
+    if capacity is None:
+        capacities = torch.full((*batch, E), F / E, dtype=dtype, device=device)
+    else:
+        require_tensor(capacity, "capacity", "[E] or [..., E]")
+        require(
+            tuple(capacity.shape) in ((E,), (*batch, E)),
+            "capacity",
+            f"of shape {list(capacity.shape)}",
+            f"[{E}] or {[*batch, E]}",
+        )
+        require_same(capacity, "capacity", affinity, "affinity", dtype=False)
+        capacities = capacity.to(dtype).expand(*batch, E)
+        if check_values and capacities.numel():
+            require(bool((capacities > 0).all()), "capacity", capacity.tolist(), "positive entries")
+            total = capacities.double().sum(-1)
+            require(bool(((total - F).abs() <= 1e-4 * F).all()), "capacity", f"summing to {total.tolist()}", f"sum F = {F}")
+    if init is None:
+        start = torch.zeros((*batch, E), dtype=dtype, device=device)
+    else:
+        require_float(init, "init", len(batch) + 1, "[..., E]")
+        require_shape(init, "init", (*batch, E), "[..., E]")
+        require_same(init, "init", affinity, "affinity", dtype=False)
+        require_finite(init, "init")
+        start = init.to(dtype)
+
+    # capacities are used as given: a sum that is off by rounding only moves the error it reports
+    L = batch.numel()
+    tensors = affinity.reshape(L, F, E), capacities.reshape(L, E), taus.reshape(L), start.reshape(L, E)
+    if use_triton(affinity) and dtype == torch.float32:
+        plan, log_u, log_v, _, count, error = sinkhorn_op(*tensors, num_iters, float(tol), final == "row", backward == "unroll")
+    else:
+        plan, log_u, log_v, count, error = _Sinkhorn.apply(*tensors, (num_iters, float(tol), final, backward))
+    plan = plan.view(*batch, F, E)
+    if not return_info:
+        return plan
+    log_u, log_v, error = log_u.detach(), log_v.detach(), error.detach()
+    info = SinkhornInfo(log_u.view(*batch, F), log_v.view(*batch, E), count.view(batch), error.view(batch))
+    return plan, info

@@ -1,0 +1,72 @@
+"""Every registered kernel compiles for every target, fits it, and keeps to registers on sm_90: no GPU needed.
+
+One tile a kernel and target; ``python -m bench.compile_report`` goes through all of them. The compiler runs in processes of its
+own, since this one may interpret its kernels.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed with the package
+
+from bench.compile_report import TARGETS
+from bench.kernels import KERNELS
+from bench.machine import ROOT
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compiled")
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+
+    def compile_for(target):
+        path = folder / f"{target}.json"
+        command = [sys.executable, "-m", "bench.compile_report", "--first", "--target", target, "--output", str(path)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert path.exists(), done.stderr
+        return json.loads(path.read_text())["compiled"]
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return {(row["kernel"], row["target"]): row for found in pool.map(compile_for, TARGETS) for row in found}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiles(rows, kernel, target):
+    row = rows[kernel, target]
+    assert "error" not in row, row["error"]
+    assert row["shared_bytes"] <= row["shared_limit"]
+    if target == "sm_90":
+        assert row["spill_bytes"] == 0
+        assert not row["instructions"].get("local", 0)
+    for instruction in KERNELS[kernel].needs.get(target, ()):
+        assert row["instructions"].get(instruction), f"no {instruction} among {row['instructions']}"
+
+
+def is_jit(decorator):
+    target = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return isinstance(target, ast.Attribute) and target.attr == "jit"
+
+
+def test_every_kernel_is_registered():
+    registered = {kernel.function for kernel in KERNELS.values()}
+    for path in sorted((ROOT / "dotmoe_kernels").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel") and any(map(is_jit, node.decorator_list)):
+                assert f"{module}:{node.name}" in registered, f"bench/kernels.py has no entry for {module}:{node.name}"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_predictions_are_positive_and_finite(kernel):
+    for cost in KERNELS[kernel].costs.values():
+        assert 0 < cost.seconds() < 10

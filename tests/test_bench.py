@@ -1,0 +1,209 @@
+"""The benches' machinery: turns, checks, skips, and the report, on synthetic groups and a synthetic result."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed with the package
+
+from bench import machine, memory, paired, report
+
+pytest_plugins = ["pytester"]
+
+
+def group(impls, case, **options):
+    return paired.Group("a-question", impls, lambda: case, {"shape": "N 3", "dtype": "float32", "bytes": 8, "flops": 4}, **options)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that only passes when a call says so."""
+    now = [0.0]
+    monkeypatch.setattr(paired.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(paired.time, "sleep", lambda seconds: None)
+
+    def spend(seconds, output=0.0, calls=None, name=None):
+        def call():
+            now[0] += seconds
+            if calls is not None:
+                calls.append(name)
+            return output
+
+        return call
+
+    return spend
+
+
+def exact(_, output):
+    return abs(output)
+
+
+def test_every_implementation_has_its_turn_in_every_round(clock):
+    calls = []
+    run = {name: clock(t, calls=calls, name=name) for name, t in (("ours", 0.01), ("a", 0.03), ("b", 0.02))}
+    result = paired.measure(group(("ours", "a", "b"), paired.Case(run, exact, 0.0), rounds=6, budget=100.0))
+    timed = calls[2 * 3 :]  # after the check and the calibration of each
+    assert [sorted(timed[i : i + 3]) for i in range(0, 18, 3)] == [["a", "b", "ours"]] * 6
+    assert timed[:3] != timed[3:6]  # the order rotates
+    assert result.series["a"].ratios == pytest.approx([3.0] * 6)
+    assert result.series["ours"].ratios == [1.0] * 6
+
+
+def test_ratio_is_taken_within_the_round_so_that_a_slow_machine_cancels(clock, monkeypatch):
+    result = paired.measure(group(("ours", "a"), paired.Case({"ours": clock(0.01), "a": clock(0.02)}, exact, 0.0), rounds=5))
+    pace = [1, 10, 1, 100, 3]
+    slowed = {name: [t * p for t, p in zip(s.seconds, pace, strict=True)] for name, s in result.series.items()}
+    assert [a / b for a, b in zip(slowed["a"], slowed["ours"], strict=True)] == pytest.approx(result.series["a"].ratios)
+
+
+def test_slow_peer_skips_rounds_and_short_calls_are_repeated(clock):
+    run = {"ours": clock(1e-4), "slow": clock(5.0)}
+    result = paired.measure(group(("ours", "slow"), paired.Case(run, exact, 0.0), rounds=9, budget=10.0))
+    assert result.series["slow"].rounds == [0, 4, 8]
+    assert result.series["ours"].rounds == list(range(9))
+    assert result.series["ours"].calls == 40
+    assert result.series["ours"].seconds == pytest.approx([1e-4] * 9)
+    assert result.series["slow"].ratios == pytest.approx([5e4] * 3)
+
+
+def test_wrong_answer_is_refused_unless_the_group_expects_it(clock):
+    run = {"ours": clock(0.01), "peer": clock(0.01, output=0.5)}
+    with pytest.raises(AssertionError, match=r"peer: error 0\.5 against the reference"):
+        paired.measure(group(("ours", "peer"), paired.Case(run, exact, 0.1)))
+    result = paired.measure(group(("ours", "peer"), paired.Case(run, exact, 0.1, frozenset({"peer"}))))
+    assert (result.series["peer"].status, result.series["peer"].error) == ("differs", 0.5)
+    nan = {"ours": clock(0.01, output=float("nan"))}
+    with pytest.raises(AssertionError, match="ours: error nan"):
+        paired.measure(group(("ours",), paired.Case(nan, exact, 0.1)))
+
+
+def test_recorder_measures_a_group_once_and_repeats_its_failure(clock):
+    prepared = []
+
+    def prepare():
+        prepared.append(1)
+        return paired.Case({"ours": clock(0.01, output=1.0 if len(prepared) > 1 else 0.0)}, exact, 0.0)
+
+    recorder = paired.Recorder()
+    good, bad = (paired.Group(name, ("ours",), prepare, rounds=3) for name in ("good", "bad"))
+    assert recorder.result(good) is recorder.result(good)
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="wrong answer"):
+            recorder.result(bad)
+    assert len(prepared) == 2
+
+
+def test_missing_package_gives_the_reason():
+    assert paired.missing("torch") is None
+    assert paired.missing("no_such_package") == "no_such_package is not installed"
+
+
+def test_recorded_times_reach_pytest_benchmark(pytester):
+    pytester.makeconftest(
+        """
+        import pytest
+        from bench import paired
+
+        @pytest.fixture(scope="session")
+        def recorder():
+            return paired.Recorder()
+
+        @pytest.fixture(name="paired")
+        def report(recorder, benchmark):
+            return lambda group, impl: paired.play(benchmark, recorder.result(group), impl)
+        """
+    )
+    pytester.makepyfile(
+        """
+        import time
+        from bench.paired import Case, Group, cases
+
+        def prepare():
+            run = {"ours": lambda: time.sleep(0.01), "twice": lambda: time.sleep(0.02)}
+            return Case(run, lambda name, output: 0.0, 0.0, skipped={"absent": "not installed here"})
+
+        @cases([Group("sleep", ("ours", "twice", "absent"), prepare, rounds=3)])
+        def test_sleep(paired, group, impl):
+            paired(group, impl)
+        """
+    )
+    done = pytester.runpytest("--benchmark-json=out.json", "-rs", "-p", "no:cacheprovider")
+    done.assert_outcomes(passed=2, skipped=1)
+    done.stdout.fnmatch_lines(["*absent: not installed here*"])
+    ours, twice = json.loads((pytester.path / "out.json").read_text())["benchmarks"]
+    assert ours["group"] == twice["group"] == "sleep"
+    assert len(twice["stats"]["data"]) == 3
+    assert twice["stats"]["median"] >= 0.02
+    assert 1.2 < twice["extra_info"]["ratio"] < 3
+    assert ours["extra_info"]["ratio"] == 1
+
+
+def entry(name, impl, ratio, **extra):
+    info = {"impl": impl, "ratio": ratio, "ratio_quartiles": [ratio * 0.9, ratio * 1.1], "error": 1e-7, "status": "same"}
+    info |= {"shape": "F 8, E 2", "dtype": "float32", "flops": 10**6, **extra}
+    return {"group": name, "extra_info": info, "stats": {"median": ratio * 1e-3, "min": ratio * 9e-4, "rounds": 9}}
+
+
+@pytest.fixture
+def synthetic(tmp_path):
+    result = {
+        "machine_info": machine.describe() | {"load_average_before": [0.1, 0.2, 0.3]},
+        "commit_info": {"id": "0123456789abcdef", "dirty": False},
+        "datetime": "2026-01-02T03:04:05",
+        "benchmarks": [
+            entry("plan", "slow", 12.5, status="differs", error=0.3),
+            entry("plan", "ours", 1.0),
+            entry("gradient", "ours", 1.0, peak_bytes=2e7),
+            entry("gradient", "eager", 150.0, peak_bytes=4e8, note="for scale"),
+        ],
+    }
+    path = tmp_path / "2026-01-02-0123456.json"
+    path.write_text(json.dumps(result))
+    return path
+
+
+def test_report_writes_a_table_and_a_figure(synthetic, capsys):
+    out = synthetic.parent / "rendered"
+    report.main([str(synthetic), "--out", str(out)])
+    text = (out / "2026-01-02-0123456.md").read_text()
+    assert text in capsys.readouterr().out
+    lines = text.splitlines()
+    assert lines[0].endswith("2026-01-02, commit 0123456")
+    plan = lines.index("## plan")
+    assert lines[plan + 6].startswith("| ours | 1 ms |")  # ours first, whatever the order of the file
+    assert "| slow | 12.5 ms | 11.2 ms | **12.5x** [11.2, 13.8] |" in lines[plan + 7]
+    assert lines[plan + 7].endswith("differs from the reference by 0.3 |")
+    assert any("400 MB (20x)" in line and "for scale" in line for line in lines)
+    assert (out / "2026-01-02-0123456.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in out.iterdir()) == ["2026-01-02-0123456.md", "2026-01-02-0123456.png"]
+
+
+def test_report_refuses_an_empty_result(tmp_path):
+    path = tmp_path / "empty.json"
+    path.write_text(json.dumps({"benchmarks": []}))
+    with pytest.raises(ValueError, match="holds no benchmarks"):
+        report.write(path)
+
+
+def test_machine_has_a_neutral_name_and_no_host():
+    import platform
+
+    assert all(c.isascii() and (c.isalnum() or c == "-") for c in machine.machine_name())
+    assert "node" not in machine.describe()
+    assert len(platform.node()) < 4 or platform.node() not in json.dumps(machine.describe())
+
+
+def test_peak_memory_counts_the_live_bytes_of_the_call(monkeypatch):
+    import torch
+
+    numel = 25_000_000  # 100 MB
+
+    class Module:
+        @staticmethod
+        def memory_call(name):
+            return lambda: [torch.ones(numel) for _ in range(int(name))]
+
+    monkeypatch.setitem(sys.modules, "a_bench", Module)
+    assert memory.measure_here("a_bench", "2") == pytest.approx(2 * 4 * numel, rel=0.1)
