@@ -32,12 +32,13 @@ from .scaling import solve, unrolled_adjoint
 class _Sinkhorn(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, affinity: Tensor, capacity: Tensor, tau: Tensor, init: Tensor, options: tuple[int, float, str, str]
+        ctx: Any, affinity: Tensor, capacity: Tensor, tau: Tensor, init: Tensor, options: tuple[int, float, str, str, bool]
     ) -> tuple[Tensor, ...]:
         """affinity [L, F, E], capacity [L, E], tau [L], init [L, E]."""
-        num_iters, tol, final, _ = options
+        num_iters, tol, final, _, info = options
         layers = [
-            solve(a.to(c.dtype) / t, c, g, num_iters, tol, final) for a, c, t, g in zip(affinity, capacity, tau, init, strict=True)
+            solve(a.to(c.dtype) / t, c, g, num_iters, tol, final, info=info)
+            for a, c, t, g in zip(affinity, capacity, tau, init, strict=True)
         ]
         count = torch.tensor([len(s.history) - 1 for s in layers], dtype=torch.int64, device=affinity.device)
         if layers:
@@ -56,7 +57,7 @@ class _Sinkhorn(torch.autograd.Function):
     @first_order("sinkhorn")
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         affinity, capacity, tau, plan, *histories = ctx.saved_tensors
-        _, _, final, mode = ctx.options
+        _, _, final, mode, _ = ctx.options
         daffinity, dcapacity = torch.zeros_like(plan), torch.zeros_like(capacity)
         dtau, dinit = torch.zeros_like(tau), torch.zeros_like(capacity)
         for n, history in enumerate(histories):
@@ -170,7 +171,7 @@ def sinkhorn(
     if use_triton(affinity) and dtype == torch.float32:
         plan, log_u, log_v, _, count, error = sinkhorn_op(*tensors, num_iters, float(tol), final == "row", backward == "unroll")
     else:
-        plan, log_u, log_v, count, error = _Sinkhorn.apply(*tensors, (num_iters, float(tol), final, backward))
+        plan, log_u, log_v, count, error = _Sinkhorn.apply(*tensors, (num_iters, float(tol), final, backward, return_info))
     plan = plan.view(*batch, F, E)
     if not return_info:
         return plan
