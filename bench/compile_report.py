@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from bench import machine
 from bench.kernels import KERNELS
+from bench.kernels_transport import persistent_against_streaming
 from bench.registry import Kernel, Variant
 
 
@@ -190,11 +191,17 @@ def render(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> str:
     for p in predicted:
         megabytes, gigaflops, milliseconds = p["bytes"] / 1e6, p["flops"] / 1e9, p["predicted_seconds"] * 1e3
         expected.append([p["kernel"], p["shape"], f"{megabytes:.1f} MB", f"{gigaflops:.2f} G", f"{milliseconds:.3f} ms"])
+    variants = []
+    for row in persistent_against_streaming():
+        times = (row["streaming_predicted_seconds"], row["persistent_predicted_seconds"])
+        variants.append([row["shape"], *("-" if t is None else f"{t * 1e3:.2f} ms" for t in times), row["status"]])
     return "\n\n".join(
         [
             table(["kernel", "variant", "target", "registers", "spilled", "shared", "warps", "instructions"], compiled),
             "PREDICTED time of one launch on an H200: arithmetic from bytes, flops and round trips, not a measurement",
             table(["kernel", "shape", "bytes", "flops", "predicted"], expected),
+            "PREDICTED time of a sinkhorn forward of 50 steps: a launch a step, or one cooperative launch that keeps A on the chip",
+            table(["shape", "streaming", "persistent", "status"], variants),
         ]
     )
 
@@ -221,6 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
         path = chosen.output or machine.RESULTS / "compile" / f"{datetime.date.today().isoformat()}-{machine.commit()}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         result = {"versions": machine.versions(), "commit": machine.commit(), "compiled": rows, "predicted_not_measured": predicted}
+        result["persistent_against_streaming_not_measured"] = persistent_against_streaming()
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"\n{path}")
     return 1 if any("error" in row for row in rows) else 0

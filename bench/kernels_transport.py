@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bench import shapes
-from bench.registry import FP32, Cost, Kernel, Variant
+from bench.registry import BANDWIDTH, FP32, Cost, Kernel, Variant
 from dotmoe_kernels import _tiles
 
 _STEPS = 50
@@ -92,3 +92,26 @@ TRANSPORT = (
     _kernel("sinkhorn_gram", "gram", "gram", _costs(1, lambda shape: shape.E + 64)),
     _kernel("sinkhorn_apply", "gram", "apply", _costs(4, _each(8))),
 )
+
+
+_ON_CHIP = 132 * 200 * 1024  # bytes of affinity that the registers of an H200 can hold beside the rest [estimate]
+_LAUNCH, _BARRIER = 4e-6, 2e-6  # seconds of a small launch in a stream, and of a barrier across the grid [estimates]
+
+
+def persistent_against_streaming() -> list[dict[str, Any]]:
+    """Predicted time of a cold forward of 50 steps: one read of A a step in a launch each, against one cooperative launch that
+    keeps A on the chip and meets at a barrier a step. Arithmetic, not a measurement."""
+    rows = []
+    for name, layers, shape in _SIZES:
+        size = 4.0 * layers * shape.F * shape.E
+        streaming = (_STEPS + 2) * max(size / BANDWIDTH, _LAUNCH)
+        persistent = 2 * size / BANDWIDTH + _STEPS * _BARRIER if size <= _ON_CHIP else None
+        rows.append(
+            {
+                "shape": name,
+                "streaming_predicted_seconds": streaming,
+                "persistent_predicted_seconds": persistent,
+                "status": "no GPU was at hand" if persistent else "no GPU was at hand; A does not fit on the chip",
+            }
+        )
+    return rows

@@ -99,7 +99,7 @@ def gram_tiles(E: int, backend: str = BACKEND) -> tuple[dict[str, int], dict[str
 # experts on a CPU, by rows an expert (T K / E): from where one expert after another beats whole grouped products, and where the
 # dense view beats both in 16 bits, whose products reach their speed only at many rows
 _CPU_LOOP_ROWS = {torch.float32: 24, torch.float64: 24, torch.bfloat16: 96, torch.float16: 96}
-_CPU_MASKED_ROWS = (1.5, 5.0)
+_CPU_MASKED_ROWS = (0.75, 5.0)
 
 
 def expert_by_expert(dtype: torch.dtype, num_slots: int, num_experts: int) -> bool:
