@@ -1,6 +1,6 @@
 """Experts: the routed FFN with 25 % of its neurons active, and the dense FFN that it replaces. Which is faster at T tokens?
 
-The weights are drawn once for a shape and dtype. Ours has ``down_proj`` as the transpose of a contiguous [E, s, H]; the peers get
+The weights are drawn once for a shape and dtype. Ours has ``down_proj`` as a converted model stores it; the peers get
 their own stock layout. The dense FFN answers another question than the sparse ones, so it is compared with all experts active.
 """
 
@@ -20,6 +20,7 @@ from bench import shapes
 from bench.paired import Case, Group, cases, missing
 from bench.shapes import Shape
 from dotmoe_kernels import reference
+from dotmoe_kernels.permutation import dense_storage
 from tests.shapes import balanced_expert_of, expert_weights, normal, routed_indices
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -34,6 +35,7 @@ _MOST_GATHERED = 2e9  # bytes of expert weights that batched_mm may copy
 def weights(shape: Shape, dtype: str) -> dict[str, Tensor]:
     """One FFN in every layout that somebody needs."""
     gate_up, down = expert_weights(shape.E, shape.s, shape.H, seed=0, dtype=DTYPES[dtype])
+    down = dense_storage(down)
     gate, up = gate_up.view(shape.E, 2, shape.s, shape.H).unbind(1)
     gate, up = gate.reshape(shape.F, shape.H), up.reshape(shape.F, shape.H)
     return {

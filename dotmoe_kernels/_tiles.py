@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .permutation import has_dense_view
+
 BACKEND = "hip" if torch.version.hip else "cuda"
 
 # rounding: most experts -> rows and experts of a tile of proposals, experts and entries of a tile of the selection. A tile of
@@ -113,8 +115,7 @@ def pick_path(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tenso
     E = gate_up_proj.shape[0]
     if needs_grad:
         return "grouped"
-    has_dense_view = down_proj.transpose(1, 2).is_contiguous()
     first, last = _CPU_MASKED_ROWS
-    if x.dtype in (torch.bfloat16, torch.float16) and has_dense_view and first * E <= T * K < last * E:
+    if x.dtype in (torch.bfloat16, torch.float16) and has_dense_view(down_proj) and first * E <= T * K < last * E:
         return "masked"
     return "decode" if T == 1 and x.dtype in (torch.float32, torch.float64) else "grouped"

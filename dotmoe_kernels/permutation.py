@@ -1,8 +1,9 @@
 """Permutation: assignment -> the order in which the neurons are stored; FFN weights -> expert blocks and back (eq. 6).
 
 Expert e owns the rows [e s, (e + 1) s) of the permuted FFN. ``gate_up_proj`` [E, 2s, H] holds each expert's gate rows above its
-up rows; ``down_proj`` [E, H, s] is the transpose of a contiguous [E, s, H], so that ``gate_up_proj.view(2F, H)`` and the [F, H]
-view of ``down_proj`` are also the permuted dense FFN: one set of weights serves the grouped, masked and dense paths.
+up rows; ``down_proj`` [E, H, s] is the transpose of a contiguous [E, s, H] (see ``dense_storage``), so that
+``gate_up_proj.view(2F, H)`` and the [F, H] view of ``down_proj`` are also the permuted dense FFN: one set of weights serves the
+grouped, masked and dense paths.
 """
 
 from __future__ import annotations
@@ -62,6 +63,16 @@ def unpack_experts(gate_up_proj: Tensor, down_proj: Tensor, order: Tensor) -> tu
     return gate.reshape(F, H)[inverse], up.reshape(F, H)[inverse], down[inverse].T.contiguous()
 
 
-def transpose_storage(down_proj: Tensor) -> Tensor:
-    """``down_proj`` [E, H, s] as the transpose of a contiguous [E, s, H]; itself when it already is."""
+def dense_storage(down_proj: Tensor) -> Tensor:
+    """``down_proj`` [E, H, s] stored so that it is the permuted dense FFN as well; shares the memory when it already is.
+
+    That is the transpose of a contiguous [E, s, H]; on a CPU in 16 bits a contiguous [H, E, s], which is the [H, F] of a linear
+    layer: with few rows the other one costs that CPU's product a third more."""
+    if down_proj.device.type == "cpu" and down_proj.dtype in (torch.bfloat16, torch.float16):
+        return down_proj.transpose(0, 1).contiguous().transpose(0, 1)
     return down_proj.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def has_dense_view(down_proj: Tensor) -> bool:
+    """Whether ``down_proj`` [E, H, s] is stored as [E, s, H] or as [H, E, s], the permuted dense FFN."""
+    return down_proj.transpose(1, 2).is_contiguous() or down_proj.transpose(0, 1).is_contiguous()

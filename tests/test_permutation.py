@@ -9,6 +9,7 @@ from shapes import balanced_expert_of, dense_ffn, integer_capacities, normal
 
 import dotmoe_kernels as dk
 from dotmoe_kernels import reference
+from dotmoe_kernels.permutation import dense_storage, has_dense_view
 
 
 def test_small_example():
@@ -119,3 +120,19 @@ def test_experts_of_unequal_size_cannot_be_packed():
 def test_bad_input(bad):
     with pytest.raises(ValueError, match=r"\bexpert_of\b"):
         dk.neuron_order(bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_storage_is_the_dense_matrix_and_keeps_the_values(dtype):
+    E, H, s = 3, 10, 8
+    stock = torch.randn(E, H, s).to(dtype)
+    assert not has_dense_view(stock)
+    stored = dense_storage(stock)
+    assert torch.equal(stored, stock)
+    assert has_dense_view(stored)
+    assert dense_storage(stored).data_ptr() == stored.data_ptr()
+    x, indices = torch.randn(5, H).to(dtype), torch.randint(E, (5, 2))
+    gate_up = (torch.randn(E, 2 * s, H) * 0.3).to(dtype)
+    for path in ("masked", "grouped"):
+        y, expected = (dk.expert_ffn(x, gate_up, down, indices, path=path) for down in (stored, stock))
+        torch.testing.assert_close(y, expected)

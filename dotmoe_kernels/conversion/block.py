@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .._checks import compute_dtype, require
 from ..experts import expert_ffn
-from ..permutation import neuron_order, pack_experts, transpose_storage, unpack_experts
+from ..permutation import dense_storage, neuron_order, pack_experts, unpack_experts
 from ..routing import route_top_k
 from .surgery import DenseFFN
 
@@ -74,8 +74,9 @@ class DotMoeExperts(nn.Module):
         with torch.no_grad():
             if not self.gate_up_proj.is_contiguous():
                 self.gate_up_proj.data = self.gate_up_proj.data.contiguous()
-            if not self.down_proj.transpose(1, 2).is_contiguous():
-                self.down_proj.data = transpose_storage(self.down_proj.data)
+            stored = dense_storage(self.down_proj.data)
+            if stored.stride() != self.down_proj.stride():
+                self.down_proj.data = stored
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DotMoeExperts:
         super()._apply(fn, recurse)
@@ -148,6 +149,7 @@ class DotMoeBlock(nn.Module):
             weight = router_weight.detach().to(device=gate_up.device, dtype=gate_up.dtype, copy=True)
             block.gate.weight = nn.Parameter(weight.contiguous())
             block.neuron_order = order
+            block.experts.interleave_storage()
         return block.train(ffn.module.training)
 
     def dense_weights(self) -> tuple[Tensor, Tensor, Tensor]:

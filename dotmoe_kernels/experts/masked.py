@@ -33,7 +33,7 @@ def _expert_mask(indices: Tensor, weights: Tensor | None, num_experts: int, dtyp
 def masked_view_ffn(
     x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor, activation: str
 ) -> Tensor:
-    """x [T, H] -> [T, H]; the arguments of ``expert_ffn``, checked there. A ``down_proj`` that is no transpose is copied."""
+    """x [T, H] -> [T, H]; the arguments of ``expert_ffn``, checked there. A ``down_proj`` without ``has_dense_view`` is copied."""
     E, width, H = gate_up_proj.shape
     r = _expert_mask(indices, weights, E, x.dtype)
     gate, up = functional.linear(x, gate_up_proj.reshape(-1, H)).view(-1, E, 2, width // 2).unbind(2)  # [T, E, s] each
@@ -42,7 +42,10 @@ def masked_view_ffn(
         hidden = hidden * up * r[:, :, None]
     else:
         hidden.mul_(up).mul_(r[:, :, None])
-    return hidden.reshape(-1, E * width // 2) @ down_proj.transpose(1, 2).reshape(-1, H)
+    hidden = hidden.reshape(-1, E * width // 2)  # [T, F]
+    if down_proj.transpose(0, 1).is_contiguous():
+        return functional.linear(hidden, down_proj.transpose(0, 1).reshape(H, -1))
+    return hidden @ down_proj.transpose(1, 2).reshape(-1, H)
 
 
 class _MaskedFFN(torch.autograd.Function):
