@@ -45,7 +45,12 @@ def dispatch_tokens(indices: Tensor, num_experts: int) -> Slots:
     require_indices(indices, "indices", 2, "[T, K]")
     require(isinstance(num_experts, int) and num_experts >= 1, "num_experts", num_experts, "an integer of at least 1")
     require_range(indices, "indices", 0, num_experts)
-    T, K = indices.shape
+    return sort_slots(indices, num_experts)
+
+
+def sort_slots(indices: Tensor, num_experts: int) -> Slots:
+    """``dispatch_tokens`` of arguments that were checked."""
+    K = indices.shape[1]
     flat = indices.reshape(-1)
     values, source = torch.sort(flat, stable=True)
     bounds = torch.arange(num_experts, dtype=values.dtype, device=values.device)
@@ -83,7 +88,7 @@ class _Scatter(torch.autograd.Function):
         return dx.to(grad.dtype), None, None
 
 
-def _sum_bags(ys: Tensor, weights: Tensor | None, source: Tensor, num_used: int, num_tokens: int) -> Tensor:
+def sum_bags(ys: Tensor, weights: Tensor | None, source: Tensor, num_used: int, num_tokens: int) -> Tensor:
     """The weighted sums of ``gather_tokens`` on a CPU, in one pass over the rows: a token is a bag of its K slots.
 
     In 16 bits only for unit weights, which the bags would round to the rows' dtype."""
@@ -98,13 +103,19 @@ def _sum_bags(ys: Tensor, weights: Tensor | None, source: Tensor, num_used: int,
     return functional.embedding_bag(bags, ys, per_sample_weights=w, mode="sum", padding_idx=padding)
 
 
+def fits_bags(ys: Tensor, weights: Tensor | None) -> bool:
+    """Whether ``sum_bags`` gives what ``gather_tokens`` promises for these."""
+    if ys.device.type != "cpu":
+        return False
+    return weights is None or ys.dtype in (torch.float32, torch.float64) or bool((weights == 1).all())
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ys: Tensor, weights: Tensor | None, token: Tensor, source: Tensor, used: Tensor, T: int) -> Tensor:
         ctx.save_for_backward(ys, weights, token, source, used)
-        bags = ys.device.type == "cpu" and T > 0 and source.numel() > 0 and source.numel() % T == 0
-        if bags and (weights is None or ys.dtype in (torch.float32, torch.float64) or bool((weights == 1).all())):
-            return _sum_bags(ys, weights, source, int(used.sum()), T)
+        if T > 0 and source.numel() > 0 and source.numel() % T == 0 and fits_bags(ys, weights):
+            return sum_bags(ys, weights, source, int(used.sum()), T)
         rows = torch.where(used, ys, 0).to(compute_dtype(ys))  # [S, H]
         if weights is not None:
             rows = rows * weights.reshape(-1)[source][:, None].to(rows.dtype)

@@ -17,7 +17,7 @@ from torch.nn import functional
 from .._autograd import first_order
 from .._checks import compute_dtype, require, require_float, require_offsets, require_same
 from .._tiles import expert_by_expert
-from ..dispatch import Slots, dispatch_tokens, gather_tokens, scatter_tokens
+from ..dispatch import Slots, fits_bags, gather_tokens, scatter_tokens, sort_slots, sum_bags
 from .activations import find_activation
 
 
@@ -111,12 +111,14 @@ def _expert_by_expert(
 def grouped_ffn(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor, activation: str) -> Tensor:
     """x [T, H] -> [T, H] over the expert-sorted slots; the arguments of ``expert_ffn``, checked there."""
     E = gate_up_proj.shape[0]
-    slots, act = dispatch_tokens(indices, E), find_activation(activation).forward
+    slots, act = sort_slots(indices, E), find_activation(activation).forward
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, gate_up_proj, down_proj, weights)):
         if x.device.type == "cpu" and expert_by_expert(x.dtype, indices.numel(), E):
             return _expert_by_expert(x, gate_up_proj, down_proj, slots, weights, act)
         gate, up = _multiply(x[slots.token], gate_up_proj.transpose(1, 2), slots.offsets).chunk(2, -1)  # [S, s] each
         ys = _multiply(act(gate).mul_(up), down_proj.transpose(1, 2), slots.offsets)
+        if indices.numel() > 0 and fits_bags(ys, weights):
+            return sum_bags(ys, weights, slots.source, int(slots.offsets[-1]), len(x))
         return gather_tokens(ys, slots, weights)
     xs = scatter_tokens(x, slots)  # [S, H]
     gate, up = grouped_mm(xs, gate_up_proj.transpose(1, 2), slots.offsets).chunk(2, -1)
