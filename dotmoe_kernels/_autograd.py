@@ -28,12 +28,13 @@ class _Refuse(torch.autograd.Function):
 
 
 def first_order(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates the backward of a Function: computed without a graph, and a second derivative raises RuntimeError."""
+    """Decorates the backward of a Function: no graph, no autocast; a second derivative raises RuntimeError."""
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(backward)
         def wrapped(ctx: Any, *grads: Tensor | None) -> Any:
-            with torch.no_grad():
+            device = next((g.device.type for g in grads if g is not None), "cpu")
+            with torch.no_grad(), torch.autocast(device, enabled=False):
                 result = backward(ctx, *grads)
             if not torch.is_grad_enabled():
                 return result

@@ -24,7 +24,7 @@ from dotmoe_kernels import reference
 
 FINAL = ["row", "column"]
 BACKWARD = ["unroll", "implicit"]
-VANISHING = {"init": 0.2}  # every step shrinks this gradient, but not the terms that it is the sum of
+VANISHING = {"init": 0.5}  # every step shrinks this gradient, but not the terms of order 1 and more that it is the sum of
 
 
 def upcast(t):

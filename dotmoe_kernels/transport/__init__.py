@@ -171,7 +171,8 @@ def sinkhorn(
     if use_triton(affinity) and dtype == torch.float32:
         plan, log_u, log_v, _, count, error = sinkhorn_op(*tensors, num_iters, float(tol), final == "row", backward == "unroll")
     else:
-        plan, log_u, log_v, count, error = _Sinkhorn.apply(*tensors, (num_iters, float(tol), final, backward, return_info))
+        with torch.autocast(device.type, enabled=False):
+            plan, log_u, log_v, count, error = _Sinkhorn.apply(*tensors, (num_iters, float(tol), final, backward, return_info))
     plan = plan.view(*batch, F, E)
     if not return_info:
         return plan
