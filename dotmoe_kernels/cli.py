@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo = add(
         "demo",
         "Train a small LLaMA on the spot, convert it with every method, measure, save, reload and generate. No download.",
-        "dotmoe demo\ndotmoe demo --quick --output /tmp/demo\ndotmoe demo --data my-text.txt --overwrite",
+        "dotmoe demo\ndotmoe demo --quick --output ./demo-quick\ndotmoe demo --data my-text.txt --overwrite",
     )
     demo.add_argument("--output", default="dotmoe-demo", metavar="DIR", help="(default: %(default)s)")
     demo.add_argument("--data", nargs="+", default=[], metavar="FILE", help="text instead of the Python standard library's sources")
