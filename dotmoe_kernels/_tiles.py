@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .permutation import has_dense_view
-
 BACKEND = "hip" if torch.version.hip else "cuda"
 
 # rounding: most experts -> rows and experts of a tile of proposals, experts and entries of a tile of the selection. A tile of
@@ -109,13 +107,12 @@ def expert_by_expert(dtype: torch.dtype, num_slots: int, num_experts: int) -> bo
     return num_slots >= _CPU_LOOP_ROWS[dtype] * num_experts
 
 
-def pick_path(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, *, needs_grad: bool = False) -> str:
-    """The path of ``expert_ffn`` for these tensors: "grouped", "decode" or "masked"."""
-    T, K = indices.shape
-    E = gate_up_proj.shape[0]
+def pick_path(x: Tensor, indices: Tensor, num_experts: int, *, dense_view: bool, needs_grad: bool) -> str:
+    """The path of ``expert_ffn`` for x [T, H] and indices [T, K]; ``dense_view``: the weights are the dense FFN as well."""
+    (T, K), E = indices.shape, num_experts
     if needs_grad:
         return "grouped"
     first, last = _CPU_MASKED_ROWS
-    if x.dtype in (torch.bfloat16, torch.float16) and has_dense_view(down_proj) and first * E <= T * K < last * E:
+    if x.dtype in (torch.bfloat16, torch.float16) and dense_view and first * E <= T * K < last * E:
         return "masked"
     return "decode" if T == 1 and x.dtype in (torch.float32, torch.float64) else "grouped"

@@ -161,7 +161,7 @@ def scatter_tokens(x: Tensor, slots: Slots) -> Tensor:
 
 
 def gather_tokens(ys: Tensor, slots: Slots, weights: Tensor | None = None, *, num_tokens: int | None = None) -> Tensor:
-    """y[t] = sum over the slots p of token t of weights[source[p]] ys[p], summed in float32 in slot order.
+    """y[t] = sum over the slots p of token t of weights[source[p]] ys[p], summed in float32, in a fixed order.
 
     Args:
         ys: [S, H] floating point; the rows of empty slots are ignored, whatever they hold.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._checks import require, require_float, require_indices, require_range, require_same, require_shape
 from .._tiles import pick_path
+from ..permutation import has_dense_view
 from .activations import find_activation
 from .decode import decode_ffn
 from .grouped import grouped_ffn, grouped_mm
@@ -78,7 +79,7 @@ def expert_ffn(
     require(path in ("auto", *_PATHS), "path", repr(path), "auto | " + " | ".join(_PATHS))
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up_proj, down_proj, weights))
     if path == "auto":
-        path = pick_path(x, gate_up_proj, down_proj, indices, needs_grad=needs_grad)
+        path = pick_path(x, indices, E, dense_view=has_dense_view(down_proj), needs_grad=needs_grad)
     if path == "decode" and needs_grad:
         path = "grouped"
     with torch.autocast(x.device.type, enabled=False):
