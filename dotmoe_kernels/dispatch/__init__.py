@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._autograd import first_order
-from ._checks import (
+from .._autograd import first_order
+from .._checks import (
     compute_dtype,
     require,
     require_float,
@@ -24,7 +24,7 @@ from ._checks import (
     require_same,
     require_shape,
 )
-from .reference import Slots
+from ..reference import Slots
 
 __all__ = ["Slots", "dispatch_tokens", "gather_tokens", "scatter_tokens"]
 
