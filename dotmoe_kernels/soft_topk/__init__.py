@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import first_order
-from ._checks import compute_dtype, require, require_finite, require_float, require_same
+from .._autograd import first_order
+from .._checks import compute_dtype, require, require_finite, require_float, require_same
 
 
 def _laplace_offset(s: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

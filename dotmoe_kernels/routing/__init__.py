@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import compute_dtype, require, require_finite, require_float, require_shape, require_tensor
-from .reference import Routing, straight_through
-from .soft_topk import soft_top_k
+from .._checks import compute_dtype, require, require_finite, require_float, require_shape, require_tensor
+from ..reference import Routing, straight_through
+from ..soft_topk import soft_top_k
 
 _WEIGHTS = ("unit", "softmax", "renormalized")
 
