@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity, the error of an FFN's output, the load of the experts."""
+"""What a model is worth: perplexity, the error of an FFN's output, the load of the experts, how many of them a token visits."""
 
 from __future__ import annotations
 
@@ -62,21 +62,54 @@ def load_summary(load: Tensor) -> dict[str, float]:
     }
 
 
+def active_summary(counts: Tensor) -> dict[str, float]:
+    """Of counts [E + 1], the tokens by their number of active experts: mean, least, (lower) median and most."""
+    total, numbers = counts.sum(), torch.arange(counts.numel(), device=counts.device)
+    used = counts.nonzero()[:, 0]
+    if not used.numel():
+        return {"mean": 0.0, "min": 0, "median": 0, "max": 0}
+    return {
+        "mean": float((counts.double() * numbers).sum() / total),
+        "min": int(used[0]),
+        "median": int((2 * counts.cumsum(0) >= total).nonzero()[0, 0]),
+        "max": int(used[-1]),
+    }
+
+
+class RoutingCounts:
+    """What ``collect_load`` counted so far. Called, it gives the loads [E] by layer, each summing to 1."""
+
+    def __init__(self) -> None:
+        self.slots: dict[str, Tensor] = {}  # [E] slots of every expert
+        self.active: dict[str, Tensor] = {}  # [E + 1] tokens by their number of active experts
+
+    def __call__(self) -> dict[str, Tensor]:
+        return {name: count.double() / count.sum().clamp(min=1) for name, count in self.slots.items()}
+
+    def mean_active(self) -> dict[str, float]:
+        """Mean number of active experts a token, by layer."""
+        return {name: active_summary(counts)["mean"] for name, counts in self.active.items()}
+
+    def add(self, name: str, indices: Tensor, num_experts: int) -> None:
+        """Counts indices [T, K], of which num_experts is an empty slot."""
+        found = torch.bincount(indices.flatten(), minlength=num_experts + 1)[:num_experts]
+        active = torch.bincount((indices < num_experts).sum(-1), minlength=num_experts + 1)
+        self.slots[name] = self.slots[name] + found if name in self.slots else found
+        self.active[name] = self.active[name] + active if name in self.active else active
+
+
 @contextmanager
-def collect_load(model: nn.Module) -> Iterator[Callable[[], dict[str, Tensor]]]:
-    """Inside, counts the slots of every expert; the function it yields gives the loads [E] by layer, each summing to 1.
+def collect_load(model: nn.Module) -> Iterator[RoutingCounts]:
+    """Inside, counts the slots of every expert and the active experts of every token; see ``RoutingCounts``, which it yields.
 
     The layers are the modules whose child ``gate`` returns (logits [T, E], weights, indices [T, K]), as a converted model's do.
     """
-    counts: dict[str, Tensor] = {}
-    handles = []
+    counts, handles = RoutingCounts(), []
 
     def hook(name: str) -> Callable[..., None]:
         def count(module: nn.Module, args: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
             logits, _, indices = output
-            E = logits.shape[-1]
-            found = torch.bincount(indices.flatten(), minlength=E + 1)[:E]
-            counts[name] = counts[name] + found if name in counts else found
+            counts.add(name, indices, logits.shape[-1])
 
         return count
 
@@ -84,7 +117,7 @@ def collect_load(model: nn.Module) -> Iterator[Callable[[], dict[str, Tensor]]]:
         if name.endswith(".gate") and hasattr(module, "num_experts"):
             handles.append(module.register_forward_hook(hook(name.removesuffix(".gate"))))
     try:
-        yield lambda: {name: count.double() / count.sum().clamp(min=1) for name, count in counts.items()}
+        yield counts
     finally:
         for handle in handles:
             handle.remove()

@@ -322,7 +322,7 @@ def test_every_command_exits_130_when_interrupted(capsys, here, converted, monke
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli._COMMANDS, command, interrupted)
+    monkeypatch.setitem(cli.COMMANDS, command, interrupted)
     arguments = {
         "eval": (converted, "--data", here / "held.txt"),
         "generate": (converted, "--prompt", "the"),
@@ -842,8 +842,8 @@ def test_no_figure_without_matplotlib(tmp_path, monkeypatch):
 
 def test_the_table_has_a_line_a_method():
     lines = demo._table(ROWS).splitlines()
-    assert lines[0].split() == ["method", "perplexity", "retention", "active", "parameters", "seconds"]
-    assert lines[2].split() == ["dot", "11.00", "90.0%", "50", "(50%)", "1.0"]
+    assert lines[0].split() == ["method", "perplexity", "retention", "active", "parameters", "experts", "seconds"]
+    assert lines[2].split() == ["dot", "11.00", "90.0%", "50", "(50%)", "-", "1.0"]
     assert len({len(line) for line in lines}) == 1
 
 

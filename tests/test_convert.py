@@ -439,11 +439,6 @@ def test_a_class_of_ones_own_is_refused_before_the_training(monkeypatch):
     rejected("model is a Subclass; allowed: the causal LM of its config, LlamaForCausalLM", model=Subclass(dense_model().config))
 
 
-def test_a_router_without_modelling_is_refused_before_the_training(monkeypatch):
-    monkeypatch.setattr(module, "align", None)
-    rejected("config.router is 'soft'; allowed: 'top_k'", config=topology(router="soft"))
-
-
 def test_layers_of_different_width_are_refused_before_the_training(monkeypatch):
     monkeypatch.setattr(module, "align", None)
     model, wide = dense_model(), dense_model(intermediate_size=2 * F)

@@ -3,6 +3,7 @@
 config.py       the training options
 module.py       one FFN while it is being aligned: dense teacher and masked student in one
 transport.py    A of all layers -> plans and assignments, once a step
+soft.py         budgets and temperature of the soft router, once a step
 losses.py       the four terms
 checkpoints.py  state on disk, so that a run continues bit for bit
 loop.py         the training loop

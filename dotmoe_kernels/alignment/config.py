@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .._checks import require
 
 INITS = ("noise", "kmeans", "activation")
+SOFT_OPTIONS = ("router_temperature_start", "router_temperature_end", "threshold", "cap", "budget_lr")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class AlignmentConfig:
         warmup: share of the steps over which the learning rate rises; then it falls as a cosine to zero.
         tau_start, tau_end: temperature of the transport, falling linearly over the first ``tau_decay`` share of the steps.
         num_iters, tol, backward: of ``sinkhorn``, warm-started from the step before.
+        router_temperature_start, router_temperature_end: LapSum's temperature of the soft router, falling as tau does.
+        threshold, cap: of the soft router: an expert with p <= threshold is off, and so are those beyond ceil(k cap).
+        budget_lr: peak learning rate of the layers' shares of the soft router's budget; they do not decay.
         kl, ce, z, balance: weights of the four loss terms.
         init: what A and the router start from: "noise", or the partition "kmeans" or "activation".
         init_std: standard deviation of the noise.
@@ -46,6 +50,11 @@ class AlignmentConfig:
     num_iters: int = 50
     tol: float = 1e-3
     backward: str = "unroll"
+    router_temperature_start: float = 0.2
+    router_temperature_end: float = 0.05
+    threshold: float = 0.05
+    cap: float = 2.0
+    budget_lr: float = 1e-2
     kl: float = 2.0
     ce: float = 1.0
     z: float = 1e-3
@@ -65,16 +74,28 @@ class AlignmentConfig:
             require(isinstance(value, int) and value >= 1, name, value, "an integer of at least 1")
         micro = self.micro_batch_size
         require(micro is None or 1 <= micro <= self.batch_size, "micro_batch_size", micro, f"1 to batch_size = {self.batch_size}")
-        for name in ("affinity_lr", "router_lr", "clip", "tau_start", "tau_end"):
+        for name in (
+            *("affinity_lr", "router_lr", "budget_lr", "clip", "tau_start", "tau_end"),
+            *("router_temperature_start", "router_temperature_end"),
+        ):
             require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
         for name in ("weight_decay", "kl", "ce", "z", "balance", "init_std", "init_strength", "tol"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a number of at least 0")
         for name in ("warmup", "tau_decay"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share from 0 to 1")
+        require(0 <= self.threshold < 1, "threshold", self.threshold, "a number in [0, 1)")
+        require(1 <= self.cap < math.inf, "cap", self.cap, "a number of at least 1")
         require(self.backward in ("unroll", "implicit"), "backward", repr(self.backward), '"unroll" or "implicit"')
         require(self.init in INITS, "init", repr(self.init), " | ".join(INITS))
 
     def tau(self, step: int) -> float:
         """Temperature of that step (0-based)."""
+        return self._falling(self.tau_start, self.tau_end, step)
+
+    def router_temperature(self, step: int) -> float:
+        """Temperature of the soft router in that step (0-based)."""
+        return self._falling(self.router_temperature_start, self.router_temperature_end, step)
+
+    def _falling(self, start: float, end: float, step: int) -> float:
         decay = max(self.tau_decay * self.steps, 1e-9)
-        return self.tau_start + (self.tau_end - self.tau_start) * min(step / decay, 1.0)
+        return start + (end - start) * min(step / decay, 1.0)

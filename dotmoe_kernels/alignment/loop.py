@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 
 from .._checks import require, require_indices
 from .checkpoints import last_checkpoint, load_checkpoint, save_checkpoint, truncate_log
-from .config import AlignmentConfig
+from .config import SOFT_OPTIONS, AlignmentConfig
 from .losses import alignment_losses
 from .module import AlignmentFFN, all_experts
+from .soft import BudgetState, SoftRouting
 from .transport import Transport
 
 
@@ -33,6 +34,7 @@ class AlignmentResult(NamedTuple):
     steps: int
     seconds: float
     log: list[dict[str, float]]  # one entry a step of this call
+    budgets: BudgetState | None = None  # of the soft router
 
 
 def _sequences(data: Tensor, step: int, config: AlignmentConfig) -> Tensor:
@@ -112,10 +114,16 @@ def align(
     groups = [{"params": routers, "lr": 0.0, "peak": config.router_lr}]
     if affinities:
         groups.append({"params": affinities, "lr": 0.0, "peak": config.affinity_lr})
+    soft = SoftRouting(layers, config) if any(layer.router == "soft" for layer in layers.values()) else None
+    budgets = [] if soft is None else list(soft.budgets.parameters())
+    if budgets:
+        groups.append({"params": budgets, "lr": 0.0, "peak": config.budget_lr, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     transport = Transport(layers, config)
+    trained = [*routers, *affinities, *budgets]
 
-    marks = {**dataclasses.asdict(config), "data": list(data.shape), "layers": list(layers), **(fingerprint or {})}
+    options = {k: v for k, v in dataclasses.asdict(config).items() if soft is not None or k not in SOFT_OPTIONS}
+    marks = {**options, "data": list(data.shape), "layers": list(layers), **(fingerprint or {})}
     marks = json.loads(json.dumps(marks))
     checkpoints = None if folder is None else Path(folder) / "checkpoints"
     log_path = None if folder is None else Path(folder) / "log.jsonl"
@@ -125,7 +133,7 @@ def align(
         state = load_checkpoint(found, marks)
         first, last_good = state["step"], str(found)
         with torch.no_grad():
-            for parameter, value in zip([*routers, *affinities], state["parameters"], strict=True):
+            for parameter, value in zip(trained, state["parameters"], strict=True):
                 parameter.copy_(value)
         optimizer.load_state_dict(state["optimizer"])
         transport.tau, transport.log_v = state["tau"], {k: v.to(device) for k, v in state["log_v"].items()}
@@ -138,7 +146,7 @@ def align(
         state = {
             "step": step,
             "fingerprint": marks,
-            "parameters": [p.detach().clone() for p in (*routers, *affinities)],
+            "parameters": [p.detach().clone() for p in trained],
             "optimizer": optimizer.state_dict(),
             "tau": transport.tau,
             "log_v": transport.log_v,
@@ -151,6 +159,7 @@ def align(
         for step in range(first, config.steps):
             tau = config.tau(step)
             entry: dict[str, float] = {"step": step + 1, "tau": tau, **transport.refresh(tau)}
+            budget = None if soft is None else soft.refresh(step)
             share = _learning_rate(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = share * group["peak"]
@@ -166,9 +175,12 @@ def align(
                 losses = alignment_losses(teacher, logits, micro, layers, config)
                 weight = len(micro) / len(batch)
                 (losses.total * weight).backward()
+                if soft is not None:
+                    soft.observe(weight)
                 sums += torch.stack([term.detach().float() for term in losses]) * weight
             transport.backward()
-            trained = [*routers, *affinities]
+            if soft is not None:
+                soft.backward()
             norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
             values = [*sums.tolist(), float(norm)]
             if not all(map(math.isfinite, values)):
@@ -180,6 +192,8 @@ def align(
             nn.utils.clip_grads_with_norm_(trained, config.clip, norm)
             optimizer.step()
             entry |= dict(zip(("loss", "kl", "ce", "z", "balance", "grad_norm"), values, strict=True))
+            if soft is not None and budget is not None:
+                entry |= soft.log(budget)
             entry |= {"lr": share * config.router_lr, "seconds": time.monotonic() - begin}
             log.append(entry)
             if log_path is not None:
@@ -194,7 +208,9 @@ def align(
             bar.update()
             if on_step is not None:
                 on_step(done)
-    transport.refresh(config.tau(max(config.steps - 1, 0)))  # the assignment after the last update
+    last = max(config.steps - 1, 0)
+    transport.refresh(config.tau(last))  # the assignment and the budgets after the last update
+    reached = None if soft is None else soft.refresh(last)
     for layer in layers.values():
         layer.plan = layer.routing = None
-    return AlignmentResult(config.steps, time.monotonic() - begin, log)
+    return AlignmentResult(config.steps, time.monotonic() - begin, log, reached)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,22 @@ from .._checks import require_shape
 from ..experts import masked_ffn
 from ..experts.activations import find_activation
 from ..reference import Routing
-from ..routing import route_top_k
+from ..routing import route_soft_top_k, route_top_k
+
+
+class SoftRouter(NamedTuple):
+    """Of one layer: k experts are expected a token, at most ``max_active`` of those with p > threshold are on."""
+
+    k: float | Tensor
+    temperature: float
+    threshold: float
+    max_active: int
+
+
+def route_soft(logits: Tensor, router: SoftRouter, *, mask: Tensor | None = None) -> Routing:
+    """``route_soft_top_k`` with the options of ``router``."""
+    k, temperature, threshold, max_active = router
+    return route_soft_top_k(logits, k, temperature=temperature, threshold=threshold, max_active=max_active, mask=mask)
 
 
 class AlignmentFFN(nn.Module):
@@ -28,6 +44,7 @@ class AlignmentFFN(nn.Module):
         activation: an ACT2FN name.
         affinity: [F, E] float32, trains; None for a fixed assignment.
         expert_of: [F] int64; the fixed assignment, or the one that the affinity starts from.
+        router: "top_k", or "soft", which ``soft`` then sets the budget of, step by step.
     """
 
     def __init__(
@@ -41,6 +58,7 @@ class AlignmentFFN(nn.Module):
         activation: str,
         affinity: Tensor | None = None,
         expert_of: Tensor | None = None,
+        router: str = "top_k",
     ) -> None:
         super().__init__()
         F, E = gate_proj.shape[0], router_weight.shape[0]
@@ -49,7 +67,8 @@ class AlignmentFFN(nn.Module):
         self.affinity = None if affinity is None else nn.Parameter(affinity.float())
         if affinity is not None:
             require_shape(affinity, "affinity", (F, E), "[F, E]")
-        self.top_k, self.activation = top_k, activation
+        self.top_k, self.num_experts, self.activation, self.router = top_k, E, activation, router
+        self.soft: SoftRouter | None = None  # of this step; k is a leaf that collects the gradient
         self.expert_of = expert_of
         self.plan: Tensor | None = None  # [F, E] of this step, a leaf that collects the gradient
         self.mask: Tensor | None = None  # [T] valid tokens of this batch
@@ -70,7 +89,12 @@ class AlignmentFFN(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             # a NaN goes on to the loss through x; there the step and the layer are named
             logits = torch.nan_to_num(x.float() @ self.router_weight.T)  # [T, E]
-            self.routing = route_top_k(logits, self.top_k, mask=self.mask)
+            if self.router == "soft":
+                assert self.soft is not None
+                self.routing = route_soft(logits, self.soft, mask=self.mask)
+            else:
+                self.routing = route_top_k(logits, self.top_k, mask=self.mask)
+        soft = self.router == "soft"  # its weights carry the gradient of the router, and probs only the number of experts
         y = masked_ffn(
             x,
             self.gate_proj,
@@ -79,7 +103,8 @@ class AlignmentFFN(nn.Module):
             self.expert_of,
             self.routing.indices,
             plan=self.plan,
-            probs=self.routing.probs,
+            probs=self.routing.probs.detach() if soft else self.routing.probs,
+            weights=self.routing.weights if soft else None,
             activation=self.activation,
         )
         finite = torch.isfinite(y.detach().sum() + self.routing.z_loss.detach())

@@ -2,6 +2,8 @@
 
     Z = x Wr^T;  y_t = sum over the K largest Z_te of Down_e (act(Gate_e x_t) * (Up_e x_t)), each with weight exactly 1
 
+or, with the soft router, over the experts with p_te = LapSum(Z_t, k)_e > theta, each with weight p_te.
+
 State: ``gate.weight`` [E, H], ``experts.gate_up_proj`` [E, 2s, H], ``experts.down_proj`` [E, H, s], ``neuron_order`` [F] int64.
 """
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import compute_dtype, require
+from ..alignment.module import SoftRouter, route_soft
 from ..experts import expert_ffn
 from ..permutation import dense_storage, neuron_order, pack_experts, unpack_experts
 from ..routing import route_top_k
@@ -25,11 +28,13 @@ from .surgery import DenseFFN
 class DotMoeRouter(nn.Module):
     """Router of one layer: x [T, H] -> (logits [T, E], weights [T, K], indices [T, K]).
 
+    With the soft router K is ``max_active``, and an empty slot has index E and weight 0.
     The logits are float32 (float64 for a float64 model), under autocast too. A forward hook sees all three.
     """
 
-    def __init__(self, num_experts: int, top_k: int, hidden_size: int) -> None:
+    def __init__(self, num_experts: int, top_k: int, hidden_size: int, *, soft: SoftRouter | None = None) -> None:
         super().__init__()
+        self.soft = soft
         self.num_experts, self.top_k, self.hidden_size = num_experts, top_k, hidden_size
         self.bypass = False  # every expert with weight 1, see all_experts
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
@@ -41,11 +46,20 @@ class DotMoeRouter(nn.Module):
             if self.bypass:
                 everyone = torch.arange(self.num_experts, device=x.device).expand(logits.shape)
                 return logits, torch.ones_like(logits), everyone
-            routing = route_top_k(logits, self.top_k, weights="unit")
+            if self.soft is not None:
+                routing = route_soft(logits, self.soft)
+            else:
+                routing = route_top_k(logits, self.top_k, weights="unit")
         return logits, routing.weights, routing.indices
 
+    @property
+    def mean_active(self) -> float:
+        """Experts expected a token: K, or the soft router's k."""
+        return float(self.top_k if self.soft is None else self.soft.k)
+
     def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, top_k={self.top_k}, hidden_size={self.hidden_size}"
+        kind = f"top_k={self.top_k}" if self.soft is None else ", ".join(f"{k}={v}" for k, v in self.soft._asdict().items())
+        return f"num_experts={self.num_experts}, {kind}, hidden_size={self.hidden_size}"
 
 
 class DotMoeExperts(nn.Module):
@@ -101,15 +115,24 @@ class DotMoeBlock(nn.Module):
         num_experts, top_k, hidden_size, expert_size: E, K, H, s.
         activation: name in ACT2FN.
         path: of ``expert_ffn``: "auto" | "grouped" | "decode" | "masked".
+        soft: the soft router's options; None: the top K.
     """
 
     neuron_order: Tensor
 
     def __init__(
-        self, num_experts: int, top_k: int, hidden_size: int, expert_size: int, activation: str, *, path: str = "auto"
+        self,
+        num_experts: int,
+        top_k: int,
+        hidden_size: int,
+        expert_size: int,
+        activation: str,
+        *,
+        path: str = "auto",
+        soft: SoftRouter | None = None,
     ) -> None:
         super().__init__()
-        self.gate = DotMoeRouter(num_experts, top_k, hidden_size)
+        self.gate = DotMoeRouter(num_experts, top_k, hidden_size, soft=soft)
         self.experts = DotMoeExperts(num_experts, hidden_size, expert_size, activation, path=path)
         self.register_buffer("neuron_order", torch.arange(num_experts * expert_size))  # [F], position -> dense neuron
 
@@ -128,7 +151,9 @@ class DotMoeBlock(nn.Module):
         return self.experts(x, indices, weights).view(hidden_states.shape)
 
     @classmethod
-    def from_dense(cls, ffn: DenseFFN, expert_of: Tensor, router_weight: Tensor, top_k: int) -> DotMoeBlock:
+    def from_dense(
+        cls, ffn: DenseFFN, expert_of: Tensor, router_weight: Tensor, top_k: int, *, soft: SoftRouter | None = None
+    ) -> DotMoeBlock:
         """The block whose experts are the neurons of ``ffn`` sorted by expert; arguments as checked by ``check_layer``.
 
         Args:
@@ -136,13 +161,14 @@ class DotMoeBlock(nn.Module):
             expert_of: [F] int64, s neurons for every expert.
             router_weight: [E, H] floating point; cast to the FFN's dtype.
             top_k: K.
+            soft: the soft router's options; None: the top K.
         """
         (F_, H), E = ffn.gate_proj.shape, router_weight.shape[0]
         with torch.no_grad():
             order = neuron_order(expert_of.to(device=ffn.gate_proj.device, dtype=torch.int64))
             gate_up, down = pack_experts(ffn.gate_proj, ffn.up_proj, ffn.down_proj, order, E)
             with torch.device("meta"):
-                block = cls(E, top_k, H, F_ // E, ffn.activation)
+                block = cls(E, top_k, H, F_ // E, ffn.activation, soft=soft)
             trains = ffn.gate_proj.requires_grad
             block.experts.gate_up_proj = nn.Parameter(gate_up, requires_grad=trains)
             block.experts.down_proj = nn.Parameter(down, requires_grad=trains)

@@ -6,9 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from .block import moe_blocks
 from .checks import count_parameters
 
 if TYPE_CHECKING:
+    from .config import DotMoeConfig
     from .modeling import DotMoeForCausalLM
 
 
@@ -22,6 +24,21 @@ def _table(rows: Mapping[str, Any], heads: tuple[str, str]) -> str:
     return "\n".join(lines + [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()])
 
 
+def router_facts(config: DotMoeConfig) -> dict[str, Any]:
+    """The router in words: what it takes, by layer where layers differ."""
+    if config.router != "soft":
+        return {"experts a token": config.num_experts_per_tok, "weight": 1}
+    layers = [router for router in config.soft_routers(len(config.router_k)) if router is not None]
+    return {
+        "k a layer": " ".join(f"{router.k:.4g}" for router in layers),
+        "mean k": round(sum(float(router.k) for router in layers) / len(layers), 4),
+        "at most a layer": " ".join(str(router.max_active) for router in layers),
+        "temperature": config.router_temperature,
+        "threshold": config.router_threshold,
+        "cap": config.router_cap,
+    }
+
+
 def model_card(model: DotMoeForCausalLM, title: str, figures: Mapping[str, Any]) -> str:
     """The text of README.md.
 
@@ -32,6 +49,8 @@ def model_card(model: DotMoeForCausalLM, title: str, figures: Mapping[str, Any])
     """
     config = model.config
     total, active = count_parameters(model)
+    soft = [block.gate.soft for block in moe_blocks(model).values() if block.gate.soft is not None]
+    mean = sum(float(r.k) for r in soft) / max(len(soft), 1)
     head = ["---", "library_name: transformers", "tags: [dotmoe, mixture-of-experts]"]
     if isinstance(figures.get("base_model"), str):
         head.append(f"base_model: {json.dumps(figures['base_model'])}")
@@ -45,6 +64,9 @@ def model_card(model: DotMoeForCausalLM, title: str, figures: Mapping[str, Any])
         "parameters": f"{total:,}",
         "active a token": f"{active:,} ({active / total:.1%})",
     }
+    if config.router == "soft":
+        structure["experts a token"] = f"{mean:.4g} in the mean (nominal), at most {max(r.max_active for r in soft)}"
+        structure["active a token"] += " at the nominal mean"
     parts = [
         "\n".join(head),
         f"# {title}",
@@ -52,6 +74,13 @@ def model_card(model: DotMoeForCausalLM, title: str, figures: Mapping[str, Any])
         "with every expert active it equals the dense model.",
         _table(structure, ("structure", "")),
     ]
+    if config.router == "soft":
+        parts += [
+            "## Router",
+            "LapSum soft top-k of the router scores (SoftMoE): the experts with p above the threshold, at least one a token and at "
+            "most so many, each weighted by p.",
+            _table(router_facts(config), ("soft router", "value")),
+        ]
     if config.assignment:
         parts += ["## Assignment", _table(config.assignment, ("setting", "value"))]
     flat = {key: value for key, value in figures.items() if not isinstance(value, Mapping)}

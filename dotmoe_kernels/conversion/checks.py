@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,16 +16,17 @@ from .block import DotMoeBlock, all_experts, moe_blocks
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
+def count_parameters(model: nn.Module, active: Mapping[str, float] | None = None) -> tuple[int, int]:
     """(total, active a token): all parameters, and those a token touches.
 
-    Embeddings, attention, norms and routers count as active, of the experts K out of E; tied tensors count once.
+    Embeddings, attention, norms and routers count as active, of the experts K out of E; tied tensors count once. The soft router's
+    share is nominal, its k_l out of E, unless ``active`` gives the mean that was measured, by layer.
     """
     total = sum(p.numel() for p in model.parameters())
     idle = 0
-    for block in moe_blocks(model).values():
-        experts = sum(p.numel() for p in block.experts.parameters())
-        idle += experts // block.gate.num_experts * (block.gate.num_experts - block.gate.top_k)
+    for name, block in moe_blocks(model).items():
+        experts, E = sum(p.numel() for p in block.experts.parameters()), block.gate.num_experts
+        idle += round(experts // E * (E - (block.gate.mean_active if active is None else active[name])))
     return total, total - idle
 
 

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from .._checks import require
+from ..alignment.config import AlignmentConfig
+from ..alignment.module import SoftRouter
+from ..alignment.soft import slots
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 brought the soft router; a model without it is still written as 1, which older versions read
 ROUTERS = ("top_k", "soft")
+_SOFT_FIELDS = ("router_k", "router_temperature", "router_threshold", "router_cap")
 
 
 def _fitting_num_experts(dense_width: int, num_experts: int, multiple: int) -> int | None:
@@ -24,6 +28,10 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 class DotMoeConfig(PreTrainedConfig):
     """A dense causal LM whose FFNs of F neurons are cut into E experts of s = F / E, of which a token visits K.
 
@@ -34,13 +42,17 @@ class DotMoeConfig(PreTrainedConfig):
         num_experts: E >= 1, a divisor of F.
         num_experts_per_tok: K, 1 <= K <= E; ``top_k`` is its alias.
         moe_intermediate_size: s = F / E; None fills it in.
-        router: "top_k", or "soft" (SoftMoE).
+        router: "top_k", or "soft" (SoftMoE): K experts a token in the mean over tokens and layers, weighted by LapSum's p.
+        router_k: of the soft router, the k_l expected in each layer, from 1 to E - 1; None is K in each, and ``convert`` learns it.
+        router_temperature, router_threshold, router_cap: of the soft router: LapSum's temperature > 0; theta in [0, 1), at and
+            below which an expert is off; the most experts of a token over k_l, at least 1. None: what ``convert`` trains with.
         dense_config: the dense model's config, as an object or as its dictionary with ``model_type``.
         assignment: where the partition came from (method, seed, steps, ...), a plain JSON dictionary.
         format_version: of the checkpoint format; newer ones than ``FORMAT_VERSION`` are refused.
 
     Raises:
-        ValueError: E < 1, K outside [1, E], an unknown router or format version, F not a multiple of E, s not F / E.
+        ValueError: E < 1, K outside [1, E], an unknown router or format version, F not a multiple of E, s not F / E, a field of
+            the soft router out of range or beside router "top_k".
 
     Warns:
         UserWarning: s is not a multiple of 8; it names the nearest E that fits.
@@ -55,9 +67,13 @@ class DotMoeConfig(PreTrainedConfig):
     num_experts_per_tok: int = 4
     moe_intermediate_size: int | None = None
     router: str = "top_k"
+    router_k: Any = None
+    router_temperature: Any = None
+    router_threshold: Any = None
+    router_cap: Any = None
     dense_config: Any = None
     assignment: dict[str, Any] | None = None
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     if TYPE_CHECKING:  # the alias, for the type checker: at run time it is no field
         top_k: int = 4
 
@@ -67,6 +83,8 @@ class DotMoeConfig(PreTrainedConfig):
         dense = self.__dict__.pop("dense_config", None)  # the base class must not see the dense attributes through us
         super().__post_init__(**kwargs)
         self.dense_config = None
+        if self.router == "soft" and self.format_version == 1:
+            self.format_version = 2
         if isinstance(dense, dict):
             values = dict(dense)
             dense = AutoConfig.for_model(values.pop("model_type", "dense_config without a model_type"), **values)
@@ -121,6 +139,7 @@ class DotMoeConfig(PreTrainedConfig):
             version,
             f"at most {FORMAT_VERSION}, the newest this dotmoe_kernels reads: upgrade it",
         )
+        self._check_router()
         require(s is None or _is_count(s), "moe_intermediate_size", repr(s), "an integer of at least 1, or None")
         width = self.dense_width if dense_width is None else dense_width
         if width is None:
@@ -128,6 +147,46 @@ class DotMoeConfig(PreTrainedConfig):
         near = _fitting_num_experts(width, E, 8) or _fitting_num_experts(width, E, 1)
         require(width % E == 0, "num_experts", E, f"a divisor of F = {width}, such as {near}")
         require(s in (None, width // E), "moe_intermediate_size", s, f"F / num_experts = {width // E}, or None")
+
+    def _check_router(self) -> None:
+        E, k, given = self.num_experts, self.router_k, {name: getattr(self, name) for name in _SOFT_FIELDS}
+        if self.router != "soft":
+            for name, value in given.items():
+                require(value is None, name, repr(value), 'None, unless router is "soft"')
+            return
+        require(E >= 2, "num_experts", E, 'at least 2 with router "soft"')
+        allowed = f'at most num_experts - 1 = {E - 1} with router "soft"'
+        require(self.num_experts_per_tok <= E - 1, "top_k", self.num_experts_per_tok, allowed)
+        for name, value, fits, allowed in (
+            ("router_temperature", self.router_temperature, lambda v: v > 0, "a number above 0"),
+            ("router_threshold", self.router_threshold, lambda v: 0 <= v < 1, "a number in [0, 1)"),
+            ("router_cap", self.router_cap, lambda v: v >= 1, "a number of at least 1"),
+        ):
+            require(value is None or (_is_number(value) and fits(value)), name, repr(value), allowed)
+        listed = isinstance(k, list | tuple) and bool(k) and all(_is_number(v) and 1 <= v <= E - 1 for v in k)
+        require(k is None or listed, "router_k", repr(k), f"a list of numbers from 1 to num_experts - 1 = {E - 1}, one a layer")
+
+    def soft_routers(self, num_layers: int) -> list[SoftRouter | None]:
+        """The soft router of every layer, with the fields that are None filled in; None for the layers of router "top_k".
+
+        Raises:
+            ValueError: ``router_k`` of another length.
+        """
+        if self.router != "soft":
+            return [None] * num_layers
+        options, E = AlignmentConfig(), self.num_experts
+        if self.router_k is None:
+            self.router_k = [float(self.num_experts_per_tok)] * num_layers
+        for name, default in (
+            ("router_temperature", options.router_temperature_end),
+            ("router_threshold", options.threshold),
+            ("router_cap", options.cap),
+        ):
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        require(len(self.router_k) == num_layers, "router_k", f"of length {len(self.router_k)}", f"one a layer, {num_layers}")
+        shared = (self.router_temperature, self.router_threshold)
+        return [SoftRouter(k, *shared, slots(k, self.router_cap, E)) for k in self.router_k]
 
     @property
     def dense_width(self) -> int | None:

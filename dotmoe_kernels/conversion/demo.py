@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .._files import write_file
 from ..alignment.config import AlignmentConfig
-from ..evaluation import perplexity, retention
+from ..evaluation import collect_load, perplexity, retention
 from .checkpoint import load, save
 from .checks import check_lines, count_parameters, self_check
 from .config import DotMoeConfig
@@ -115,7 +115,9 @@ def split_documents(texts: Sequence[str], seed: int) -> tuple[list[str], list[st
     return [t[:cut] for t, cut in zip(texts, cuts, strict=True)], [t[cut:] for t, cut in zip(texts, cuts, strict=True)]
 
 
-def _write_figure(path: Path, rows: list[dict[str, Any]], logs: dict[str, list[dict[str, float]]], note: str) -> bool:
+def _write_figure(
+    path: Path, rows: list[dict[str, Any]], logs: dict[str, list[dict[str, float]]], note: str, *, hard: bool = True
+) -> bool:
     """Perplexity by method and the alignment's KL by step; False without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -131,7 +133,9 @@ def _write_figure(path: Path, rows: list[dict[str, Any]], logs: dict[str, list[d
     values = [row["perplexity"] for row in shown]
     drawn = bars.bar(names, values, color=[colours[n] for n in names])
     bars.bar_label(drawn, fmt="%.1f", padding=2)
-    bars.set(ylabel="held-out perplexity (lower is better)", title="25 % of the FFN active, except dense")
+    bars.set(
+        ylabel="held-out perplexity (lower is better)", title="25 % of the FFN active, except dense" if hard else "soft router"
+    )
     bars.margins(y=0.12)
     for name, log in logs.items():
         curves.plot([e["step"] for e in log], [e["kl"] for e in log], label=name, color=colours[name], linewidth=1.2)
@@ -145,10 +149,14 @@ def _write_figure(path: Path, rows: list[dict[str, Any]], logs: dict[str, list[d
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'method':<12}{'perplexity':>12}{'retention':>12}{'active parameters':>20}{'seconds':>10}"]
+    """A line a method; "experts" is the mean number of active experts a token and a layer on the held-out text."""
+    lines = [f"{'method':<12}{'perplexity':>12}{'retention':>12}{'active parameters':>20}{'experts':>10}{'seconds':>10}"]
     for row in rows:
         active = f"{row['active_parameters']:,} ({row['active_parameters'] / row['total_parameters']:.0%})"
-        lines.append(f"{row['method']:<12}{row['perplexity']:>12.2f}{row['retention']:>12.1%}{active:>20}{row['seconds']:>10.1f}")
+        experts = f"{row['mean_active']:.2f}" if "mean_active" in row else "-"
+        lines.append(
+            f"{row['method']:<12}{row['perplexity']:>12.2f}{row['retention']:>12.1%}{active:>20}{experts:>10}{row['seconds']:>10.1f}"
+        )
     return "\n".join(lines)
 
 
@@ -156,6 +164,7 @@ def run_demo(
     folder: str | Path,
     *,
     data: Sequence[str] = (),
+    router: str = "top_k",
     quick: bool = False,
     seed: int = 0,
     overwrite: bool = False,
@@ -167,6 +176,7 @@ def run_demo(
     Args:
         folder: gets dense/, dotmoe/ (the checkpoint), logs/, demo.json and demo.png.
         data: text files instead of the standard library's sources.
+        router: "top_k" or "soft", of every method.
         quick: a minute; proves the path, not the ranking.
         seed: of everything.
         overwrite: remove what ``folder`` holds, once the text is read.
@@ -212,7 +222,7 @@ def run_demo(
         start, run = time.monotonic(), folder / "logs" / method
         model = convert(
             copy.deepcopy(dense),
-            DotMoeConfig(num_experts=_EXPERTS, num_experts_per_tok=_TOP_K),
+            DotMoeConfig(num_experts=_EXPERTS, num_experts_per_tok=_TOP_K, router=router),
             method=method,
             data=train,
             alignment=options,
@@ -220,7 +230,10 @@ def run_demo(
             progress=progress,
         )
         seconds = time.monotonic() - start
-        value, (all_parameters, active) = perplexity(model, held), count_parameters(model)
+        with collect_load(model) as counts:
+            value = perplexity(model, held)
+        means = counts.mean_active()
+        all_parameters, active = count_parameters(model, means)
         rows.append(
             {
                 "method": method,
@@ -228,6 +241,7 @@ def run_demo(
                 "retention": retention(dense_perplexity, value),
                 "active_parameters": active,
                 "total_parameters": all_parameters,
+                "mean_active": sum(means.values()) / len(means),
                 "seconds": seconds,
             }
         )
@@ -237,32 +251,33 @@ def run_demo(
     assert sparse is not None
 
     figures = {f"{row['method']} perplexity": round(row["perplexity"], 3) for row in rows}
+    figures["active experts a token, dot"] = round(next(row["mean_active"] for row in rows if row["method"] == "dot"), 3)
     save(sparse, folder / "dotmoe", tokenizer=tokenizer, overwrite=True, card={"measured on": "held-out " + source, **figures})
     checks = self_check(sparse, dense_logits, held[:4], folder=folder / "dotmoe")
     again = load(folder / "dotmoe")
     reloaded = perplexity(again, held)
 
     label = "quick: proves the path, not the ranking" if quick else "full"
-    say(f"\ndemo ({label}): LLaMA of {total / 1e6:.1f} M parameters, E = {_EXPERTS}, s = 16, K = {_TOP_K}, 25 % of the FFN active")
+    taken = f"K = {_TOP_K}, 25 % of the FFN active" if router == "top_k" else f"soft router, K = {_TOP_K} in the mean"
+    say(f"\ndemo ({label}): LLaMA of {total / 1e6:.1f} M parameters, E = {_EXPERTS}, s = 16, {taken}")
     say(_table(rows))
     say("\nself-checks:\n  " + "\n  ".join(check_lines(checks)) + f", perplexity {reloaded:.2f}")
     prompt = "def " if not data else texts[0][:16]
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     torch.manual_seed(seed)
-    output: Any = again.generate(  # type: ignore[misc]
-        **inputs, max_new_tokens=60, do_sample=True, temperature=0.7, top_k=50, pad_token_id=0
-    )
+    output: Any = again.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.7, top_k=50, pad_token_id=0)
     say(f"\nthe reloaded model writes:\n{tokenizer.decode(output[0], skip_special_tokens=True)}\n")
 
     report = {
         "label": label,
+        "router": router,
         "rows": rows,
         "reloaded_perplexity": reloaded,
         "self_check": checks,
         "seconds": time.monotonic() - begin,
     }
     write_file(folder / "demo.json", lambda file: file.write(json.dumps(report, indent=2).encode()))
-    drawn = _write_figure(folder / "demo.png", rows, logs, f"dotmoe demo ({label}), {source}")
+    drawn = _write_figure(folder / "demo.png", rows, logs, f"dotmoe demo ({label}), {source}", hard=router == "top_k")
     say(f"checkpoint: {folder / 'dotmoe'}")
     say(
         f"figure: {folder / 'demo.png'}"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from .card import router_facts
 from .checkpoint import check_folder
 from .checks import count_parameters
 from .config import DotMoeConfig
@@ -46,6 +47,7 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
             "top_k": config.num_experts_per_tok,
             "expert_size": config.moe_intermediate_size,
             "router": config.router,
+            "router_facts": router_facts(config),
             "total_parameters": total,
             "active_parameters": active,
             "active_share": round(active / total, 4),

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .._checks import require
+from ..alignment.module import SoftRouter
 from .block import DotMoeBlock, check_layer, interleave_storage, moe_blocks
 from .config import DotMoeConfig
 from .surgery import DenseFFN, find_ffns, recognise_ffn, swap_ffn
@@ -68,10 +69,6 @@ def meta_backbone(config: PreTrainedConfig) -> PreTrainedModel:
         return dense_class(config)(config)
 
 
-def _require_modelled(config: DotMoeConfig) -> None:
-    require(config.router == "top_k", "config.router", repr(config.router), "'top_k'")
-
-
 class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
     """A sparse causal LM made from a dense one.
 
@@ -83,7 +80,7 @@ class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
         backbone: a dense model whose FFNs have been swapped for DotMoeBlocks; its config is ``config.dense_config``.
 
     Raises:
-        ValueError: no dense_config, a topology that does not fit, or router "soft", which has no modelling yet.
+        ValueError: no dense_config, or a topology that does not fit.
     """
 
     config_class = DotMoeConfig
@@ -99,14 +96,14 @@ class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: DotMoeConfig, *, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         require(config.dense_config is not None, "config.dense_config", None, "the dense model's config")
-        _require_modelled(config)
         config.check()
         target = torch.empty(0).device  # honours torch.device and set_default_device
         fresh = backbone is None
         if backbone is None:
             backbone = meta_backbone(config.dense_config)
-            for name, ffn in find_ffns(backbone).items():
-                swap_ffn(backbone, name, self._meta_block(ffn))
+            ffns = find_ffns(backbone)
+            for (name, ffn), soft in zip(ffns.items(), config.soft_routers(len(ffns)), strict=True):
+                swap_ffn(backbone, name, self._meta_block(ffn, soft))
         require(backbone.config is config.dense_config, "backbone", "of another config", "the model of config.dense_config")
         # One module tree, two objects: what is set on one is set on the other. deepcopy and pickle keep it so.
         self._parameters, self._buffers, self._modules = backbone._parameters, backbone._buffers, backbone._modules
@@ -125,11 +122,13 @@ class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
         elif target.type != "meta":
             self._draw_weights(target)
 
-    def _meta_block(self, ffn: DenseFFN) -> DotMoeBlock:
+    def _meta_block(self, ffn: DenseFFN, soft: SoftRouter | None) -> DotMoeBlock:
         config, (width, hidden) = self.config, ffn.gate_proj.shape
         config.check(dense_width=width)
         with torch.device("meta"):
-            return DotMoeBlock(config.num_experts, config.num_experts_per_tok, hidden, width // config.num_experts, ffn.activation)
+            return DotMoeBlock(
+                *(config.num_experts, config.num_experts_per_tok, hidden, width // config.num_experts, ffn.activation), soft=soft
+            )
 
     def _draw_weights(self, device: torch.device) -> None:
         self.to_empty(device=device)
@@ -275,11 +274,11 @@ def materialize(
     require(len(widths) == 1, "model", f"with FFN widths {widths}", "one width for every layer")
     config = copy.deepcopy(config)
     config.bind(model.config, dense_width=widths[0])
-    _require_modelled(config)
+    soft = config.soft_routers(len(ffns))
     for name, ffn in ffns.items():  # before anything is swapped
         check_layer(ffn, *layers[name], config.num_experts, name)
-    for name in list(ffns):
-        block = DotMoeBlock.from_dense(ffns[name], *layers[name], config.num_experts_per_tok)
+    for name, router in zip(list(ffns), soft, strict=True):
+        block = DotMoeBlock.from_dense(ffns[name], *layers[name], config.num_experts_per_tok, soft=router)
         swap_ffn(model, name, block)
         del ffns[name]
     return DotMoeForCausalLM(config, backbone=model)

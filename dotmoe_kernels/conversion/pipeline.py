@@ -57,7 +57,17 @@ def _check_model(model: PreTrainedModel, config: DotMoeConfig, ffns: dict[str, D
     widths = sorted({ffn.gate_proj.shape[0] for ffn in ffns.values()})
     require(len(widths) == 1, "model", f"with FFN widths {widths}", "one width for every layer")
     config.check(dense_width=widths[0])
-    require(config.router == "top_k", "config.router", repr(config.router), "'top_k'")
+    require(config.router_k is None, "config.router_k", config.router_k, "None: it is learned")
+
+
+def _soft_options(options: AlignmentConfig, config: DotMoeConfig) -> AlignmentConfig:
+    """``options`` with what ``config`` sets of the soft router."""
+    fields = {
+        "router_temperature_end": config.router_temperature,
+        "threshold": config.router_threshold,
+        "cap": config.router_cap,
+    }
+    return dataclasses.replace(options, **{name: value for name, value in fields.items() if value is not None})
 
 
 def _checksum(ffns: dict[str, DenseFFN]) -> int:
@@ -96,7 +106,7 @@ def _build_layers(
     for name, ffn in ffns.items():
         shape = (E, ffn.gate_proj.shape[1])
         weights = (ffn.gate_proj.data, ffn.up_proj.data, ffn.down_proj.data)
-        layer = AlignmentFFN(*weights, router_weight=torch.zeros(shape), top_k=K, activation=ffn.activation)
+        layer = AlignmentFFN(*weights, router_weight=torch.zeros(shape), top_k=K, activation=ffn.activation, router=config.router)
         layers[name] = layer
         swap_ffn(model, name, layer)
     inputs: dict[str, Tensor] = {}
@@ -135,7 +145,8 @@ def convert(
     Args:
         model: a dense Hugging Face causal LM with gated FFNs (LLaMA, Mistral, Qwen2, Qwen3, ...), on any device. It is used up:
             the sparse model takes over its tensors. After an error or an interruption of the training it is whole again.
-        config: DotMoeConfig(num_experts=E, top_k=K); E must divide the FFN's width.
+        config: DotMoeConfig(num_experts=E, top_k=K); E must divide the FFN's width. With router="soft" its temperature, threshold
+            and cap go before those of ``alignment``, and the budgets k_l of the layers are learned.
         method: "dot" learns assignment and router together; "random", "kmeans" and "activation" keep their assignment fixed and
             train the router the same way, for comparison.
         data: [N, S] int64 packed token sequences (see ``conversion.load_tokens``), or an iterable of [S]. None: nothing is
@@ -165,6 +176,7 @@ def convert(
     ffns = find_ffns(model)
     config = copy.deepcopy(config)
     _check_model(model, config, ffns)
+    options = _soft_options(options, config)
     tokens = None if data is None else _as_tokens(data)
     if tokens is not None:
         vocabulary = model.config.get_text_config().vocab_size
@@ -184,16 +196,16 @@ def convert(
     try:
         model.eval().requires_grad_(False)
         layers = _build_layers(model, ffns, config, method, options, tokens)
-        steps = 0
+        steps, budgets = 0, None
         if tokens is not None and options.steps > 0:
             fingerprint = {
                 "method": method,
-                "topology": [config.num_experts, config.num_experts_per_tok],
+                "topology": [config.num_experts, config.num_experts_per_tok, *(["soft"] if config.router == "soft" else [])],
                 "model": [type(model).__name__, model.num_parameters()],
                 "weights": _checksum(ffns),
                 "tokens": int((tokens.flatten() * (torch.arange(tokens.numel()) % 1009 + 1)).sum()),
             }
-            steps = align(
+            result = align(
                 model,
                 layers,
                 tokens,
@@ -203,7 +215,8 @@ def convert(
                 progress=progress,
                 label=method,
                 fingerprint=fingerprint,
-            ).steps
+            )
+            steps, budgets = result.steps, result.budgets
         elif method == "dot":
             Transport(layers, options).refresh(options.tau_end)
     except BaseException:
@@ -218,6 +231,11 @@ def convert(
 
     learned = {name: (layer.expert_of, layer.router_weight.detach()) for name, layer in layers.items()}
     del layers, before, modes  # so that the dense FFNs are freed one by one
+    if config.router == "soft":
+        config.router_threshold, config.router_cap = options.threshold, options.cap
+        config.router_temperature = options.router_temperature_end
+        if budgets is not None:
+            config.router_k, config.router_temperature = budgets
     config.assignment = {
         "method": method,
         "init": options.init if method == "dot" else method,

@@ -1,0 +1,43 @@
+"""`dotmoe`: convert, evaluate, generate, inspect, demonstrate. Wrong arguments end with one line and exit status 2.
+
+parser.py the arguments, commands.py what they do
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+from safetensors import SafetensorError
+
+from .commands import COMMANDS
+from .parser import build_parser
+
+__all__ = ["build_parser", "main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `dotmoe`; returns the exit status: 0, 1 for a run that failed, 2 for wrong arguments, 130 for an interruption."""
+    args = build_parser().parse_args(argv)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        return COMMANDS[args.command](args)
+    except FloatingPointError as error:
+        print(f"dotmoe {args.command}: error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        # the bare class is what tokenizers raises when a file cannot be written
+        if type(error) is not Exception and not isinstance(error, ValueError | ImportError | OSError | SafetensorError):
+            raise
+        line = " ".join(str(error).split())
+        print(f"dotmoe {args.command}: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = "; the same command with --resume continues it" if args.command == "convert" else ""
+        print(f"dotmoe {args.command}: interrupted{hint}", file=sys.stderr)
+        return 130

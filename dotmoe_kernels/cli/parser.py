@@ -1,0 +1,150 @@
+"""The arguments of `dotmoe`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .. import __version__
+from ..alignment.config import INITS, AlignmentConfig
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_ROUTERS = ("top_k", "soft")
+_PATHS = ("auto", "grouped", "decode", "masked")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """One line, exit status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _add_data(parser: argparse.ArgumentParser, *, required: bool, sequence_length: int) -> None:
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=required,
+        metavar="FILE",
+        help="text: .txt .md .py .jsonl .parquet files, folders of them, or a Hugging Face dataset NAME[:CONFIG][:SPLIT]",
+    )
+    parser.add_argument("--text-field", default="text", help="field of a JSONL, parquet or dataset row (default: %(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=sequence_length, help="tokens a sequence (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, help="read no more than this")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: as saved)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `dotmoe`."""
+    parser = _Parser(
+        prog="dotmoe",
+        description="Turn a pretrained dense LLM into a sparse Mixture-of-Experts by differentiable optimal transport.",
+        epilog="dotmoe COMMAND --help shows examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"dotmoe_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, help: str, examples: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=help,
+            description=help,
+            epilog="examples:\n" + "\n".join("  " + line for line in examples.splitlines()),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    demo = add(
+        "demo",
+        "Train a small LLaMA on the spot, convert it with every method, measure, save, reload and generate. No download.",
+        "dotmoe demo\ndotmoe demo --quick --output ./demo-quick\ndotmoe demo --data my-text.txt --overwrite",
+    )
+    demo.add_argument("--output", default="dotmoe-demo", metavar="DIR", help="(default: %(default)s)")
+    demo.add_argument("--data", nargs="+", default=[], metavar="FILE", help="text instead of the Python standard library's sources")
+    demo.add_argument("--quick", action="store_true", help="a minute: proves the path, not the ranking")
+    demo.add_argument("--router", choices=_ROUTERS, default="top_k", help="of every method (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in DIR")
+
+    convert = add(
+        "convert",
+        "Convert a dense causal LM: align, materialise, check, measure, save.",
+        "dotmoe convert ./llama --data corpus.jsonl --output ./llama-moe\n"
+        "dotmoe convert ./llama --data a.txt b.txt --expert-size 128 --active-fraction 0.25 --steps 500 --output ./llama-moe\n"
+        "dotmoe convert ./llama --data corpus.parquet --output ./llama-moe --resume      # after an interruption\n"
+        "dotmoe convert ./llama --data corpus.jsonl --router soft --cap 1.5 --output ./llama-soft\n"
+        "dotmoe convert ./llama --data corpus.jsonl --method kmeans --output ./baseline",
+    )
+    convert.add_argument("model", metavar="MODEL", help="a Hugging Face model folder, or a name")
+    convert.add_argument("--output", required=True, metavar="DIR", help="where the converted model goes")
+    _add_data(convert, required=True, sequence_length=2048)
+    topology = convert.add_argument_group("topology")
+    size = topology.add_mutually_exclusive_group()
+    size.add_argument("--expert-size", type=int, help="s, neurons an expert (default: 128)")
+    size.add_argument("--num-experts", type=int, help="E, experts a layer")
+    share = topology.add_mutually_exclusive_group()
+    share.add_argument("--active-fraction", type=float, help="share of the FFN a token uses (default: 0.25)")
+    share.add_argument("--top-k", type=int, help="K, experts a token")
+    topology.add_argument("--router", choices=_ROUTERS, default="top_k", help="soft: K in the mean (default: %(default)s)")
+    train = convert.add_argument_group("alignment")
+    train.add_argument("--method", choices=("dot", "random", "kmeans", "activation"), default="dot", help="(default: %(default)s)")
+    train.add_argument("--init", choices=INITS, default="noise", help='what "dot" starts from (default: %(default)s)')
+    for name, kind in (
+        ("steps", int),
+        ("batch-size", int),
+        ("micro-batch-size", int),
+        ("affinity-lr", float),
+        ("router-lr", float),
+        ("tau-start", float),
+        ("tau-end", float),
+        ("router-temperature-start", float),
+        ("router-temperature-end", float),
+        ("threshold", float),
+        ("cap", float),
+        ("budget-lr", float),
+        ("seed", int),
+        ("checkpoint-every", int),
+    ):
+        default = getattr(AlignmentConfig, name.replace("-", "_"))
+        train.add_argument(f"--{name}", type=kind, default=default, help=f"(default: {default})")
+    convert.add_argument("--resume", action="store_true", help="continue from the last checkpoint in DIR.run")
+    convert.add_argument("--overwrite", action="store_true", help="replace DIR and DIR.run")
+    convert.add_argument("--no-progress", action="store_true", help="no bar")
+    _add_device(convert)
+
+    evaluate = add(
+        "eval",
+        "Measure a converted model: perplexity dense and sparse, active parameters, load of the experts, active experts a token.",
+        "dotmoe eval ./llama-moe --data held-out.txt\ndotmoe eval ./llama-moe --data held-out.txt --path masked\n"
+        "dotmoe eval ./llama-moe --data held-out.jsonl --sequence-length 1024 --json",
+    )
+    evaluate.add_argument("model", metavar="DIR", help="a converted model")
+    _add_data(evaluate, required=True, sequence_length=1024)
+    evaluate.add_argument("--batch-size", type=int, default=4, help="sequences a pass (default: %(default)s)")
+    evaluate.add_argument("--path", choices=_PATHS, default="auto", help="how the experts run (default: %(default)s)")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    _add_device(evaluate)
+
+    generate = add(
+        "generate",
+        "Continue a prompt with a converted model.",
+        'dotmoe generate ./llama-moe --prompt "def main("\n'
+        'dotmoe generate ./llama-moe --prompt "Once" --temperature 0.8 --max-new-tokens 100',
+    )
+    generate.add_argument("model", metavar="DIR", help="a converted model, saved with its tokenizer")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: %(default)s)")
+    generate.add_argument("--seed", type=int, default=0)
+    _add_device(generate)
+
+    info = add(
+        "info",
+        "Show the structure of a converted model, or what a dense one could become.",
+        "dotmoe info ./llama-moe\ndotmoe info ./llama --json",
+    )
+    info.add_argument("model", metavar="DIR", help="a converted or a dense model folder")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    return parser
