@@ -20,6 +20,7 @@ Arguments that the launch gives as None or 1 belong into ``constexprs``.
 from __future__ import annotations
 
 from bench import shapes
+from bench.kernels_decode import DECODE
 from bench.kernels_transport import TRANSPORT
 from bench.registry import Cost, Kernel, Variant
 from dotmoe_kernels import _tiles
@@ -68,4 +69,4 @@ _ROUNDING = Kernel(
     },
 )
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (*TRANSPORT, _ROUNDING)}
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (*TRANSPORT, _ROUNDING, *DECODE)}

@@ -96,6 +96,150 @@ def gram_tiles(E: int, backend: str = BACKEND) -> tuple[dict[str, int], dict[str
     return {"BLOCK_M": block, "BLOCK_K": 32}, {"num_warps": max(1, warps // 2) if backend == "hip" else warps, "num_stages": 2}
 
 
+def dispatch_tiles(E: int) -> tuple[dict[int, dict[str, int]], dict[str, int], dict[str, Any]]:
+    """Most pairs -> tile of pairs and experts; tile of the scan over blocks; launch options. More pairs take several blocks.
+
+    A block is sorted on the chip: twice the pairs take a fifth more steps a pair, but make runs twice as long to write."""
+    block_e = max(64, _power_of_two(E))
+    return {S: {"BLOCK_S": S, "BLOCK_E": block_e} for S in (64, 256, 1024)}, {"BLOCK_B": 1024}, {"num_warps": 4}
+
+
+def dispatch_tile(S: int, E: int) -> tuple[dict[str, int], dict[str, int], dict[str, Any]]:
+    tiles, scan, options = dispatch_tiles(E)
+    return next((tile for most, tile in tiles.items() if most >= S), tiles[max(tiles)]), scan, options
+
+
+def row_tile(H: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, Any]]:
+    """A part of one row, for copies and sums of rows: 16 bytes a thread in 16 bits, 32 in wider types."""
+    most = 512 if dtype == torch.float64 else 1024
+    return {"BLOCK_H": min(most, max(16, _power_of_two(H)))}, {"num_warps": 4}
+
+
+# routing: elements of a tile of whole rows for 128 threads; a sort keeps 64-bit keys of them, LapSum a dozen float64 values
+_ROUTING = {"top_k": 2048, "backward": 2048, "soft": 512}
+
+
+def _routing_tile(E: int, kernel: str) -> tuple[dict[str, int], dict[str, Any]]:
+    block_e = max(16, _power_of_two(E))
+    elements = _ROUTING[kernel]
+    return {"BLOCK_T": min(32, max(1, elements // block_e)), "BLOCK_E": block_e}, {"num_warps": 4, "num_stages": 1}
+
+
+def routing_tile(E: int) -> tuple[dict[str, int], dict[str, Any]]:
+    return _routing_tile(E, "top_k")
+
+
+def routing_backward_tile(E: int) -> tuple[dict[str, int], dict[str, Any]]:
+    return _routing_tile(E, "backward")
+
+
+def soft_routing_tile(E: int) -> tuple[dict[str, int], dict[str, Any]]:
+    return _routing_tile(E, "soft")
+
+
+def routing_finish_tile(E: int) -> tuple[dict[str, int], dict[str, Any]]:
+    """The sums that the programs of a routing launch leave: rows of them, and columns."""
+    block_e = max(16, _power_of_two(E))
+    return {"BLOCK_P": max(8, 8192 // block_e), "BLOCK_E": block_e}, {"num_warps": 8, "num_stages": 1}
+
+
+def routing_programs(device: torch.device) -> int:
+    """As many as run at once; each leaves one row of sums."""
+    return 4 * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1)
+
+
+# decode: programs that a launch should have, so that their loads together cover the memory's latency; tokens that a tile can hold
+_DECODE_PROGRAMS = 512
+MOST_DECODE_TOKENS = 64
+
+
+class DecodeTile(NamedTuple):
+    """Tiles of the up and the down product, and how many programs share a column of y."""
+
+    up: dict[str, int]  # BLOCK_T, BLOCK_S, BLOCK_K, BLOCK_J, BLOCK_E, BLOCK_P, STAGES
+    up_options: dict[str, Any]
+    down: dict[str, int]  # BLOCK_T, BLOCK_H, BLOCK_K, STAGES
+    down_options: dict[str, Any]
+    splits: int
+
+
+def decode_tile(T: int, H: int, E: int, s: int, K: int, itemsize: int, backend: str = BACKEND) -> DecodeTile:
+    """A vector of one token, or all tokens as one tile of the matrix units; float32 has no such unit and takes smaller ones."""
+    most = min(E, T * K)  # experts that can be chosen
+    block_t = 1 if T == 1 else max(16, _power_of_two(T))
+    narrow = itemsize > 2
+    if T == 1:
+        up = {"BLOCK_S": 8, "BLOCK_K": min(256 if narrow else 512, max(16, _power_of_two(H)))}
+        down = {"BLOCK_H": min(128, max(16, _power_of_two(H))), "BLOCK_K": 32}
+    else:
+        wide = most * s >= 32 * _DECODE_PROGRAMS and not narrow
+        up = {"BLOCK_S": 32 if wide else 16, "BLOCK_K": min(32 if narrow else 128, max(16, _power_of_two(H)))}
+        down = {"BLOCK_H": min(64 if narrow else 128, max(16, _power_of_two(H))), "BLOCK_K": 32 if narrow else 64}
+    down["BLOCK_K"] = min(down["BLOCK_K"], max(16, _power_of_two(s)))
+    columns, steps = -(-H // down["BLOCK_H"]), most * -(-s // down["BLOCK_K"])
+    splits = _power_of_two(max(1, min(_DECODE_PROGRAMS // columns, steps, 16)) + 1) // 2
+    block_j = min(64, _power_of_two(K)) if T == 1 else min(max(1, 1024 // block_t), _power_of_two(K))
+    lists = {"BLOCK_J": block_j, "BLOCK_E": max(64, _power_of_two(E)), "BLOCK_P": min(1024, max(64, _power_of_two(T * K)))}
+    common, options = {"BLOCK_T": block_t, "STAGES": 2 if backend == "hip" else 4}, {"num_warps": 4}
+    return DecodeTile({**common, **up, **lists}, options, {**common, **down}, options, splits)
+
+
+# grouped products by rows an expert (S / E): most rows -> tile of rows. 16 bits; all of it is predicted, not measured. On sm_90 the tile
+# of many rows is 128 tokens x (128 gate + 128 up): wgmma, no spill. An AMD program has 64 KB, so tiles are smaller there
+class GroupedTile(NamedTuple):
+    block: dict[str, int]  # BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M
+    options: dict[str, Any]
+
+
+_GROUPED_ROWS = (16, 32, 64)  # above: 128
+_GROUPED_UP = {  # rows: (BLOCK_N of each half, BLOCK_K, warps, stages)
+    "cuda": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 64, 8, 3)},
+    "hip": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2)},
+}
+_GROUPED_MM = {  # rows: (BLOCK_N, BLOCK_K, warps, stages)
+    "cuda": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3)},
+    "hip": {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 8, 2)},
+}
+
+
+def _grouped_tile(table: dict[int, tuple[int, int, int, int]], rows: float, width: int, narrow: bool) -> GroupedTile:
+    block_m = next((most for most in _GROUPED_ROWS if rows <= most), 128)
+    block_n, block_k, warps, stages = table[block_m]
+    if narrow:  # float32: no matrix units without TF32, and twice the bytes
+        block_m, block_n, block_k, warps, stages = min(block_m, 64), 32 if table[block_m][0] == 64 else 64, 32, 4, 2
+    block_n = min(block_n, max(16, _power_of_two(width)))
+    return GroupedTile(
+        {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 16}, {"num_warps": warps, "num_stages": stages}
+    )
+
+
+def grouped_up_tile(S: int, E: int, s: int, dtype: torch.dtype, backend: str = BACKEND) -> GroupedTile:
+    """Of S slots and E experts of width s."""
+    return _grouped_tile(_GROUPED_UP[backend], S / max(E, 1), s, dtype == torch.float32)
+
+
+def grouped_mm_tile(S: int, E: int, Kdim: int, N: int, dtype: torch.dtype, backend: str = BACKEND) -> GroupedTile:
+    return _grouped_tile(_GROUPED_MM[backend], S / max(E, 1), N, dtype == torch.float32)
+
+
+def grouped_weight_tile(dtype: torch.dtype, backend: str = BACKEND) -> tuple[dict[str, int], dict[str, Any]]:
+    """A tile [BLOCK_K, BLOCK_N] of an expert's weight gradient, BLOCK_S rows at a time."""
+    if dtype == torch.float32:
+        return {"BLOCK_K": 64, "BLOCK_N": 64, "BLOCK_S": 32}, {"num_warps": 4, "num_stages": 2}
+    return {"BLOCK_K": 128, "BLOCK_N": 128, "BLOCK_S": 64}, {"num_warps": 8, "num_stages": 2 if backend == "hip" else 3}
+
+
+def reduction(E: int, s: int, K: int, T: int, dtype: torch.dtype, backend: str = BACKEND) -> str:
+    """How the grouped path adds up a token's K rows: "rows" stores them sorted by expert and sums them afterwards; "chunks" does so
+    for some tokens and columns at a time, whose rows stay in L2; "dense" multiplies the dense hidden [T, E s] (no expert twice a
+    token, a dense view); "atomics" adds in float32 in any order. Predicted, not measured: at L3 a chunk takes 144 launches of 5 us
+    each, which eats what the cache saves, and the dense product costs 4 times the flops; so "rows" until a GPU says otherwise."""
+    return "rows"
+
+
+REDUCTION_CHUNK = (2048, 256)  # tokens, columns: at K = 28 a scratch of 29 MB in 16 bits, of 50 MB of L2
+
+
 # experts on a CPU, by rows an expert (T K / E): from where one expert after another beats whole grouped products, and where the
 # dense view beats both in 16 bits, whose products reach their speed only at many rows
 _CPU_LOOP_ROWS = {torch.float32: 24, torch.float64: 24, torch.bfloat16: 96, torch.float16: 96}

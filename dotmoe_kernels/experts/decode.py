@@ -10,12 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._backend import use_triton
 from .._checks import compute_dtype
 from .activations import find_activation
 
 
 def decode_ffn(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor, activation: str) -> Tensor:
     """x [T, H] -> [T, H]; the arguments of ``expert_ffn``, checked there."""
+    if use_triton(x) and x.dtype != torch.float64:
+        from .operators_decode import decode_op
+
+        return decode_op(x, gate_up_proj, down_proj, indices, weights, activation)
     act = find_activation(activation).forward
     E, T = gate_up_proj.shape[0], x.shape[0]
     y = x.new_zeros(T, x.shape[1], dtype=compute_dtype(x))

@@ -1,0 +1,1 @@
+"""The routed FFN in Triton; every module imports it."""
