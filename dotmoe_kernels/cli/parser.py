@@ -87,7 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
     share = topology.add_mutually_exclusive_group()
     share.add_argument("--active-fraction", type=float, help="share of the FFN a token uses (default: 0.25)")
     share.add_argument("--top-k", type=int, help="K, experts a token")
-    topology.add_argument("--router", choices=_ROUTERS, default="top_k", help="soft: K in the mean (default: %(default)s)")
+    topology.add_argument(
+        "--router", choices=_ROUTERS, default="top_k", help="soft: weights that sum to K in the mean (default: %(default)s)"
+    )
     train = convert.add_argument_group("alignment")
     train.add_argument("--method", choices=("dot", "random", "kmeans", "activation"), default="dot", help="(default: %(default)s)")
     train.add_argument("--init", choices=INITS, default="noise", help='what "dot" starts from (default: %(default)s)')

@@ -65,8 +65,8 @@ def model_card(model: DotMoeForCausalLM, title: str, figures: Mapping[str, Any])
         "active a token": f"{active:,} ({active / total:.1%})",
     }
     if config.router == "soft":
-        structure["experts a token"] = f"{mean:.4g} in the mean (nominal), at most {max(r.max_active for r in soft)}"
-        structure["active a token"] += " at the nominal mean"
+        structure["experts a token"] = f"{mean:.4g} nominal, the sum of their weights; at most {max(r.max_active for r in soft)}"
+        structure["active a token"] += " at that nominal number"
     parts = [
         "\n".join(head),
         f"# {title}",

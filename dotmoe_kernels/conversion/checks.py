@@ -20,7 +20,7 @@ def count_parameters(model: nn.Module, active: Mapping[str, float] | None = None
     """(total, active a token): all parameters, and those a token touches.
 
     Embeddings, attention, norms and routers count as active, of the experts K out of E; tied tensors count once. The soft router's
-    share is nominal, its k_l out of E, unless ``active`` gives the mean that was measured, by layer.
+    share is nominal, its k_l (the sum of p, not a count) out of E, unless ``active`` gives the mean that was measured, by layer.
     """
     total = sum(p.numel() for p in model.parameters())
     idle = 0

@@ -42,7 +42,8 @@ class DotMoeConfig(PreTrainedConfig):
         num_experts: E >= 1, a divisor of F.
         num_experts_per_tok: K, 1 <= K <= E; ``top_k`` is its alias.
         moe_intermediate_size: s = F / E; None fills it in.
-        router: "top_k", or "soft" (SoftMoE): K experts a token in the mean over tokens and layers, weighted by LapSum's p.
+        router: "top_k", or "soft" (SoftMoE): LapSum's p as the weights, whose sum is K in the mean of the layers; the
+            experts with p > theta may be more or fewer.
         router_k: of the soft router, the k_l expected in each layer, from 1 to E - 1; None is K in each, and ``convert`` learns it.
         router_temperature, router_threshold, router_cap: of the soft router: LapSum's temperature > 0; theta in [0, 1), at and
             below which an expert is off; the most experts of a token over k_l, at least 1. None: what ``convert`` trains with.

@@ -258,7 +258,9 @@ def run_demo(
     reloaded = perplexity(again, held)
 
     label = "quick: proves the path, not the ranking" if quick else "full"
-    taken = f"K = {_TOP_K}, 25 % of the FFN active" if router == "top_k" else f"soft router, K = {_TOP_K} in the mean"
+    taken = (
+        f"K = {_TOP_K}, 25 % of the FFN active" if router == "top_k" else f"soft router whose weights sum to {_TOP_K} in the mean"
+    )
     say(f"\ndemo ({label}): LLaMA of {total / 1e6:.1f} M parameters, E = {_EXPERTS}, s = 16, {taken}")
     say(_table(rows))
     say("\nself-checks:\n  " + "\n  ".join(check_lines(checks)) + f", perplexity {reloaded:.2f}")
