@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from bench import shapes
 from bench.kernels_decode import DECODE
+from bench.kernels_masked import MASKED
 from bench.kernels_transport import TRANSPORT
 from bench.registry import Cost, Kernel, Variant
 from dotmoe_kernels import _tiles
@@ -69,4 +70,4 @@ _ROUNDING = Kernel(
     },
 )
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (*TRANSPORT, _ROUNDING, *DECODE)}
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (*TRANSPORT, _ROUNDING, *DECODE, *MASKED)}

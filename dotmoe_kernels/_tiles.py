@@ -184,6 +184,31 @@ def decode_tile(T: int, H: int, E: int, s: int, K: int, itemsize: int, backend: 
     return DecodeTile({**common, **up, **lists}, options, {**common, **down}, options, splits)
 
 
+def mask_tile(E: int) -> tuple[dict[str, int], dict[str, Any]]:
+    """Tile [BLOCK_T, BLOCK_E] of the mask R."""
+    block = min(128, max(16, _power_of_two(E)))
+    return {"BLOCK_T": 2048 // block, "BLOCK_E": block}, {"num_warps": 4}
+
+
+def masked_tile(kernel: str, F: int, E: int = 1, narrow: bool = False) -> tuple[dict[str, int], dict[str, Any]]:
+    """Tile of the masked hidden layer: "hidden" [BLOCK_T, BLOCK_F]; "backward" and "plan" with sums over all E experts as well, for
+    BLOCK_T tokens and BLOCK_F neurons. ``narrow``: float32, whose products take more registers."""
+    if kernel == "hidden":
+        return {"BLOCK_T": 8, "BLOCK_F": min(256, max(16, _power_of_two(F)))}, {"num_warps": 4}
+    block_e = max(16, _power_of_two(E))
+    rows = max(16, min(64, (4096 if narrow else 8192) // block_e))  # of the sums, which stay in registers
+    along = 32 if narrow or block_e > 256 else 64
+    kept, passing = ("BLOCK_T", "BLOCK_F") if kernel == "backward" else ("BLOCK_F", "BLOCK_T")
+    return {kept: rows, passing: along, "BLOCK_E": block_e}, {"num_warps": 8, "num_stages": 2}
+
+
+def masked_splits(kept: int, passing: int, block_kept: int, block_passing: int) -> tuple[int, int]:
+    """(programs that share a tile of sums, rows that pass through each of them); every program has rows."""
+    wanted = max(1, min(8, 512 // -(-kept // block_kept)))
+    share = -(-passing // (wanted * block_passing)) * block_passing
+    return -(-passing // share), share
+
+
 # grouped products by rows an expert (S / E): most rows -> tile of rows. 16 bits; all of it is predicted, not measured. On sm_90 the tile
 # of many rows is 128 tokens x (128 gate + 128 up): wgmma, no spill. An AMD program has 64 KB, so tiles are smaller there
 class GroupedTile(NamedTuple):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .._autograd import first_order
+from .._backend import use_triton
 from .._checks import compute_dtype, require, require_float, require_indices, require_range, require_same, require_shape
 from .activations import find_activation
 
@@ -34,6 +35,11 @@ def masked_view_ffn(
     x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor, activation: str
 ) -> Tensor:
     """x [T, H] -> [T, H]; the arguments of ``expert_ffn``, checked there. A ``down_proj`` without ``has_dense_view`` is copied."""
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up_proj, down_proj, weights))
+    if use_triton(x) and x.dtype != torch.float64 and not needs_grad:
+        from .operators_masked import masked_view
+
+        return masked_view(x, gate_up_proj, down_proj, indices, weights, activation)
     E, width, H = gate_up_proj.shape
     r = _expert_mask(indices, weights, E, x.dtype)
     gate, up = functional.linear(x, gate_up_proj.reshape(-1, H)).view(-1, E, 2, width // 2).unbind(2)  # [T, E, s] each
@@ -184,5 +190,9 @@ def masked_ffn(
         )
     find_activation(activation)
     with torch.autocast(x.device.type, enabled=False):
+        if use_triton(x) and x.dtype != torch.float64:
+            from .operators_masked import masked
+
+            return masked(x, gate_proj, up_proj, down_proj, expert_of, indices, plan, probs, weights, E, activation)
         r = _expert_mask(indices, weights, E, x.dtype)
         return _MaskedFFN.apply(x, gate_proj, up_proj, down_proj, r, plan, probs, expert_of, activation)

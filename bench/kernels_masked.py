@@ -1,0 +1,70 @@
+"""The masked hidden layer's entries in the registry of kernels, for ``bench/kernels.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bench import shapes
+from bench.registry import BF16, Cost, Kernel, Variant
+from dotmoe_kernels import _tiles
+
+_TOKENS = {"alignment": 8192, "mid": 256}
+_FORMS = (("bf16", shapes.L3), ("bf16", shapes.Q25), ("bf16", shapes.COARSE), ("fp32", shapes.L3))
+
+
+def _constexprs(kind: str, shape: shapes.Shape, dtype: str, backend: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    product = {"UPCAST": False, "PRECISION": "ieee"}
+    last = {n: 1 for n in ("stride_gf", "stride_uf", "stride_df", "stride_ik", "stride_wk")}
+    if kind == "mask":
+        tile, options = _tiles.mask_tile(shape.E)
+        return {**tile, **last}, options
+    tile, options = _tiles.masked_tile(kind.removeprefix("view "), shape.F, shape.E, dtype == "fp32")
+    known = {"ACTIVATION": "silu", "NEEDS_GATE": True, "NEEDS_R": True, **product, **tile, **last}
+    return known | ({"expert_of_ptr": None} if kind == "view hidden" else {}), options
+
+
+def _variants(function: str, kinds: tuple[str, ...]) -> Callable[[str], list[Variant]]:
+    def variants(backend: str) -> list[Variant]:
+        names = Kernel("", function, lambda _: []).load().arg_names
+        others = {"indices_ptr": "*i64", "expert_of_ptr": "*i64", "dr_ptr": "*fp32", "dplan_ptr": "*fp32", "weights_ptr": "*fp32"}
+        found = []
+        for kind in kinds:
+            for dtype, shape in _FORMS:
+                given, options = _constexprs(kind, shape, dtype, backend)
+                constexprs = {n: v for n, v in given.items() if n in names}
+
+                def type_of(name: str, dtype: str = dtype) -> str:
+                    return others.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
+
+                signature = {n: type_of(n) for n in names if n not in constexprs}
+                divisible = tuple(n for n in names if n in ("F", "s", "share", "stride_gt", "stride_ut", "stride_dt"))
+                found.append(Variant(f"{dtype} {shape.name} {kind}", signature, constexprs, options, divisible))
+        return found
+
+    return variants
+
+
+def _costs(passes: float, tokens: tuple[str, ...], product: bool = False) -> dict[str, Cost]:
+    """``passes`` reads or writes of [T, F] in 16 bits; ``product``: with [T, F] x [F, E]."""
+    costs = {}
+    for shape in (shapes.L3, shapes.Q25):
+        for T in (_TOKENS[name] for name in tokens):
+            flops = 2.0 * T * shape.F * shape.E if product else 0.0
+            costs[f"{shape.name} T={T}"] = Cost(2.0 * passes * T * shape.F, flops, BF16)
+    return costs
+
+
+def _kernel(name: str, module: str, kinds: tuple[str, ...], costs: dict[str, Cost]) -> Kernel:
+    function = f"dotmoe_kernels.experts.gpu.{module}:_{name}_kernel"
+    return Kernel(name, function, _variants(function, kinds), costs)
+
+
+_MASK_COSTS = {f"{s.name} T={T}": Cost(8.0 * T * s.K + 2.0 * T * s.E) for s in (shapes.L3, shapes.Q25) for T in _TOKENS.values()}
+
+MASKED = (
+    _kernel("expert_mask", "masked", ("mask",), _MASK_COSTS),
+    _kernel("masked_hidden", "masked", ("hidden", "view hidden"), _costs(3, ("alignment", "mid"))),
+    _kernel("masked_hidden_bwd", "alignment", ("backward",), _costs(5, ("alignment",), product=True)),
+    _kernel("plan_gradient", "alignment", ("plan",), _costs(3, ("alignment",), product=True)),
+)

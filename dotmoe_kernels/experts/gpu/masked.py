@@ -1,0 +1,145 @@
+# mypy: disable-error-code="no-untyped-def"
+"""The masked hidden layer in Triton, for batches whose experts' union is everything, and for alignment.
+
+    R_te = sum_j weights_tj [indices_tj = e];  hidden_ti = act(gate_ti) * up_ti * R_t,expert(i)
+
+One pass over gate and up, after the dense up product: in the neurons' first order with expert_of [F] (alignment), or in the stored
+order, where the rows of gate_up_proj.view(2F, H) alternate gate and up by expert and expert(i) = i // s (the routed FFN): there
+what the mask drops is not read. Float32 in between. Cost: one read of gate and up, one write; R stays in the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._backend import device_guard
+from ..._tiles import mask_tile, masked_tile
+from .pointwise import activate
+
+
+@triton.jit(do_not_specialize=["T", "K"])
+def _expert_mask_kernel(
+    indices_ptr,  # [T, K]
+    weights_ptr,  # [T, K] or None: 1
+    r_ptr,  # [T, E] out
+    T,
+    K,
+    E,
+    stride_it,
+    stride_ik,
+    stride_wt,
+    stride_wk,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """A token's weights are added in the order of j; an index outside [0, E) is an empty slot."""
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    r = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.float32)
+    indices_ptr += t * stride_it
+    if weights_ptr is not None:
+        weights_ptr += t * stride_wt
+    for j in range(0, K):
+        chosen = tl.load(indices_ptr, mask=t < T, other=-1)[:, None] == e[None, :]
+        indices_ptr += stride_ik
+        if weights_ptr is not None:
+            w = tl.load(weights_ptr, mask=t < T, other=0.0).to(tl.float32)
+            weights_ptr += stride_wk
+            r += tl.where(chosen, w[:, None], 0.0)
+        else:
+            r += chosen.to(tl.float32)
+    tl.store(r_ptr + t[:, None] * E + e[None, :], r.to(r_ptr.dtype.element_ty), mask=(t < T)[:, None] & (e < E)[None, :])
+
+
+@triton.jit(do_not_specialize=["T"])
+def _masked_hidden_kernel(
+    gate_ptr,  # [T, F], or the product [T, 2F] of the stored order
+    up_ptr,  # [T, F], or the same
+    r_ptr,  # [T, E]
+    expert_of_ptr,  # [F], or None: the stored order
+    hidden_ptr,  # [T, F] out
+    T,
+    F,
+    E,
+    s,
+    stride_gt,
+    stride_gf,
+    stride_ut,
+    stride_uf,
+    ACTIVATION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    inside = (t < T)[:, None] & (f < F)[None, :]
+    if expert_of_ptr is None:
+        e = f // s
+        at_gate = (f + e * s).to(tl.int64)
+        at_up = at_gate + s
+        r = tl.load(r_ptr + t[:, None] * E + e[None, :], mask=inside, other=0.0).to(tl.float32)
+        read = inside & (r != 0)
+    else:
+        e = tl.load(expert_of_ptr + f, mask=f < F, other=0).to(tl.int32)
+        at_gate = f.to(tl.int64)
+        at_up = at_gate
+        r = tl.load(r_ptr + t[:, None] * E + e[None, :], mask=inside, other=0.0).to(tl.float32)
+        read = inside
+    gate = tl.load(gate_ptr + t[:, None] * stride_gt + at_gate[None, :] * stride_gf, mask=read, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + t[:, None] * stride_ut + at_up[None, :] * stride_uf, mask=read, other=0.0).to(tl.float32)
+    hidden = activate(gate, ACTIVATION) * up * r
+    tl.store(hidden_ptr + t[:, None] * F + f[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
+
+
+def expert_mask(indices: Tensor, weights: Tensor | None, E: int, dtype: torch.dtype) -> Tensor:
+    """R [T, E]"""
+    T, K = indices.shape
+    r = torch.empty((T, E), dtype=dtype, device=indices.device)
+    if r.numel() == 0:
+        return r
+    tile, options = mask_tile(E)
+    with device_guard(indices):
+        _expert_mask_kernel[(triton.cdiv(T, tile["BLOCK_T"]), triton.cdiv(E, tile["BLOCK_E"]))](
+            indices,
+            weights,
+            r,
+            T,
+            K,
+            E,
+            *indices.stride(),
+            *((0, 0) if weights is None else weights.stride()),
+            **tile,
+            **options,
+        )
+    return r
+
+
+def masked_hidden(gate: Tensor, up: Tensor, r: Tensor, expert_of: Tensor | None, activation: str) -> Tensor:
+    """gate, up [T, F] and expert_of [F]; or, without it, twice the product [T, 2F] of the stored order -> hidden [T, F]."""
+    T, E = r.shape
+    F = gate.shape[1] // (2 if expert_of is None else 1)
+    hidden = torch.empty((T, F), dtype=gate.dtype, device=gate.device)
+    if hidden.numel() == 0:
+        return hidden
+    tile, options = masked_tile("hidden", F)
+    with device_guard(gate):
+        _masked_hidden_kernel[(triton.cdiv(T, tile["BLOCK_T"]), triton.cdiv(F, tile["BLOCK_F"]))](
+            gate,
+            up,
+            r.contiguous(),
+            None if expert_of is None else expert_of.contiguous(),
+            hidden,
+            T,
+            F,
+            E,
+            max(F // E, 1),
+            *gate.stride(),
+            *up.stride(),
+            ACTIVATION=activation,
+            **tile,
+            **options,
+        )
+    return hidden

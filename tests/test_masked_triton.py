@@ -1,0 +1,245 @@
+"""The Triton kernels of masked_ffn and of expert_ffn's masked path: interpreted on a CPU, and on a GPU at real sizes."""
+
+import pytest
+import torch
+import test_experts
+from checks import SECOND, assert_finite, assert_same, compare, error, second_derivative, value_and_gradients
+from shapes import generator, normal, routed_indices
+from test_masked import ours, plain, problem
+
+from dotmoe_kernels import _backend, _tiles
+from dotmoe_kernels.experts import activations, operators_masked
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+SHAPES = [(13, 63, 7, 3, 10), (9, 296, 148, 37, 8), (70, 100, 37, 9, 6), (4, 16, 1, 1, 5), (1, 5, 5, 2, 3)]  # T, F, E, K, H
+SOFT = [(), ("plan",), ("probs",), ("weights",), ("plan", "probs"), ("plan", "weights")]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+pytestmark = pytest.mark.skipif(not _backend.HAS_TRITON, reason="Triton is not installed")
+
+
+@pytest.fixture(autouse=True)
+def _interpreted():
+    with _backend.interpreted():
+        assert _backend.use_triton(torch.empty(0, device=DEVICE))
+        yield
+
+
+def there(tensors):
+    return {n: t.to(DEVICE) for n, t in tensors.items()}
+
+
+# --- alignment: against the reference ----------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("soft", SOFT, ids=lambda s: "+".join(s) or "hard")
+@pytest.mark.parametrize(("T", "F", "E", "K", "H"), SHAPES)
+def test_equals_the_reference(T, F, E, K, H, soft, dtype):
+    tensors, expert_of, indices = problem(T, F, E, K, H, *soft, dtype=dtype)
+    compare(ours(expert_of, indices), plain(expert_of, indices), device=DEVICE, **tensors)
+
+
+@pytest.mark.parametrize("activation", sorted(activations.ACTIVATIONS))
+def test_activations(activation):
+    tensors, expert_of, indices = problem(9, 24, 4, 2, 6, "plan", "probs", seed=20, dtype=torch.float32)
+    tensors["gate_proj"] *= 3  # where they bend
+    compare(ours(expert_of, indices, activation=activation), plain(expert_of, indices, activation), device=DEVICE, **tensors)
+
+
+@pytest.mark.parametrize("soft", [("plan", "probs"), ("plan", "weights")], ids="+".join)
+def test_empty_and_repeated_slots(soft):
+    tensors, expert_of, _ = problem(13, 63, 7, 3, 10, *soft, seed=22, dtype=torch.float32)
+    indices = routed_indices(13, 3, 7, seed=23, empty=0.4)
+    indices[2], indices[3], indices[4] = 7, 1, torch.tensor([5, 7, 5])
+    compare(ours(expert_of, indices), plain(expert_of, indices), device=DEVICE, **tensors)
+    results = value_and_gradients(ours(expert_of, indices), there(tensors))
+    assert (results["output 0"][2] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["uneven", "an expert without neurons", "one expert has all"])
+def test_any_assignment(kind):
+    tensors, _, indices = problem(9, 24, 4, 2, 6, "plan", "probs", seed=25, dtype=torch.float32)
+    expert_of = {
+        "uneven": torch.randint(4, (24,), generator=generator(26)),
+        "an expert without neurons": torch.arange(24) % 3,
+        "one expert has all": torch.full((24,), 2),
+    }[kind]
+    compare(ours(expert_of, indices), plain(expert_of, indices), device=DEVICE, **tensors)
+
+
+def test_several_programs_share_the_sums():
+    """Shares of the neurons and of the tokens that end within a tile."""
+    T, F, E = 150, 200, 7
+    for kernel, kept, passing in (("backward", T, F), ("plan", F, T)):
+        tile, _ = _tiles.masked_tile(kernel, F, E, True)
+        rows, along = (tile[n] for n in (("BLOCK_T", "BLOCK_F") if kernel == "backward" else ("BLOCK_F", "BLOCK_T")))
+        assert _tiles.masked_splits(kept, passing, rows, along)[0] > 1
+    tensors, expert_of, indices = problem(T, F, E, 3, 8, "plan", "probs", seed=27, dtype=torch.float32)
+    compare(ours(expert_of, indices), plain(expert_of, indices), device=DEVICE, **tensors)
+
+
+@pytest.mark.parametrize("soft", SOFT, ids=lambda s: "+".join(s) or "hard")
+def test_no_tokens(soft):
+    tensors, expert_of, indices = problem(0, 24, 4, 2, 6, *soft, seed=28, dtype=torch.float32)
+    results = value_and_gradients(ours(expert_of, indices), there(tensors))
+    assert results["output 0"].shape == (0, 6)
+    assert all((results[f"gradient of {n}"] == 0).all() for n in tensors)
+
+
+@pytest.mark.parametrize("name", ["x", "gate_proj", "up_proj", "down_proj", "plan", "probs"])
+def test_only_one_argument_needs_a_gradient(name):
+    tensors, expert_of, indices = problem(9, 24, 4, 2, 6, "plan", "probs", seed=40, dtype=torch.float32)
+    expected = value_and_gradients(plain(expert_of, indices), tensors)
+    fixed = {n: t for n, t in there(tensors).items() if n != name}
+    found = value_and_gradients(lambda **leaf: ours(expert_of, indices)(**fixed, **leaf), {name: tensors[name].to(DEVICE)})
+    assert error(found[f"gradient of {name}"], expected[f"gradient of {name}"]) < 2e-6
+    assert all(t.grad is None for t in fixed.values())
+
+
+def test_any_strides():
+    tensors, expert_of, indices = problem(9, 24, 4, 2, 6, "plan", "probs", seed=43, dtype=torch.float32)
+    expected = value_and_gradients(ours(expert_of, indices), there(tensors))
+    wide = torch.zeros(48, dtype=torch.int64)[::2].copy_(expert_of)
+    transposed = there({n: t.T.contiguous().T for n, t in tensors.items()})
+    found = value_and_gradients(ours(wide, indices.T.contiguous().T), transposed)
+    assert all(error(found[name], expected[name]) < 2e-6 for name in expected)
+
+
+@DTYPES
+@pytest.mark.usefixtures("nan_filled")
+def test_repeatable_and_written_everywhere(dtype):
+    tensors, expert_of, _ = problem(13, 63, 7, 3, 10, "plan", "probs", seed=41, dtype=dtype)
+    indices, tensors = routed_indices(13, 3, 7, seed=42, empty=0.3), there(tensors)
+    first = value_and_gradients(ours(expert_of, indices), tensors)
+    assert_finite(first)
+    assert_same(first, value_and_gradients(ours(expert_of, indices), tensors))
+
+
+@SECOND
+def test_a_second_derivative_is_refused(how):
+    tensors, expert_of, indices = problem(4, 9, 3, 2, 5, "plan", "probs", seed=29, dtype=torch.float32)
+    tensors = there(tensors)
+    x = tensors.pop("x")
+    with pytest.raises(RuntimeError, match="second derivative"):
+        second_derivative(lambda x: ours(expert_of, indices)(x, **tensors), x, how)
+
+
+# --- the routed FFN ----------------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("storage", ["[E, s, H]", "[H, E, s]", "[E, H, s]"])
+@pytest.mark.parametrize(("T", "E", "K", "s", "H"), [(20, 7, 3, 24, 40), (17, 148, 37, 8, 10), (33, 1, 1, 86, 12)])
+def test_the_masked_path_equals_the_reference(T, E, K, s, H, storage, dtype):
+    indices, tensors = routed_indices(T, K, E, seed=1, empty=0.2), test_experts.problem(T, E, K, s, H, seed=2, dtype=dtype)
+    dim = {"[E, s, H]": (1, 2), "[H, E, s]": (0, 1), "[E, H, s]": (0, 0)}[storage]
+    tensors["down_proj"] = tensors["down_proj"].transpose(*dim).contiguous().transpose(*dim)
+    exact = test_experts.plain(indices)(**{n: t.double() for n, t in tensors.items()})
+    same = test_experts.plain(indices)(**tensors)
+    with torch.no_grad():
+        found = test_experts.ours(indices, path="masked")(**there(tensors))
+    assert error(found, exact) <= 2 * error(same, exact) + (1e-6 if dtype == torch.float32 else 5e-4)
+
+
+def test_what_the_mask_drops_is_not_read():
+    product = normal(3, 16, seed=3, dtype=torch.float32).to(DEVICE)  # two experts of four neurons
+    r = torch.tensor([[1.0, 0.0], [0.0, 0.5], [0.0, 0.0]], device=DEVICE)
+    product[0, 8:], product[1, :8], product[2] = torch.nan, torch.inf, torch.nan
+    hidden = operators_masked.masked_view_hidden_op(product, r, "silu")
+    assert hidden.isfinite().all()
+    assert error(hidden[0, :4], torch.nn.functional.silu(product[0, :4]) * product[0, 4:8]) < 1e-6
+    assert (hidden[[0, 1, 2, 2], :][2:] == 0).all()
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["unit", "weighted"])
+def test_mask(weighted):
+    indices = torch.tensor([[1, 1, 4], [0, 2, 0], [3, 3, 3], [4, 4, 4]])
+    weights = normal(4, 3, seed=4, dtype=torch.float32) if weighted else None
+    expected = torch.zeros(4, 5).scatter_add(1, indices, torch.ones(4, 3) if weights is None else weights)[:, :4]
+    w = None if weights is None else weights.to(DEVICE)
+    assert error(operators_masked.expert_mask_op(indices.to(DEVICE), w, 4, torch.float32), expected) < 1e-6
+
+
+# --- as torch operators ------------------------------------------------------------------------------------------------
+
+
+def test_opcheck():
+    gate, up, r, plan = (normal(*s, seed=5, dtype=torch.float32).to(DEVICE) for s in ((6, 12), (6, 12), (6, 4), (12, 4)))
+    probs, expert_of = normal(6, 4, seed=6, dtype=torch.float32).to(DEVICE), (torch.arange(12) % 4).to(DEVICE)
+    indices, weights = routed_indices(6, 2, 4, seed=7).to(DEVICE), normal(6, 2, seed=8, dtype=torch.float32).to(DEVICE)
+    leaves = [t.clone().requires_grad_() for t in (gate, up, r)]
+    soft = [plan.requires_grad_(), probs.requires_grad_()]
+    torch.library.opcheck(operators_masked.masked_hidden_op, (*leaves, expert_of, *soft, "silu"))
+    torch.library.opcheck(operators_masked.masked_hidden_backward_op, (gate, gate, up, r, expert_of, "silu", True, True, True))
+    torch.library.opcheck(operators_masked.masked_view_hidden_op, (gate, r, "silu"))
+    torch.library.opcheck(operators_masked.expert_mask_op, (indices, weights.requires_grad_(), 4, torch.float32))
+
+
+def test_compiles_into_one_graph():
+    tensors, expert_of, indices = problem(9, 24, 4, 2, 6, "plan", "probs", seed=44, dtype=torch.float32)
+    expert_of, indices = expert_of.to(DEVICE), indices.to(DEVICE)
+
+    def function(x, gate_proj, up_proj, down_proj, plan, probs):
+        return operators_masked.masked(x * 2, gate_proj, up_proj, down_proj, expert_of, indices, plan, probs, None, 4, "silu") + 1
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    found = value_and_gradients(lambda **t: compiled(**t), there(tensors))
+    expected = value_and_gradients(function, there(tensors))
+    assert all(error(found[name], expected[name]) < 1e-6 for name in expected)
+
+
+# --- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("F", "E", "K"), [(14336, 112, 28), (18944, 148, 37), (14336, 8, 2), (4096, 512, 64)])
+def test_real_sizes(F, E, K, dtype):
+    T, H = 2048, 512
+    tensors, expert_of, indices = problem(T, F, E, K, H, "plan", "probs", seed=50, dtype=dtype)
+    tensors, expert_of, indices = there(tensors), expert_of.cuda(), indices.cuda()
+    exact = value_and_gradients(plain(expert_of, indices), {n: t.float() for n, t in tensors.items()})
+    same = value_and_gradients(plain(expert_of, indices), tensors)
+    found = value_and_gradients(ours(expert_of, indices), tensors)
+    floor = 4e-3 if dtype == torch.bfloat16 else 5e-4
+    for name, value in found.items():
+        assert error(value, exact[name]) <= 2 * error(same[name], exact[name]) + floor, name
+    assert_same(found, value_and_gradients(ours(expert_of, indices), tensors))
+
+
+@pytest.mark.gpu
+def test_in_a_graph_and_without_synchronisation():
+    tensors, expert_of, indices = problem(512, 14336, 112, 28, 512, "plan", "probs", seed=51, dtype=torch.bfloat16)
+    leaves, expert_of, indices = {n: t.cuda().requires_grad_() for n, t in tensors.items()}, expert_of.cuda(), indices.cuda()
+
+    def step():
+        return torch.autograd.grad(ours(expert_of, indices)(**leaves).sum(), list(leaves.values()))
+
+    expected = step()
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_addresses_beyond_two_to_the_31():
+    T, F, E = 160_000, 14_336, 112
+    gate = torch.empty(T, F, dtype=torch.bfloat16, device="cuda").fill_(0.5)
+    r, expert_of = torch.ones(T, E, dtype=torch.bfloat16, device="cuda"), torch.arange(F, device="cuda") % E
+    hidden = operators_masked.masked_hidden_op(gate, gate, r, expert_of, None, None, "linear")
+    assert (hidden[-1] == 0.25).all()
+    dgate, _, dr, dplan = operators_masked.masked_hidden_backward_op(gate, gate, gate, r, expert_of, "linear", True, True, True)
+    assert (dgate[-1] == 0.25).all()
+    assert (dr[-1] == 16).all()  # 128 neurons of 0.125
+    assert error(dplan, torch.full((F, E), 0.125 * T)) < 1e-5
