@@ -10,16 +10,21 @@ from bench.registry import BF16, Cost, Kernel, Variant
 from dotmoe_kernels import _tiles
 
 _TOKENS = {"alignment": 8192, "mid": 256}
+_ROWS = ("stride_xt", "stride_ge", "stride_gn")
 _FORMS = (("bf16", shapes.L3), ("bf16", shapes.Q25), ("bf16", shapes.COARSE), ("fp32", shapes.L3))
 
 
 def _constexprs(kind: str, shape: shapes.Shape, dtype: str, backend: str) -> tuple[dict[str, Any], dict[str, Any]]:
     product = {"UPCAST": False, "PRECISION": "ieee"}
-    last = {n: 1 for n in ("stride_gf", "stride_uf", "stride_df", "stride_ik", "stride_wk")}
+    last = dict.fromkeys(("stride_gf", "stride_uf", "stride_df", "stride_ik", "stride_wk", "stride_xh", "stride_gh"), 1)
     if kind == "mask":
         tile, options = _tiles.mask_tile(shape.E)
         return {**tile, **last}, options
-    tile, options = _tiles.masked_tile(kind.removeprefix("view "), shape.F, shape.E, dtype == "fp32")
+    if kind.startswith("up"):
+        tile, options = _tiles.masked_up_tile(64 if kind == "up, few" else 256, shape.s, backend)
+        return {"ACTIVATION": "silu", **product, **tile, **last}, options
+    width = shape.s if kind == "view hidden" else shape.F
+    tile, options = _tiles.masked_tile(kind.removeprefix("view "), width, shape.E, dtype == "fp32")
     known = {"ACTIVATION": "silu", "NEEDS_GATE": True, "NEEDS_R": True, **product, **tile, **last}
     return known | ({"expert_of_ptr": None} if kind == "view hidden" else {}), options
 
@@ -30,7 +35,7 @@ def _variants(function: str, kinds: tuple[str, ...]) -> Callable[[str], list[Var
         others = {"indices_ptr": "*i64", "expert_of_ptr": "*i64", "dr_ptr": "*fp32", "dplan_ptr": "*fp32", "weights_ptr": "*fp32"}
         found = []
         for kind in kinds:
-            for dtype, shape in _FORMS:
+            for dtype, shape in _FORMS[:1] if kind.startswith("up") else _FORMS:  # float32 takes PyTorch's product
                 given, options = _constexprs(kind, shape, dtype, backend)
                 constexprs = {n: v for n, v in given.items() if n in names}
 
@@ -38,7 +43,7 @@ def _variants(function: str, kinds: tuple[str, ...]) -> Callable[[str], list[Var
                     return others.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
 
                 signature = {n: type_of(n) for n in names if n not in constexprs}
-                divisible = tuple(n for n in names if n in ("F", "s", "share", "stride_gt", "stride_ut", "stride_dt"))
+                divisible = tuple(n for n in names if n in ("F", "s", "H", "share", "stride_gt", "stride_ut", "stride_dt", *_ROWS))
                 found.append(Variant(f"{dtype} {shape.name} {kind}", signature, constexprs, options, divisible))
         return found
 
@@ -55,14 +60,20 @@ def _costs(passes: float, tokens: tuple[str, ...], product: bool = False) -> dic
     return costs
 
 
-def _kernel(name: str, module: str, kinds: tuple[str, ...], costs: dict[str, Cost]) -> Kernel:
+def _kernel(name: str, module: str, kinds: tuple[str, ...], costs: dict[str, Cost], **more: Any) -> Kernel:
     function = f"dotmoe_kernels.experts.gpu.{module}:_{name}_kernel"
-    return Kernel(name, function, _variants(function, kinds), costs)
+    return Kernel(name, function, _variants(function, kinds), costs, **more)
 
 
 _MASK_COSTS = {f"{s.name} T={T}": Cost(8.0 * T * s.K + 2.0 * T * s.E) for s in (shapes.L3, shapes.Q25) for T in _TOKENS.values()}
+_UP_COSTS = {
+    f"{s.name} T={T}": Cost(4.0 * s.F * s.H + 2.0 * T * (s.H + s.F), 4.0 * T * s.F * s.H, BF16)
+    for s in (shapes.L3, shapes.Q25)
+    for T in (64, 256)
+}
 
 MASKED = (
+    _kernel("masked_up", "masked", ("up", "up, few"), _UP_COSTS, needs={"sm_90": ("wgmma",)}),
     _kernel("expert_mask", "masked", ("mask",), _MASK_COSTS),
     _kernel("masked_hidden", "masked", ("hidden", "view hidden"), _costs(3, ("alignment", "mid"))),
     _kernel("masked_hidden_bwd", "alignment", ("backward",), _costs(5, ("alignment",), product=True)),

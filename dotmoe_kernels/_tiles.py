@@ -196,10 +196,25 @@ def masked_tile(kernel: str, F: int, E: int = 1, narrow: bool = False) -> tuple[
     if kernel == "hidden":
         return {"BLOCK_T": 8, "BLOCK_F": min(256, max(16, _power_of_two(F)))}, {"num_warps": 4}
     block_e = max(16, _power_of_two(E))
-    rows = max(16, min(64, (4096 if narrow else 8192) // block_e))  # of the sums, which stay in registers
-    along = 32 if narrow or block_e > 256 else 64
+    rows = max(16, min(64, (4096 if narrow else 16384) // block_e))  # of the sums, which stay in registers
+    along = 32 if narrow or block_e > 128 else 64
     kept, passing = ("BLOCK_T", "BLOCK_F") if kernel == "backward" else ("BLOCK_F", "BLOCK_T")
     return {kept: rows, passing: along, "BLOCK_E": block_e}, {"num_warps": 8, "num_stages": 2}
+
+
+def masked_up_tile(T: int, s: int, backend: str = BACKEND) -> tuple[dict[str, int], dict[str, Any]]:
+    """Tile of the masked up product in 16 bits: BLOCK_T tokens, BLOCK_S neurons of gate and of up, BLOCK_K of H."""
+    if backend == "hip":
+        return {"BLOCK_T": 64, "BLOCK_S": 64, "BLOCK_K": 32}, {"num_warps": 4, "num_stages": 2}
+    if T <= 64 or s <= 64:
+        return {"BLOCK_T": 64, "BLOCK_S": 64, "BLOCK_K": 64}, {"num_warps": 4, "num_stages": 4}
+    return {"BLOCK_T": 128, "BLOCK_S": 128, "BLOCK_K": 64}, {"num_warps": 8, "num_stages": 3}
+
+
+def masked_up_in_triton(T: int, num_experts: int) -> bool:
+    """Whether the masked path's up product is Triton's rather than PyTorch's with a masking pass behind it. A row tile that all
+    experts serve gains nothing but a pass over [T, 2F]: so PyTorch's, which is the dense FFN's own. Predicted, not measured."""
+    return False
 
 
 def masked_splits(kept: int, passing: int, block_kept: int, block_passing: int) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """The Triton kernels of masked_ffn and of expert_ffn's masked path: interpreted on a CPU, and on a GPU at real sizes."""
 
 import pytest
-import torch
 import test_experts
+import torch
 from checks import SECOND, assert_finite, assert_same, compare, error, second_derivative, value_and_gradients
 from shapes import generator, normal, routed_indices
 from test_masked import ours, plain, problem
@@ -140,6 +140,26 @@ def test_the_masked_path_equals_the_reference(T, E, K, s, H, storage, dtype):
     with torch.no_grad():
         found = test_experts.ours(indices, path="masked")(**there(tensors))
     assert error(found, exact) <= 2 * error(same, exact) + (1e-6 if dtype == torch.float32 else 5e-4)
+
+
+@DTYPES
+@pytest.mark.parametrize(("T", "E", "K", "s", "H"), [(70, 3, 1, 86, 40), (5, 7, 3, 8, 100), (130, 2, 1, 128, 64)])
+def test_the_up_product_with_the_mask_in_its_epilogue(T, E, K, s, H, dtype):
+    tensors = test_experts.problem(T, E, K, s, H, seed=5, dtype=dtype)
+    r = torch.rand(T, E, generator=generator(6)) * (torch.rand(T, E, generator=generator(7)) < 0.3)
+    r[:64, 0] = 0  # a whole tile avoids an expert
+    gate_up = tensors["gate_up_proj"].transpose(1, 2).contiguous().transpose(1, 2) if s == 8 else tensors["gate_up_proj"]
+
+    def plain(x, gate_up):
+        gate, up = torch.einsum("th,enh->ten", x, gate_up).chunk(2, -1)
+        return (torch.nn.functional.silu(gate) * up * r[:, :, None].to(x.dtype)).flatten(1)
+
+    exact, same = plain(tensors["x"].double(), gate_up.double()), plain(tensors["x"], gate_up)
+    arguments = (tensors["x"].to(DEVICE), gate_up.to(DEVICE), r.to(DEVICE), "silu")
+    found = operators_masked.masked_view_up_op(*arguments)
+    assert error(found, exact) <= 2 * error(same, exact) + (1e-6 if dtype == torch.float32 else 5e-4)
+    assert torch.equal(found, operators_masked.masked_view_up_op(*arguments))
+    torch.library.opcheck(operators_masked.masked_view_up_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_what_the_mask_drops_is_not_read():

@@ -2,6 +2,7 @@
 
     dotmoe_kernels::expert_mask              indices, weights [T, K] -> R [T, E]; gradient to weights
     dotmoe_kernels::masked_view_hidden       product [T, 2F] of the stored order, R -> hidden [T, F]; no gradient
+    dotmoe_kernels::masked_view_up           x, gate_up_proj, R -> hidden [T, F], the product included; no gradient
     dotmoe_kernels::masked_hidden            gate, up [T, F], R, expert_of -> hidden [T, F]; straight-through to plan and probs
     dotmoe_kernels::masked_hidden_backward   dhidden -> dgate, dup, dR, dP
 
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from .._tiles import masked_up_in_triton
 
 
 @torch.library.custom_op("dotmoe_kernels::expert_mask", mutates_args=())
@@ -56,6 +59,19 @@ def masked_view_hidden_op(product: Tensor, r: Tensor, activation: str) -> Tensor
 @masked_view_hidden_op.register_fake
 def _(product: Tensor, r: Tensor, activation: str) -> Tensor:
     return torch.empty((product.shape[0], product.shape[1] // 2), dtype=product.dtype, device=product.device)
+
+
+@torch.library.custom_op("dotmoe_kernels::masked_view_up", mutates_args=())
+def masked_view_up_op(x: Tensor, gate_up_proj: Tensor, r: Tensor, activation: str) -> Tensor:
+    from .gpu.masked import masked_up
+
+    return masked_up(x, gate_up_proj, r, activation)
+
+
+@masked_view_up_op.register_fake
+def _(x: Tensor, gate_up_proj: Tensor, r: Tensor, activation: str) -> Tensor:
+    E, width = gate_up_proj.shape[:2]
+    return torch.empty((x.shape[0], E * (width // 2)), dtype=x.dtype, device=x.device)
 
 
 @torch.library.custom_op("dotmoe_kernels::masked_hidden", mutates_args=())
@@ -145,7 +161,10 @@ def masked_view(
     """The routed FFN without a gradient: dense products around one masking pass."""
     E, width, H = gate_up_proj.shape
     r = expert_mask_op(indices, weights, E, torch.float32)
-    hidden = masked_view_hidden_op(functional.linear(x, gate_up_proj.reshape(-1, H)), r, activation)
+    if masked_up_in_triton(len(x), E) and x.element_size() == 2:
+        hidden = masked_view_up_op(x, gate_up_proj, r, activation)
+    else:
+        hidden = masked_view_hidden_op(functional.linear(x, gate_up_proj.reshape(-1, H)), r, activation)
     if down_proj.transpose(0, 1).is_contiguous():
         return functional.linear(hidden, down_proj.transpose(0, 1).reshape(H, -1))
     return hidden @ down_proj.transpose(1, 2).reshape(-1, H)

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._backend import device_guard
-from ..._tiles import mask_tile, masked_tile
+from ..._tiles import mask_tile, masked_tile, masked_up_tile
+from .decode import product_options
 from .pointwise import activate
 
 
@@ -42,7 +43,7 @@ def _expert_mask_kernel(
     indices_ptr += t * stride_it
     if weights_ptr is not None:
         weights_ptr += t * stride_wt
-    for j in range(0, K):
+    for _ in range(0, K):
         chosen = tl.load(indices_ptr, mask=t < T, other=-1)[:, None] == e[None, :]
         indices_ptr += stride_ik
         if weights_ptr is not None:
@@ -74,15 +75,19 @@ def _masked_hidden_kernel(
     BLOCK_F: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    inside = (t < T)[:, None] & (f < F)[None, :]
     if expert_of_ptr is None:
-        e = f // s
-        at_gate = (f + e * s).to(tl.int64)
+        tiles = tl.cdiv(s, BLOCK_F)  # of one expert, so that a row of the tile is read whole or not at all
+        e = tl.program_id(1) // tiles
+        n = (tl.program_id(1) - e * tiles) * BLOCK_F + tl.arange(0, BLOCK_F)
+        f = e * s + n
+        inside = (t < T)[:, None] & (n < s)[None, :]
+        at_gate = (e * s + f).to(tl.int64)
         at_up = at_gate + s
-        r = tl.load(r_ptr + t[:, None] * E + e[None, :], mask=inside, other=0.0).to(tl.float32)
-        read = inside & (r != 0)
+        r = tl.load(r_ptr + t * E + e, mask=t < T, other=0.0).to(tl.float32)[:, None]
+        read = (t < T)[:, None] & (r != 0) & (n < s)[None, :]
     else:
+        f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+        inside = (t < T)[:, None] & (f < F)[None, :]
         e = tl.load(expert_of_ptr + f, mask=f < F, other=0).to(tl.int32)
         at_gate = f.to(tl.int64)
         at_up = at_gate
@@ -92,6 +97,57 @@ def _masked_hidden_kernel(
     up = tl.load(up_ptr + t[:, None] * stride_ut + at_up[None, :] * stride_uf, mask=read, other=0.0).to(tl.float32)
     hidden = activate(gate, ACTIVATION) * up * r
     tl.store(hidden_ptr + t[:, None] * F + f[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _masked_up_kernel(
+    x_ptr,  # [T, H]
+    gate_up_ptr,  # [E, 2s, H]
+    r_ptr,  # [T, E]
+    hidden_ptr,  # [T, F] out
+    T,
+    H,
+    E,
+    s,
+    stride_xt,
+    stride_xh,
+    stride_ge,
+    stride_gn,
+    stride_gh,
+    ACTIVATION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The up product with the mask in its epilogue: the products of tokens that all avoid the expert are left out."""
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # neighbours share the weights
+    t = rows.to(tl.int64)
+    tiles = tl.cdiv(s, BLOCK_S)
+    e = tl.program_id(1) // tiles
+    n = (tl.program_id(1) - e * tiles) * BLOCK_S + tl.arange(0, BLOCK_S)
+    r = tl.load(r_ptr + t * E + e, mask=rows < T, other=0.0).to(tl.float32)
+    end = tl.where(tl.max((r != 0).to(tl.int32), 0) > 0, H, 0)
+    k = tl.arange(0, BLOCK_K)
+    x_row = x_ptr + tl.where(rows < T, t, 0)[:, None] * stride_xt
+    gate_row = gate_up_ptr + e.to(tl.int64) * stride_ge + tl.where(n < s, n, 0).to(tl.int64)[None, :] * stride_gn
+    up_row = gate_row + tl.full((), 1, tl.int64) * s * stride_gn
+    gate = tl.zeros([BLOCK_T, BLOCK_S], dtype=tl.float32)
+    up = tl.zeros([BLOCK_T, BLOCK_S], dtype=tl.float32)
+    for start in range(0, end, BLOCK_K):
+        at = (start + k).to(tl.int64)
+        inside = start + k < H
+        x = tl.load(x_row + at[None, :] * stride_xh, mask=inside[None, :], other=0.0)  # [T, K]
+        g = tl.load(gate_row + at[:, None] * stride_gh, mask=inside[:, None], other=0.0)  # [K, S]
+        u = tl.load(up_row + at[:, None] * stride_gh, mask=inside[:, None], other=0.0)
+        if UPCAST:
+            x, g, u = x.to(tl.float32), g.to(tl.float32), u.to(tl.float32)
+        gate = tl.dot(x, g, gate, input_precision=PRECISION)
+        up = tl.dot(x, u, up, input_precision=PRECISION)
+    hidden = tl.where((r != 0)[:, None], activate(gate, ACTIVATION) * up * r[:, None], 0.0)
+    out = hidden_ptr + t[:, None] * (tl.full((), 1, tl.int64) * E * s) + (e * s + n)[None, :]
+    tl.store(out, hidden.to(hidden_ptr.dtype.element_ty), mask=(rows < T)[:, None] & (n < s)[None, :])
 
 
 def expert_mask(indices: Tensor, weights: Tensor | None, E: int, dtype: torch.dtype) -> Tensor:
@@ -124,9 +180,11 @@ def masked_hidden(gate: Tensor, up: Tensor, r: Tensor, expert_of: Tensor | None,
     hidden = torch.empty((T, F), dtype=gate.dtype, device=gate.device)
     if hidden.numel() == 0:
         return hidden
-    tile, options = masked_tile("hidden", F)
+    s = max(F // E, 1)
+    tile, options = masked_tile("hidden", F if expert_of is not None else s)
+    columns = triton.cdiv(F, tile["BLOCK_F"]) if expert_of is not None else E * triton.cdiv(s, tile["BLOCK_F"])
     with device_guard(gate):
-        _masked_hidden_kernel[(triton.cdiv(T, tile["BLOCK_T"]), triton.cdiv(F, tile["BLOCK_F"]))](
+        _masked_hidden_kernel[(triton.cdiv(T, tile["BLOCK_T"]), columns)](
             gate,
             up,
             r.contiguous(),
@@ -135,10 +193,38 @@ def masked_hidden(gate: Tensor, up: Tensor, r: Tensor, expert_of: Tensor | None,
             T,
             F,
             E,
-            max(F // E, 1),
+            s,
             *gate.stride(),
             *up.stride(),
             ACTIVATION=activation,
+            **tile,
+            **options,
+        )
+    return hidden
+
+
+def masked_up(x: Tensor, gate_up: Tensor, r: Tensor, activation: str) -> Tensor:
+    """x [T, H], gate_up [E, 2s, H], R [T, E] -> hidden [T, F], without the product [T, 2F] in memory."""
+    (T, H), (E, width) = x.shape, gate_up.shape[:2]
+    s = width // 2
+    hidden = torch.empty((T, E * s), dtype=x.dtype, device=x.device)
+    if hidden.numel() == 0:
+        return hidden
+    tile, options = masked_up_tile(T, s)
+    with device_guard(x):
+        _masked_up_kernel[(triton.cdiv(T, tile["BLOCK_T"]), E * triton.cdiv(s, tile["BLOCK_S"]))](
+            x,
+            gate_up,
+            r.contiguous(),
+            hidden,
+            T,
+            H,
+            E,
+            s,
+            *x.stride(),
+            *gate_up.stride(),
+            ACTIVATION=activation,
+            **product_options(x),
             **tile,
             **options,
         )
