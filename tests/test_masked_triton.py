@@ -79,6 +79,25 @@ def test_several_programs_share_the_sums():
     compare(ours(expert_of, indices), plain(expert_of, indices), device=DEVICE, **tensors)
 
 
+@pytest.mark.parametrize("triton", [True, False], ids=["triton", "pytorch"])
+@pytest.mark.parametrize("soft", [("plan", "probs"), ("plan", "weights")], ids="+".join)
+def test_recomputing_changes_nothing_but_what_is_kept(soft, triton, monkeypatch):
+    if not triton:
+        monkeypatch.setattr(_backend, "_interpreting", False)
+    device = DEVICE if triton else "cpu"
+    tensors, expert_of, indices = problem(13, 63, 7, 3, 10, *soft, seed=30, dtype=torch.float32)
+    tensors = {n: t.to(device) for n, t in tensors.items()}
+    kept = {}
+
+    def run(recompute):
+        sizes = kept.setdefault(recompute, [])
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(tuple(t.shape)) or t, lambda t: t):
+            return value_and_gradients(ours(expert_of, indices, recompute=recompute), tensors)
+
+    assert_same(run(True), run(False))
+    assert kept[True].count((13, 63)) < kept[False].count((13, 63))
+
+
 @pytest.mark.parametrize("soft", SOFT, ids=lambda s: "+".join(s) or "hard")
 def test_no_tokens(soft):
     tensors, expert_of, indices = problem(0, 24, 4, 2, 6, *soft, seed=28, dtype=torch.float32)

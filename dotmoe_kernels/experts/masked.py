@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from .._autograd import first_order
 from .._backend import use_triton
@@ -125,6 +126,7 @@ def masked_ffn(
     probs: Tensor | None = None,
     weights: Tensor | None = None,
     activation: str = "silu",
+    recompute: bool = False,
 ) -> Tensor:
     """Alignment forward (eq. 4): y = (U * (R M^T)) Wd^T with U = act(x Wg^T) * (x Wu^T), hard forward, soft backward.
 
@@ -138,6 +140,7 @@ def masked_ffn(
         weights: [T, K] of the selected experts, with gradient. None: 1. Carries a router gradient of its own (the soft router):
             never together with ``probs``.
         activation: an ACT2FN name.
+        recompute: keep x instead of gate and up [T, F] for the backward pass, which then computes them again.
 
     Returns:
         y [T, H] in the dtype of ``x``.
@@ -193,6 +196,9 @@ def masked_ffn(
         if use_triton(x) and x.dtype != torch.float64:
             from .operators_masked import masked
 
-            return masked(x, gate_proj, up_proj, down_proj, expert_of, indices, plan, probs, weights, E, activation)
+            return masked(x, gate_proj, up_proj, down_proj, expert_of, indices, plan, probs, weights, E, activation, recompute)
         r = _expert_mask(indices, weights, E, x.dtype)
-        return _MaskedFFN.apply(x, gate_proj, up_proj, down_proj, r, plan, probs, expert_of, activation)
+        arguments = (x, gate_proj, up_proj, down_proj, r, plan, probs, expert_of, activation)
+        if recompute and torch.is_grad_enabled():
+            return checkpoint(_MaskedFFN.apply, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return _MaskedFFN.apply(*arguments)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from .._tiles import masked_up_in_triton
 
@@ -182,8 +183,17 @@ def masked(
     weights: Tensor | None,
     num_experts: int,
     activation: str,
+    recompute: bool = False,
 ) -> Tensor:
     """``masked_ffn``, its arguments checked there."""
     r = expert_mask_op(indices, weights, num_experts, x.dtype)
-    gate, up = functional.linear(x, gate_proj), functional.linear(x, up_proj)  # [T, F]
-    return functional.linear(masked_hidden_op(gate, up, r, expert_of, plan, probs, activation), down_proj)
+
+    def hidden_of(x: Tensor, r: Tensor) -> Tensor:
+        gate, up = functional.linear(x, gate_proj), functional.linear(x, up_proj)  # [T, F]
+        return masked_hidden_op(gate, up, r, expert_of, plan, probs, activation)
+
+    if recompute and torch.is_grad_enabled():
+        hidden = checkpoint(hidden_of, x, r, use_reentrant=False, preserve_rng_state=False)
+    else:
+        hidden = hidden_of(x, r)
+    return functional.linear(hidden, down_proj)
