@@ -211,7 +211,8 @@ def test_opcheck():
     soft = [plan.requires_grad_(), probs.requires_grad_()]
     torch.library.opcheck(operators_masked.masked_hidden_op, (*leaves, expert_of, *soft, "silu"))
     torch.library.opcheck(operators_masked.masked_hidden_backward_op, (gate, gate, up, r, expert_of, "silu", True, True, True))
-    torch.library.opcheck(operators_masked.masked_view_hidden_op, (gate, r, "silu"))
+    product = normal(6, 16, seed=9, dtype=torch.float32).to(DEVICE)  # four experts of two neurons
+    torch.library.opcheck(operators_masked.masked_view_hidden_op, (product, r, "silu"))
     torch.library.opcheck(operators_masked.expert_mask_op, (indices, weights.requires_grad_(), 4, torch.float32))
 
 
