@@ -4,6 +4,10 @@
     balance = E sum_e load_e mean_t Q_te;  z = mean_t logsumexp(Z_t)^2
 
 Everything in float32 (float64 for float64 logits). Cost: one read of Z.
+
+    cpu         PyTorch: top-K                gpu        Triton: top-K
+    operators   the kernels as torch ops      soft_gpu   Triton: SoftMoE
+    budgets     experts a token, by layer
 """
 
 from __future__ import annotations
@@ -11,36 +15,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._backend import use_triton
 from .._checks import compute_dtype, require, require_finite, require_float, require_shape, require_tensor
-from ..reference import Routing, straight_through
-from ..soft_topk import soft_top_k
+from ..reference import Routing
+from ..soft_topk import MOST_EXPERTS, row_values, soft_top_k
+from .cpu import RouteTopK, top_indices
+from .operators import route_soft_top_k_op, route_top_k_op
 
 _WEIGHTS = ("unit", "softmax", "renormalized")
 
 
-def _top_indices(scores: Tensor, k: int) -> Tensor:
-    """Indices [T, k] of the k largest of each row, descending, ties to the lower index."""
-    T, E = scores.shape
-    if scores.device.type != "cpu" or k == 0:
-        return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k]
-    # topk is the faster one, but leaves the order of equal values open: sort just the rows where that matters
-    values, indices = torch.topk(scores, min(k + 1, E), dim=-1)
-    tied = (values[:, 1:] == values[:, :-1]).any(-1).nonzero()[:, 0]
-    indices = indices[:, :k]
-    if tied.numel():
-        indices[tied] = torch.sort(scores[tied], dim=-1, descending=True, stable=True).indices[:, :k]
-    return indices
-
-
-def _check_mask(mask: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(logits with padding rows zero, mask): whatever a padding row holds, NaN included, stays out of values and gradients."""
+def _check_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:
     if mask is None:
-        return logits, None
+        return None
     require_tensor(mask, "mask", "[T]")
     require_shape(mask, "mask", (logits.shape[0],), "[T]")
     require(mask.device == logits.device, "mask", f"on {mask.device}", f"the device of the logits, {logits.device}")
-    valid = mask.bool()
-    return torch.where(valid[:, None], logits, 0), valid
+    return mask.bool()
+
+
+def _without_padding(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Padding rows zero: whatever one holds, NaN included, stays out of values and gradients."""
+    return logits if mask is None else torch.where(mask[:, None], logits, 0)
+
+
+def _on_chip(logits: Tensor) -> bool:
+    """Whether the kernels take these logits [T, E]; float64 and wider rows take the PyTorch route, on a GPU too."""
+    return use_triton(logits) and logits.dtype != torch.float64 and logits.shape[1] <= MOST_EXPERTS
 
 
 def _finish(z: Tensor, q: Tensor, probs: Tensor, indices: Tensor, weights: Tensor, mask: Tensor | None) -> Routing:
@@ -87,17 +88,15 @@ def route_top_k(router_logits: Tensor, top_k: int, *, weights: str = "unit", mas
     require(isinstance(top_k, int) and not isinstance(top_k, bool), "top_k", repr(top_k), f"an integer from 1 to E = {E}")
     require(1 <= top_k <= E, "top_k", top_k, f"an integer from 1 to E = {E}")
     require(weights in _WEIGHTS, "weights", repr(weights), " | ".join(_WEIGHTS))
-    router_logits, valid = _check_mask(mask, router_logits)
+    valid = _check_mask(mask, router_logits)
+    if _on_chip(router_logits):
+        indices, chosen, probs, load, losses, _ = route_top_k_op(router_logits, valid, top_k, weights)
+        return Routing(indices, chosen, probs, load.detach(), losses[0], losses[1])
+    router_logits = _without_padding(router_logits, valid)
     require_finite(router_logits, "router_logits")
-    z = router_logits.to(compute_dtype(router_logits))
-    q = torch.softmax(z, -1)
-    indices = _top_indices(z.detach(), top_k)
-    chosen = q.gather(1, indices)  # [T, K]
-    if weights == "unit":
-        chosen = straight_through(torch.ones_like(chosen), chosen)
-    elif weights == "renormalized":
-        chosen = chosen / chosen.sum(-1, keepdim=True)
-    return _finish(z, q, q, indices, chosen, valid)
+    with torch.autocast(router_logits.device.type, enabled=False):
+        z = router_logits.to(compute_dtype(router_logits))
+        return Routing(*RouteTopK.apply(z, valid, top_k, weights))
 
 
 def route_soft_top_k(
@@ -134,10 +133,15 @@ def route_soft_top_k(
     E = scores.shape[1]
     require(isinstance(max_active, int) and 1 <= max_active <= E, "max_active", max_active, f"an integer from 1 to E = {E}")
     require(isinstance(threshold, int | float) and 0 <= threshold < 1, "threshold", threshold, "a number in [0, 1)")
-    scores, valid = _check_mask(mask, scores)
+    valid = _check_mask(mask, scores)
+    if _on_chip(scores):
+        ks, temperatures = row_values(scores, k, temperature)
+        indices, chosen, p, load, losses, _, _ = route_soft_top_k_op(scores, ks, temperatures, valid, float(threshold), max_active)
+        return Routing(indices, chosen, p, load.detach(), losses[0], losses[1])
+    scores = _without_padding(scores, valid)
     p = soft_top_k(scores, k, temperature=temperature)  # [T, E]
     z = scores.to(compute_dtype(scores))
-    indices = _top_indices(z.detach(), max_active)
+    indices = top_indices(z.detach(), max_active)
     chosen = p.gather(1, indices)
     keep = chosen.detach() > threshold
     keep[:, :1] = True

@@ -1,0 +1,98 @@
+"""Top-K routing in PyTorch: the CPU's implementation, and that of float64 and of more than 512 experts everywhere.
+
+One softmax, one topk, and the backward by formula (``gpu.py``) in three passes over [T, E] instead of autograd's dozen.
+lse = z_top - ln q_top saves the passes of a logsumexp, and keeps its digits since q_top >= 1 / E.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._autograd import first_order
+
+
+def top_indices(scores: Tensor, k: int) -> Tensor:
+    """Indices [T, k] of the k largest of each row, descending, ties to the lower index."""
+    E = scores.shape[1]
+    if scores.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
+    # topk is the faster one, but leaves the order of equal values open: sort just the rows where that matters
+    values, indices = torch.topk(scores, min(k + 1, E), dim=-1)
+    indices = indices[:, :k].contiguous()
+    equal = values[:, 1:] == values[:, :-1]
+    if bool(equal.any()):
+        tied = equal.any(-1).nonzero()[:, 0]
+        indices[tied] = torch.sort(scores[tied], dim=-1, descending=True, stable=True).indices[:, :k]
+    return indices
+
+
+class RouteTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, mask: Tensor | None, top_k: int, mode: str) -> tuple[Tensor, ...]:
+        """z [T, E] float32 or float64, padding rows 0 -> indices, weights [T, K], probs [T, E], load [E], balance, z loss []."""
+        T, E = z.shape
+        q = torch.softmax(z, -1)
+        indices = top_indices(z, top_k)
+        best = indices[:, :1]
+        lse = (z.gather(1, best) - q.gather(1, best).log_())[:, 0]  # [T]
+        if mode == "unit":
+            weights = q.new_ones(T, top_k)
+        elif mode == "softmax":
+            weights = q.gather(1, indices)
+        else:
+            weights = torch.softmax(z.gather(1, indices), -1)
+        squares = lse.square()
+        if mask is None:
+            tokens = z.new_full((), max(T, 1))
+            q_sum = q.sum(0)
+            count = torch.bincount(indices.view(-1), minlength=E)
+        else:
+            tokens = mask.sum().clamp(min=1)
+            q_sum = torch.where(mask[:, None], q, 0).sum(0)
+            squares = torch.where(mask, squares, 0)
+            weights = torch.where(mask[:, None], weights, 0)
+            indices = torch.where(mask[:, None], indices, E)
+            count = torch.bincount(indices.view(-1), minlength=E + 1)[:E]
+        load = count.to(z.dtype) / count.sum().clamp(min=1)
+        balance = E * torch.dot(load, q_sum) / tokens
+        ctx.mode = mode
+        ctx.save_for_backward(q, indices, weights, load, lse, mask, tokens)
+        ctx.mark_non_differentiable(indices, load)
+        ctx.set_materialize_grads(False)
+        return indices, weights, q, load, balance, squares.sum() / tokens
+
+    @staticmethod
+    @first_order("route_top_k")
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, indices, weights, load, lse, mask, tokens = ctx.saved_tensors
+        _, dweights, dprobs, _, dbalance, dz = grads
+        T, E = q.shape
+        at = indices if mask is None else indices.clamp(max=E - 1)
+        minus = q.new_zeros(T)  # dZ = q (dprobs + c - minus) + entries at the selected experts
+        entries = c = None
+        if dweights is not None and ctx.mode == "renormalized":
+            entries = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
+        elif dweights is not None:
+            entries = q.gather(1, at) * dweights
+            minus += entries.sum(-1)
+        if dbalance is not None:
+            c = (E * dbalance / tokens) * load
+            minus += torch.mv(q, c)
+        if dz is not None:
+            minus -= (2 * dz / tokens) * lse
+        if dprobs is not None:
+            g = dprobs if c is None else dprobs + c
+            minus += (q * dprobs).sum(-1)
+            dlogits = (g - minus[:, None]).mul_(q)
+        elif c is not None:
+            dlogits = (c - minus[:, None]).mul_(q)
+        else:
+            dlogits = q * -minus[:, None]
+        if entries is not None:
+            dlogits.scatter_add_(1, at, entries)
+        if mask is not None:
+            dlogits = torch.where(mask[:, None], dlogits, 0)
+        return dlogits, None, None, None
