@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import math
+import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -101,7 +102,8 @@ def _turns(seconds: float, rounds: int, budget: float) -> set[int]:
 
 
 def measure(group: Group) -> Result:
-    """Check every implementation, then time them in turns; the order rotates from round to round."""
+    """Check every implementation, then time them in turns, in another random order every round: an implementation that always
+    followed the same one would always find the caches and the allocator as that one left them."""
     case = group.prepare()
     names = [name for name in group.impls if name not in case.skipped]
     series: dict[str, Series] = {}
@@ -118,8 +120,7 @@ def measure(group: Group) -> Result:
     gc.disable()
     try:
         for r in range(group.rounds):
-            start = r % len(names)
-            for name in names[start:] + names[:start]:
+            for name in random.Random(r).sample(names, len(names)):
                 if r in turns[name]:
                     time.sleep(_PAUSE)
                     series[name].seconds.append(_clock(case.run[name], series[name].calls))
