@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 BACKEND = "hip" if torch.version.hip else "cuda"
 
@@ -224,7 +223,7 @@ def masked_splits(kept: int, passing: int, block_kept: int, block_passing: int) 
     return -(-passing // share), share
 
 
-# grouped products by rows an expert (S / E): most rows -> tile of rows. 16 bits; all of it is predicted, not measured. On sm_90 the tile
+# grouped products by rows an expert (S / E): most rows -> tile of rows. 16 bits; predicted, not measured. On sm_90 the tile
 # of many rows is 128 tokens x (128 gate + 128 up): wgmma, no spill. An AMD program has 64 KB, so tiles are smaller there
 class GroupedTile(NamedTuple):
     block: dict[str, int]  # BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M
@@ -280,10 +279,10 @@ def reduction(E: int, s: int, K: int, T: int, dtype: torch.dtype, backend: str =
 REDUCTION_CHUNK = (2048, 256)  # tokens, columns: at K = 28 a scratch of 29 MB in 16 bits, of 50 MB of L2
 
 
-# experts on a CPU, by rows an expert (T K / E): from where one expert after another beats whole grouped products, and where the
-# dense view beats both in 16 bits, whose products reach their speed only at many rows
+# experts on a CPU: from which rows an expert (T K / E) one expert after another beats whole grouped products, and how many rows of
+# several experts stay in the cache of two cores between the two products of a batch
 _CPU_LOOP_ROWS = {torch.float32: 24, torch.float64: 24, torch.bfloat16: 96, torch.float16: 96}
-_CPU_MASKED_ROWS = (0.75, 5.0)
+_CPU_PADDED_ROWS = 2048
 
 
 def expert_by_expert(dtype: torch.dtype, num_slots: int, num_experts: int) -> bool:
@@ -291,12 +290,44 @@ def expert_by_expert(dtype: torch.dtype, num_slots: int, num_experts: int) -> bo
     return num_slots >= _CPU_LOOP_ROWS[dtype] * num_experts
 
 
-def pick_path(x: Tensor, indices: Tensor, num_experts: int, *, dense_view: bool, needs_grad: bool) -> str:
-    """The path of ``expert_ffn`` for x [T, H] and indices [T, K]; ``dense_view``: the weights are the dense FFN as well."""
-    (T, K), E = indices.shape, num_experts
+def padded_experts(num_experts: int, rows: int) -> int:
+    """How many experts of at most ``rows`` rows go into one batched product on a CPU in 16 bits."""
+    return max(1, min(num_experts, _CPU_PADDED_ROWS // max(rows, 1)))
+
+
+class Choice(NamedTuple):
+    """The path of ``expert_ffn``, and the reason in words."""
+
+    path: str
+    why: str
+
+
+# on a GPU, tokens: up to where each chosen expert's weights are read once without a sort; without a dense view, up to where those
+# kernels still take all rows at once; from where the arithmetic that grouped products save outweighs their padding. The first is a
+# property of the kernels, the last is predicted: a dense FFN in 16 bits is bound by its weights' bytes up to T = 184 on an H200
+# (790 TFLOP/s over 4.3 TB/s), and at T = 512 and 25 % active an expert has a whole tile of 128 rows
+_DECODE_TOKENS, _DECODE_TOKENS_ALONE, _GROUPED_TOKENS = 16, 64, 512
+
+
+def pick_path(
+    T: int, E: int, s: int, K: int, H: int, dtype: torch.dtype, device: str, *, dense_view: bool, needs_grad: bool = False
+) -> Choice:
+    """The path of ``expert_ffn`` for x [T, H], E experts of width s and K slots a token on "cpu" or a GPU; ``dense_view``: the
+    weights are the dense FFN as well."""
     if needs_grad:
-        return "grouped"
-    first, last = _CPU_MASKED_ROWS
-    if x.dtype in (torch.bfloat16, torch.float16) and dense_view and first * E <= T * K < last * E:
-        return "masked"
-    return "decode" if T == 1 and x.dtype in (torch.float32, torch.float64) else "grouped"
+        return Choice("grouped", "the path with a gradient")
+    if device == "cpu":
+        if T == 1:
+            return Choice("decode", "one token: matrix-vector products with the chosen experts")
+        if dtype in (torch.bfloat16, torch.float16):
+            return Choice("grouped", "16 bits: many experts in one batched product")
+        return Choice("grouped", "reads only the experts that were chosen")
+    if dtype == torch.float64:
+        return Choice("grouped", "float64 has no kernels of its own")
+    if T <= _DECODE_TOKENS:
+        return Choice("decode", f"T <= {_DECODE_TOKENS}: every chosen expert's weights are read once, without a sort")
+    if dense_view and T < _GROUPED_TOKENS and K * _DECODE_TOKENS >= E:
+        return Choice("masked", "nearly every expert is chosen by some token: bound by the weights' bytes, as the dense FFN is")
+    if T <= _DECODE_TOKENS_ALONE and not dense_view:
+        return Choice("decode", f"T <= {_DECODE_TOKENS_ALONE} and no dense view")
+    return Choice("grouped", "enough rows an expert: saves the arithmetic of the experts that a token did not choose")

@@ -64,12 +64,8 @@ def unpack_experts(gate_up_proj: Tensor, down_proj: Tensor, order: Tensor) -> tu
 
 
 def dense_storage(down_proj: Tensor) -> Tensor:
-    """``down_proj`` [E, H, s] stored so that it is the permuted dense FFN as well; shares the memory when it already is.
-
-    That is the transpose of a contiguous [E, s, H]; on a CPU in 16 bits a contiguous [H, E, s], which is the [H, F] of a linear
-    layer: with few rows the other one costs that CPU's product a third more."""
-    if down_proj.device.type == "cpu" and down_proj.dtype in (torch.bfloat16, torch.float16):
-        return down_proj.transpose(0, 1).contiguous().transpose(0, 1)
+    """``down_proj`` [E, H, s] stored as the transpose of a contiguous [E, s, H], so that it is the permuted dense FFN as well;
+    shares the memory when it already is."""
     return down_proj.transpose(1, 2).contiguous().transpose(1, 2)
 
 

@@ -918,3 +918,31 @@ def test_the_demo_leaves_other_folders_alone(capsys, tmp_path):
     status, _, err = call(capsys, "demo", "--quick", "--overwrite", "--output", tmp_path)
     assert_one_line(status, err, "demo", "which holds something else than a demo; allowed: a new folder")
     assert contents(tmp_path) == before
+
+
+def test_info_of_the_paths(capsys, converted):
+    status, out, err = call(capsys, "info", "--paths", converted, "--dtype", "bfloat16", "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert report["dtype"] == "bfloat16"
+    rows = {(row["device"], row["tokens"]): row for row in report["paths"]}
+    assert rows["cpu", 1]["path"] == rows["gpu", 1]["path"] == "decode"
+    assert rows["gpu", 64]["path"] == "masked"
+    assert rows["gpu", 16384]["path"] == rows["cpu", 16384]["path"] == "grouped"
+    assert all(row["why"] for row in rows.values())
+    status, out, err = call(capsys, "info", "--paths", converted)
+    assert (status, err) == (0, "")
+    assert "dtype: float32" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--paths", "dense"), "allowed: a converted model"),
+        (("moe", "--dtype", "float16"), "--dtype is float16; allowed: together with --paths"),
+    ],
+)
+def test_info_of_paths_that_there_are_none_of(capsys, here, converted, arguments, message):
+    status, out, err = call(capsys, "info", *(here / a if a in ("dense", "moe") else a for a in arguments))
+    assert_one_line(status, err, "info", message)
+    assert out == ""

@@ -272,10 +272,14 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from ..conversion.inspect import describe
+    import torch
 
+    from ..conversion.inspect import describe, describe_paths
+
+    require(args.paths or not args.dtype, "--dtype", args.dtype, "together with --paths")
     _require_model_folder(args.model)
-    report = describe(args.model)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    report = describe_paths(args.model, dtype=dtype) if args.paths else describe(args.model)
     if args.json:
         print(json.dumps(report, indent=2))
         return 0

@@ -145,8 +145,10 @@ def build_parser() -> argparse.ArgumentParser:
     info = add(
         "info",
         "Show the structure of a converted model, or what a dense one could become.",
-        "dotmoe info ./llama-moe\ndotmoe info ./llama --json",
+        "dotmoe info ./llama-moe\ndotmoe info ./llama --json\ndotmoe info --paths ./llama-moe --dtype bfloat16",
     )
     info.add_argument("model", metavar="DIR", help="a converted or a dense model folder")
+    info.add_argument("--paths", action="store_true", help="which path the experts take at every number of tokens, and why")
+    info.add_argument("--dtype", choices=_DTYPES, help="of the weights, for --paths (default: as saved)")
     info.add_argument("--json", action="store_true", help="print JSON")
     return parser

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from .._checks import require
+from .._tiles import pick_path
 from .card import router_facts
 from .checkpoint import check_folder
 from .checks import count_parameters
@@ -16,6 +18,7 @@ from .config import DotMoeConfig
 from .modeling import DotMoeForCausalLM, meta_backbone
 from .surgery import find_ffns
 
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 _SIZES = (32, 64, 96, 112, 128, 192, 256, 512, 1024)
 
 
@@ -78,3 +81,26 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "total_parameters": total,
         "topologies at 25 % of the FFN": rows,
     }
+
+
+def describe_paths(folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """What ``expert_ffn(path="auto")`` picks for a converted model at every number of tokens, and why; nothing is loaded.
+
+    Args:
+        folder: a converted model.
+        dtype: of the weights; None takes that of the config.
+
+    Raises:
+        ValueError: not a converted model.
+    """
+    require(_is_converted(folder), "MODEL", folder, "a converted model")
+    config = check_folder(folder)
+    E, s, K = config.num_experts, config.moe_intermediate_size, config.num_experts_per_tok
+    kind = dtype or getattr(config, "dtype", None) or torch.float32
+    kind = getattr(torch, kind) if isinstance(kind, str) else kind
+    rows = []
+    for device in ("cpu", "gpu"):
+        for T in _TOKENS:
+            path, why = pick_path(T, E, s, K, config.hidden_size, kind, device, dense_view=True)
+            rows.append({"device": device, "tokens": T, "path": path, "why": why})
+    return {"model": str(folder), "dtype": str(kind).removeprefix("torch."), "paths": rows}

@@ -79,7 +79,8 @@ def expert_ffn(
     require(path in ("auto", *_PATHS), "path", repr(path), "auto | " + " | ".join(_PATHS))
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up_proj, down_proj, weights))
     if path == "auto":
-        path = pick_path(x, indices, E, dense_view=has_dense_view(down_proj), needs_grad=needs_grad)
+        K, view = indices.shape[1], has_dense_view(down_proj)
+        path = pick_path(T, E, width // 2, K, H, x.dtype, x.device.type, dense_view=view, needs_grad=needs_grad).path
     if path == "decode" and needs_grad:
         path = "grouped"
     with torch.autocast(x.device.type, enabled=False):

@@ -15,10 +15,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from .._autograd import first_order
+from .._backend import use_triton
 from .._checks import compute_dtype, require, require_float, require_offsets, require_same
 from .._tiles import expert_by_expert
 from ..dispatch import Slots, fits_bags, gather_tokens, scatter_tokens, sort_slots, sum_bags
 from .activations import find_activation
+from .operators import grouped_ffn_op, grouped_mm_backward_op, grouped_mm_op
+from .padded import padded_ffn, run_lengths
+
+
+def _use_kernels(tensor: Tensor) -> bool:
+    return use_triton(tensor) and tensor.dtype != torch.float64  # which the matrix units of few GPUs take
 
 
 def _segments(offsets: Tensor) -> list[tuple[int, int, int]]:
@@ -54,12 +61,16 @@ class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(a if ctx.needs_input_grad[1] else None, b, offsets)
-        return _multiply(a, b, offsets)
+        return grouped_mm_op(a, b, offsets) if _use_kernels(a) else _multiply(a, b, offsets)
 
     @staticmethod
     @first_order("grouped_mm")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, offsets = ctx.saved_tensors
+        needs_a, needs_b, _ = ctx.needs_input_grad
+        if _use_kernels(grad):
+            da, db = grouped_mm_backward_op(grad, a, b, offsets, needs_a, needs_b)
+            return da if needs_a else None, db if needs_b else None, None
         grad = grad.contiguous()
         da = _multiply(grad, b.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None
         db = None
@@ -111,8 +122,15 @@ def _expert_by_expert(
 def grouped_ffn(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor, activation: str) -> Tensor:
     """x [T, H] -> [T, H] over the expert-sorted slots; the arguments of ``expert_ffn``, checked there."""
     E = gate_up_proj.shape[0]
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up_proj, down_proj, weights))
+    if _use_kernels(x) and not needs_grad:
+        return grouped_ffn_op(x, gate_up_proj, down_proj, indices, weights, activation)
     slots, act = sort_slots(indices, E), find_activation(activation).forward
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, gate_up_proj, down_proj, weights)):
+    if not needs_grad:
+        if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+            padded, run = run_lengths(slots, down_proj)
+            if run:
+                return padded_ffn(x, gate_up_proj, down_proj, slots, indices, weights, act, padded, run)
         if x.device.type == "cpu" and expert_by_expert(x.dtype, indices.numel(), E):
             return _expert_by_expert(x, gate_up_proj, down_proj, slots, weights, act)
         gate, up = _multiply(x[slots.token], gate_up_proj.transpose(1, 2), slots.offsets).chunk(2, -1)  # [S, s] each

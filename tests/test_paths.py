@@ -1,0 +1,154 @@
+"""Which path expert_ffn picks, what the padded products of a CPU give, and what `dotmoe info --paths` says of both."""
+
+import pytest
+import torch
+from checks import compare
+from hypothesis import given
+from hypothesis import strategies as st
+from shapes import expert_weights, generator, normal, routed_indices, uniform
+
+import dotmoe_kernels as dk
+from dotmoe_kernels import reference
+from dotmoe_kernels._tiles import pick_path
+from dotmoe_kernels.dispatch import sort_slots
+from dotmoe_kernels.experts import padded
+from dotmoe_kernels.experts.padded import run_lengths, worth_padding
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def pick(T, device="cuda", *, E=112, s=128, K=28, H=4096, dtype=torch.bfloat16, dense_view=True, needs_grad=False):
+    choice = pick_path(T, E, s, K, H, dtype, device, dense_view=dense_view, needs_grad=needs_grad)
+    assert choice.why
+    return choice.path
+
+
+# --- the table -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_goes_from_decode_by_the_dense_view_to_grouped():
+    paths = [pick(T) for T in (1, 16, 17, 256, 511, 512, 8192)]
+    assert paths == ["decode", "decode", "masked", "masked", "masked", "grouped", "grouped"]
+
+
+def test_without_a_dense_view_nothing_is_masked():
+    assert [pick(T, dense_view=False) for T in (16, 64, 65, 300)] == ["decode", "decode", "grouped", "grouped"]
+
+
+def test_few_chosen_experts_are_not_multiplied_with_all_the_others():
+    assert pick(64, E=512, K=2) == "grouped"
+
+
+def test_float64_has_no_kernels():
+    assert pick(1, dtype=torch.float64) == "grouped"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("T", [1, 64, 4096])
+def test_a_gradient_takes_the_grouped_path(T, device):
+    assert pick(T, device, needs_grad=True) == "grouped"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_cpu_decodes_one_token_and_groups_more(dtype):
+    assert [pick(T, "cpu", dtype=dtype) for T in (1, 2, 4096)] == ["decode", "grouped", "grouped"]
+
+
+@pytest.mark.parametrize("T", [1, 2, 40, 300])
+def test_auto_runs_what_the_table_says(T, monkeypatch):
+    taken = []
+    for name in ("decode", "grouped", "masked"):
+        call = dk.experts._PATHS[name]
+        monkeypatch.setitem(dk.experts._PATHS, name, lambda *a, name=name, call=call: (taken.append(name), call(*a))[1])
+    gate_up, down = expert_weights(6, 8, 16, seed=0, dtype=torch.float32)
+    dk.expert_ffn(normal(T, 16, seed=1, dtype=torch.float32), gate_up, down, routed_indices(T, 2, 6, seed=2))
+    assert taken == [pick(T, "cpu", E=6, s=8, K=2, H=16, dtype=torch.float32)]
+
+
+# --- many experts in one batched product -----------------------------------------------------------------------------------
+
+
+def problem(T, E, s, H, dtype, *, weights):
+    gate_up, down = expert_weights(E, s, H, seed=0, dtype=dtype)
+    w = uniform(T, weights, seed=2, dtype=torch.float32) if weights else torch.ones(T, 1)
+    return {"x": normal(T, H, seed=1, dtype=dtype), "gate_up_proj": gate_up, "down_proj": down, "weights": w}
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The padded rows of every call that went through the padded products."""
+    rows, call = [], padded.padded_ffn
+    monkeypatch.setattr(dk.experts.grouped, "padded_ffn", lambda *a: (rows.append(int(a[7].sum())), call(*a))[1])
+    return rows
+
+
+def forward_only(function):
+    """``compare`` takes gradients, which go another way: the values alone, times one leaf of value 1."""
+
+    def call(x, gate_up_proj, down_proj, weights):
+        with torch.no_grad():
+            y = function(x, gate_up_proj, down_proj, weights)
+        return y + 0 * (x.sum() + gate_up_proj.sum() + down_proj.sum() + weights.sum())
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("unit", [True, False], ids=["unit weights", "weights"])
+@pytest.mark.parametrize(("T", "E", "K"), [(50, 7, 3), (40, 148, 37), (9, 1, 1), (64, 16, 16)])
+@pytest.mark.parametrize("rows", [2048, 16], ids=["one run", "many runs"])
+def test_padded_products_equal_the_reference(T, E, K, unit, dtype, rows, taken, monkeypatch):
+    monkeypatch.setattr("dotmoe_kernels._tiles._CPU_PADDED_ROWS", rows)
+    tensors = problem(T, E, 8, 24, dtype, weights=K)
+    if unit:
+        tensors["weights"] = torch.ones(T, K)
+    indices = routed_indices(T, K, E, seed=3, empty=0.1)
+    ours = forward_only(lambda x, g, d, w: dk.expert_ffn(x, g, d, indices, w, path="grouped"))
+    plain = forward_only(lambda x, g, d, w: reference.expert_ffn(x, g, d, indices, w, activation=torch.nn.functional.silu))
+    compare(ours, plain, **tensors)
+    assert len(taken) == 1
+    assert taken[0] >= int((indices < E).sum())
+
+
+@pytest.mark.parametrize("kind", ["one expert has everything", "most experts idle", "down_proj stored by rows of all experts"])
+def test_where_padding_would_waste_it_is_not_done(kind, taken):
+    T, E, K = 40, 12, 2
+    tensors = problem(T, E, 8, 24, torch.bfloat16, weights=K)
+    indices = routed_indices(T, K, E, seed=3)
+    if kind == "one expert has everything":
+        indices[:, 0], indices[:, 1] = 5, torch.arange(T) % 4 + 6
+    elif kind == "most experts idle":
+        indices = torch.tensor([[0, 1]]).expand(T, K)
+    else:
+        tensors["down_proj"] = tensors["down_proj"].transpose(0, 1).contiguous().transpose(0, 1)
+    found = dk.expert_ffn(**tensors, indices=indices, path="grouped")
+    assert taken == []
+    wide = {name: t.double() for name, t in tensors.items()}
+    exact = reference.expert_ffn(**wide, indices=indices, activation=torch.nn.functional.silu)
+    assert (found.double() - exact).abs().max() < 2e-2 * exact.abs().max()
+
+
+@given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 6), st.integers(0, 10**6))
+def test_runs_hold_every_expert(T, E, K, seed):
+    indices = torch.randint(0, E + 1, (T, K), generator=generator(seed))
+    slots = sort_slots(indices, E)
+    rows, run = run_lengths(slots, torch.zeros(E, 3, 2))
+    count = torch.bincount(indices.flatten(), minlength=E + 1)[:E]
+    if run:
+        assert (rows >= count).all()
+        assert all(len(set(part.tolist())) == 1 for part in rows.split(run))
+        assert worth_padding(int(count.sum()), int(rows.sum()), int(count.max()), float((count == 0).double().mean()))
+    else:
+        assert rows.numel() == 0
+
+
+def test_a_padding_row_may_hold_nan(taken):
+    """Token 0 fills the padding rows: what it holds must not reach the others."""
+    tensors = problem(30, 5, 8, 24, torch.bfloat16, weights=2)
+    indices = routed_indices(30, 2, 5, seed=4)
+    clean = dk.expert_ffn(**tensors, indices=indices, path="grouped")
+    tensors["x"][0] = torch.nan
+    found = dk.expert_ffn(**tensors, indices=indices, path="grouped")
+    assert len(taken) == 2
+    assert found[0].isnan().all()
+    assert torch.equal(found[1:], clean[1:])
