@@ -17,6 +17,7 @@ from torch.nn import functional
 
 import dotmoe_kernels as dk
 from bench import shapes
+from bench.curves import CURVE
 from bench.paired import Case, Group, cases, missing
 from bench.shapes import Shape
 from dotmoe_kernels import reference
@@ -28,6 +29,8 @@ _OWN_PATHS = ("ours-decode", "ours-grouped", "ours-masked")
 _DENSE = ("dense", "dense-merged")
 _TRANSFORMERS = ("transformers-eager", "transformers-grouped_mm", "transformers-batched_mm")
 IMPLS = ("ours", *_OWN_PATHS, *_DENSE, "eager-masked-dense", *_TRANSFORMERS)
+_CURVE_IMPLS = ("ours", "dense", "dense-merged", "transformers-grouped_mm")
+_CURVE_TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096, 8192, 16384)
 _MOST_GATHERED = 2e9  # bytes of expert weights that batched_mm may copy
 
 
@@ -241,6 +244,10 @@ def _groups() -> list[Group]:
         name = f"{prefix}experts-{shape.name}-{dtype}-T{T}"
         return Group(name, IMPLS, partial(_prepare, shape, T, dtype), _info(shape, T, dtype), rounds, budget)
 
+    def curve(shape: Shape, T: int, dtype: str) -> Group:
+        info = {**_info(shape, T, dtype), "T": T, "s": shape.s}
+        return Group(f"{CURVE}{shape.name}-{dtype}-T{T}", _CURVE_IMPLS, partial(_prepare, shape, T, dtype), info, 9, 2.5)
+
     groups = [ffn("quick-", shapes.TINY, T, "float32", 5, 1.0) for T in (1, 16, 64)]
     for dtype in DTYPES:
         groups += [ffn("", shapes.CPU, T, dtype, 15, 4.0) for T in (1, 4, 16, 64, 512)]
@@ -250,6 +257,8 @@ def _groups() -> list[Group]:
                 Group(f"experts-{name}-cpu-{dtype}-T512", impls, case, _info(shapes.CPU, 512, dtype, 3), rounds=7, budget=10.0)
             )
     groups += [ffn("", shapes.L3, 1, dtype, 11, 6.0) for dtype in DTYPES]
+    groups += [curve(shape, T, "bfloat16") for shape in shapes.WIDTHS for T in _CURVE_TOKENS]
+    groups += [curve(shapes.WIDTHS[2], T, "float32") for T in _CURVE_TOKENS if T <= 4096]
     return groups
 
 

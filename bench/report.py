@@ -11,9 +11,11 @@ import argparse
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import curves
 from bench.paired import OURS
 
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
@@ -173,21 +175,27 @@ def figure(result: dict[str, Any], path: Path) -> None:
     fig.savefig(path, dpi=110)
 
 
-def write(result_path: Path, out: Path | None = None) -> tuple[Path, Path]:
-    """RESULT.md and RESULT.png, each written under a temporary name first."""
+def write(result_path: Path, out: Path | None = None) -> list[Path]:
+    """RESULT.md, RESULT.png and, where there are curves, RESULT-by-T.png, each written under a temporary name first."""
     result = json.loads(result_path.read_text())
     if not result["benchmarks"]:
         raise ValueError(f"{result_path} holds no benchmarks")
     folder = out or result_path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    markdown, picture = folder / f"{result_path.stem}.md", folder / f"{result_path.stem}.png"
+    drawn: dict[str, Callable[[Path], Any]] = {
+        f"{result_path.stem}.md": lambda path: path.write_text(table(result)),
+        f"{result_path.stem}.png": lambda path: figure(bars, path),
+    }
+    bars = {**result, "benchmarks": [one for one in result["benchmarks"] if not one["group"].startswith(curves.CURVE)]}
+    if not bars["benchmarks"]:
+        del drawn[f"{result_path.stem}.png"]
+    if len(bars["benchmarks"]) < len(result["benchmarks"]):
+        drawn[f"{result_path.stem}-by-T.png"] = lambda path: curves.figure(result, path)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        drafts = Path(scratch) / markdown.name, Path(scratch) / picture.name
-        drafts[0].write_text(table(result))
-        figure(result, drafts[1])
-        os.replace(drafts[0], markdown)
-        os.replace(drafts[1], picture)
-    return markdown, picture
+        for name, draw in drawn.items():
+            draw(Path(scratch) / name)
+            os.replace(Path(scratch) / name, folder / name)
+    return [folder / name for name in drawn]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -195,9 +203,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("result", type=Path, help="a JSON file written by python -m bench or pytest bench --benchmark-json")
     parser.add_argument("--out", type=Path, help="folder to write into (default: beside the result)")
     options = parser.parse_args(arguments)
-    markdown, picture = write(options.result, options.out)
+    markdown, *pictures = write(options.result, options.out)
     print(markdown.read_text())
-    print(picture)
+    for picture in pictures:
+        print(picture)
 
 
 if __name__ == "__main__":

@@ -28,5 +28,7 @@ COARSE = Shape("coarse", 4096, 8, 1792, 2)
 MID = Shape("mid", 4096, 32, 448, 8)
 CPU = Shape("cpu", 1024, 112, 128, 28)  # the experts of L3 at a hidden size that two cores can do
 TINY = Shape("tiny", 512, 28, 128, 7)  # for the quick benches
+# 25 % of the same F active in experts of different widths
+WIDTHS = tuple(Shape(f"s{s}", 1024, 14336 // s, s, 14336 // s // 4) for s in (64, 112, 128, 256, 448, 1792))
 
 NAMED = {shape.name: shape for shape in (L3, Q25, COARSE, MID, CPU, TINY)}

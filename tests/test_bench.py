@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed with the package
 
-from bench import machine, memory, paired, report
+from bench import curves, machine, memory, paired, report
 
 pytest_plugins = ["pytester"]
 
@@ -180,6 +180,17 @@ def test_report_writes_a_table_and_a_figure(synthetic, capsys):
     assert any("400 MB (20x)" in line and "for scale" in line for line in lines)
     assert (out / "2026-01-02-0123456.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in out.iterdir()) == ["2026-01-02-0123456.md", "2026-01-02-0123456.png"]
+
+
+def test_curves_take_the_faster_dense_form(synthetic):
+    result = json.loads(synthetic.read_text())
+    for s, T, impl, ratio in [(64, 4, "dense", 3.0), (64, 4, "dense-merged", 2.0), (64, 1, "dense", 1.5), (64, 1, "other", 0.1)]:
+        result["benchmarks"].append(entry(f"curve-s{s}-float32-T{T}", impl, ratio, s=s, T=T))
+    synthetic.write_text(json.dumps(result))
+    assert curves.speedups(result) == {"float32": {64: [(1, 1.5), (4, 2.0)]}}
+    written = report.write(synthetic)
+    assert [path.name.removeprefix(synthetic.stem) for path in written] == [".md", ".png", "-by-T.png"]
+    assert written[2].read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_refuses_an_empty_result(tmp_path):

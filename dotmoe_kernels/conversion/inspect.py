@@ -95,7 +95,7 @@ def describe_paths(folder: str | os.PathLike[str], *, dtype: torch.dtype | None 
     """
     require(_is_converted(folder), "MODEL", folder, "a converted model")
     config = check_folder(folder)
-    E, s, K = config.num_experts, config.moe_intermediate_size, config.num_experts_per_tok
+    E, s, K = config.num_experts, config.moe_intermediate_size or 0, config.num_experts_per_tok
     kind = dtype or getattr(config, "dtype", None) or torch.float32
     kind = getattr(torch, kind) if isinstance(kind, str) else kind
     rows = []
