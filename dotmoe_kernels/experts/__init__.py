@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .._checks import require, require_float, require_indices, require_range, require_same, require_shape
 from .._tiles import pick_path
@@ -27,6 +28,7 @@ def expert_ffn(
     *,
     activation: str = "silu",
     path: str = "auto",
+    recompute: bool = False,
 ) -> Tensor:
     """Routed FFN: y_t = sum_j weights_tj Down_e (act(Gate_e x_t) * (Up_e x_t)) with e = indices[t, j].
 
@@ -41,6 +43,8 @@ def expert_ffn(
         path: "grouped" sorts the tokens by expert (prefill, training), "decode" reads only the chosen experts (1-16 tokens; where
             a gradient is needed it is "grouped"), "masked" runs the dense product and masks it (in between), "auto" picks by
             shape. All on the same tensors.
+        recompute: where a gradient is needed, keep only x and the routing for the backward pass, which computes the hidden layer
+            again, instead of gate and up (the grouped path: [T K, 2s]; the masked path: [T, 2F] and more).
 
     Returns:
         y [T, H] in the dtype of ``x``, combined in float32.
@@ -84,4 +88,9 @@ def expert_ffn(
     if path == "decode" and needs_grad:
         path = "grouped"
     with torch.autocast(x.device.type, enabled=False):
+        if path == "grouped":
+            return grouped_ffn(x, gate_up_proj, down_proj, indices, weights, activation, recompute)
+        if recompute and needs_grad:
+            arguments = (x, gate_up_proj, down_proj, indices, weights, activation)
+            return checkpoint(_PATHS[path], *arguments, use_reentrant=False, preserve_rng_state=False)
         return _PATHS[path](x, gate_up_proj, down_proj, indices, weights, activation)

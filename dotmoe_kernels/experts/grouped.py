@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from .._autograd import first_order
 from .._backend import use_triton
@@ -22,6 +23,7 @@ from ..dispatch import Slots, fits_bags, gather_tokens, scatter_tokens, sort_slo
 from .activations import find_activation
 from .operators import grouped_ffn_op, grouped_mm_backward_op, grouped_mm_op
 from .padded import padded_ffn, run_lengths
+from .training import training_ffn
 
 
 def _use_kernels(tensor: Tensor) -> bool:
@@ -119,7 +121,22 @@ def _expert_by_expert(
     return y.to(x.dtype)
 
 
-def grouped_ffn(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor, activation: str) -> Tensor:
+def _step_by_step(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weights: Tensor, slots: Slots, activation: str) -> Tensor:
+    """Scatter, product, activation, product, gather: each with its own gradient."""
+    gate, up = grouped_mm(scatter_tokens(x, slots), gate_up_proj.transpose(1, 2), slots.offsets).chunk(2, -1)  # [S, s] each
+    ys = grouped_mm(find_activation(activation).forward(gate) * up, down_proj.transpose(1, 2), slots.offsets)
+    return gather_tokens(ys, slots, weights)
+
+
+def grouped_ffn(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    activation: str,
+    recompute: bool = False,
+) -> Tensor:
     """x [T, H] -> [T, H] over the expert-sorted slots; the arguments of ``expert_ffn``, checked there."""
     E = gate_up_proj.shape[0]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up_proj, down_proj, weights))
@@ -138,7 +155,9 @@ def grouped_ffn(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Ten
         if indices.numel() > 0 and fits_bags(ys, weights):
             return sum_bags(ys, weights, slots.source, int(slots.offsets[-1]), len(x))
         return gather_tokens(ys, slots, weights)
-    xs = scatter_tokens(x, slots)  # [S, H]
-    gate, up = grouped_mm(xs, gate_up_proj.transpose(1, 2), slots.offsets).chunk(2, -1)
-    ys = grouped_mm(act(gate) * up, down_proj.transpose(1, 2), slots.offsets)
-    return gather_tokens(ys, slots, weights)
+    if not _use_kernels(x):
+        return training_ffn(x, gate_up_proj, down_proj, weights, slots, activation, recompute)
+    arguments = (x, gate_up_proj, down_proj, weights, slots, activation)
+    if recompute:
+        return checkpoint(_step_by_step, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return _step_by_step(*arguments)
