@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .data import load_tokens
     from .modeling import DotMoeForCausalLM, materialize, restore_dense
     from .pipeline import convert
+    from .registry import register_experts
     from .surgery import DenseFFN, find_ffns, swap_ffn
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "load_tokens",
     "materialize",
     "moe_blocks",
+    "register_experts",
     "restore_dense",
     "save",
     "self_check",
@@ -50,6 +52,7 @@ _NAMES_IN = {
     "pipeline": ("convert",),
     "data": ("load_tokens",),
     "modeling": ("DotMoeForCausalLM", "materialize", "restore_dense"),
+    "registry": ("register_experts",),
     "surgery": ("DenseFFN", "find_ffns", "swap_ffn"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
