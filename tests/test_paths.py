@@ -64,9 +64,13 @@ def test_a_cpu_takes_the_dense_view_in_16_bits_for_wide_experts_with_few_rows():
 @pytest.mark.parametrize("T", [1, 2, 40, 300])
 def test_auto_runs_what_the_table_says(T, monkeypatch):
     taken = []
-    for name in ("decode", "grouped", "masked"):
-        call = dk.experts._PATHS[name]
-        monkeypatch.setitem(dk.experts._PATHS, name, lambda *a, name=name, call=call: (taken.append(name), call(*a))[1])
+
+    def noted(name, call):
+        return lambda *arguments: (taken.append(name), call(*arguments))[1]
+
+    for name, call in dk.experts._PATHS.items():
+        monkeypatch.setitem(dk.experts._PATHS, name, noted(name, call))
+    monkeypatch.setattr(dk.experts, "grouped_ffn", noted("grouped", dk.experts.grouped_ffn))
     gate_up, down = expert_weights(6, 8, 16, seed=0, dtype=torch.float32)
     dk.expert_ffn(normal(T, 16, seed=1, dtype=torch.float32), gate_up, down, routed_indices(T, 2, 6, seed=2))
     assert taken == [pick(T, "cpu", E=6, s=8, K=2, H=16, dtype=torch.float32)]
