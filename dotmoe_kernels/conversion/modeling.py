@@ -73,7 +73,9 @@ class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
     """A sparse causal LM made from a dense one.
 
     ``DotMoeForCausalLM(config)`` draws every weight at random; ``materialize`` and ``convert`` take over a dense model's tensors,
-    ``from_pretrained`` and ``load`` read a saved one. The forward takes and returns what the dense model's does.
+    ``from_pretrained`` and ``load`` read a saved one. The forward takes and returns what the dense model's does, and so does the
+    loss: fine-tuning adds no balance loss. A forward hook on a block's ``gate`` sees (logits, weights, indices), from which
+    ``route_top_k(logits, gate.top_k).balance_loss`` is one, without gradient checkpointing.
 
     Args:
         config: with its ``dense_config``.
