@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from bench import shapes
 from bench.kernels_decode import DECODE
+from bench.kernels_dispatch import DISPATCH
+from bench.kernels_experts import EXPERTS
 from bench.kernels_masked import MASKED
 from bench.kernels_transport import TRANSPORT
 from bench.registry import Cost, Kernel, Variant
@@ -70,4 +72,4 @@ _ROUNDING = Kernel(
     },
 )
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (*TRANSPORT, _ROUNDING, *DECODE, *MASKED)}
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (*TRANSPORT, _ROUNDING, *DISPATCH, *EXPERTS, *DECODE, *MASKED)}

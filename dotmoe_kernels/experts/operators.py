@@ -1,0 +1,72 @@
+"""Grouped experts as torch operators, one a pass, for Triton's kernels, which are imported when one is first called.
+
+    dotmoe_kernels::grouped_ffn           x [T, H] -> y [T, H] over the expert-sorted slots, without a gradient
+    dotmoe_kernels::grouped_mm            a [S, Kdim], b [E, Kdim, N] -> [S, N]
+    dotmoe_kernels::grouped_mm_backward   -> da [S, Kdim], db [E, Kdim, N]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("dotmoe_kernels::grouped_ffn", mutates_args=())
+def grouped_ffn_op(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    indices: Tensor,
+    weights: Tensor | None,
+    activation: str,
+    reduction: str = "",
+) -> Tensor:
+    """indices [T, K]; weights [T, K], None: 1. ``reduction``: "rows", "chunks", "dense" or "atomics"; empty: that of ``_tiles``."""
+    from .gpu.forward import grouped_ffn
+
+    return grouped_ffn(x, gate_up_proj, down_proj, indices, weights, activation, reduction)
+
+
+@grouped_ffn_op.register_fake
+def _(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    indices: Tensor,
+    weights: Tensor | None,
+    activation: str,
+    reduction: str = "",
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("dotmoe_kernels::grouped_mm", mutates_args=())
+def grouped_mm_op(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    from .gpu.down import grouped_product
+
+    return grouped_product(a, b, offsets)
+
+
+@grouped_mm_op.register_fake
+def _(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[2])
+
+
+@torch.library.custom_op("dotmoe_kernels::grouped_mm_backward", mutates_args=())
+def grouped_mm_backward_op(
+    grad: Tensor, a: Tensor | None, b: Tensor, offsets: Tensor, needs_a: bool, needs_b: bool
+) -> tuple[Tensor, Tensor]:
+    """grad [S, N]; each output empty unless needed. ``a`` is None where db is not."""
+    from .gpu.down import grouped_product, weight_gradient
+
+    da = grouped_product(grad, b.transpose(1, 2), offsets) if needs_a else grad.new_empty(0)
+    db = weight_gradient(a, grad, offsets, b) if needs_b and a is not None else b.new_empty(0)
+    return da, db
+
+
+@grouped_mm_backward_op.register_fake
+def _(
+    grad: Tensor, a: Tensor | None, b: Tensor, offsets: Tensor, needs_a: bool, needs_b: bool
+) -> tuple[Tensor, Tensor]:
+    da = grad.new_empty((grad.shape[0], b.shape[1]) if needs_a else 0)
+    return da, torch.empty_like(b) if needs_b and a is not None else b.new_empty(0)
