@@ -9,9 +9,10 @@ from transformers.activations import ACT2FN
 
 import dotmoe_kernels as dk
 from dotmoe_kernels import reference
+from dotmoe_kernels._backend import interpreted
 
 SHAPES = [(13, 7, 3, 9, 10), (6, 37, 9, 8, 16), (40, 4, 2, 16, 24), (5, 1, 1, 5, 6), (16, 148, 5, 4, 6), (1, 16, 16, 8, 8)]
-DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["float64", "float32", "bfloat16"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 RECOMPUTE = pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 NAMES = ("x", "gate_up_proj", "down_proj", "weights")
 
@@ -119,6 +120,13 @@ def test_recomputing_changes_no_bit_on_any_path(path):
     indices, tensors = routed_indices(9, 3, 5, seed=2, empty=0.2), problem(9, 5, 3, 8, 12, dtype=torch.float32)
     kept = value_and_gradients(ours(indices, path=path), tensors)
     assert_same(kept, value_and_gradients(ours(indices, path=path, recompute=True), tensors))
+
+
+def test_recomputing_changes_no_bit_of_the_kernels():
+    indices, tensors = routed_indices(9, 2, 5, seed=2, empty=0.2), problem(9, 5, 2, 16, 32, dtype=torch.float32)
+    with interpreted():
+        kept = value_and_gradients(ours(indices), tensors)
+        assert_same(kept, value_and_gradients(ours(indices, recompute=True), tensors))
 
 
 # --- which gradients, and where they go --------------------------------------------------------------------------------
