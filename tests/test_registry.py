@@ -227,6 +227,16 @@ def test_empty_slots_of_expert_parallelism():
     assert registry.dotmoe_experts_forward(made, x, nowhere, weights).count_nonzero() == 0
 
 
+def test_autocast_gives_the_dtype_of_the_hidden_states():
+    made = mixtral_experts().float()
+    x, indices, weights = routed(made)
+    exact = made(x.float(), indices, weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = made(x.float(), indices, weights)
+    assert y.dtype == torch.float32
+    assert 1e-5 < error(y, exact) < 2e-2
+
+
 def test_transposed_weights_and_their_gradients():
     made = make("transformers.models.aria.modeling_aria", "AriaExperts")
     arguments = routed(made)
