@@ -37,7 +37,11 @@ _MOST_GATHERED = 2e9  # bytes of expert weights that batched_mm may copy
 @lru_cache(maxsize=1)
 def weights(shape: Shape, dtype: str) -> dict[str, Tensor]:
     """One FFN in every layout that somebody needs."""
-    gate_up, down = expert_weights(shape.E, shape.s, shape.H, seed=0, dtype=DTYPES[dtype])
+    return layouts(shape, *expert_weights(shape.E, shape.s, shape.H, seed=0, dtype=DTYPES[dtype]))
+
+
+def layouts(shape: Shape, gate_up: Tensor, down: Tensor) -> dict[str, Tensor]:
+    """gate_up [E, 2s, H] and down [E, H, s] as everybody wants them."""
     down = dense_storage(down)
     gate, up = gate_up.view(shape.E, 2, shape.s, shape.H).unbind(1)
     gate, up = gate.reshape(shape.F, shape.H), up.reshape(shape.F, shape.H)
@@ -79,7 +83,7 @@ def _dense_merged(x: Tensor, w: dict[str, Tensor]) -> Tensor:
 
 def _masked_dense(x: Tensor, w: dict[str, Tensor], indices: Tensor, E: int) -> Tensor:
     """The dense FFN with the neurons of the other experts set to zero, as one writes it first."""
-    mask = torch.zeros(x.shape[0], E, dtype=x.dtype).scatter_(1, indices, 1.0)
+    mask = torch.zeros(x.shape[0], E, dtype=x.dtype, device=x.device).scatter_(1, indices, 1.0)
     hidden = functional.silu(functional.linear(x, w["gate"])) * functional.linear(x, w["up"])
     return functional.linear(hidden * mask.repeat_interleave(hidden.shape[1] // E, dim=1), w["dense_down"])
 
@@ -128,16 +132,16 @@ def _prepare(shape: Shape, T: int, dtype: str) -> Case:
 
 def _reference(x: Tensor, w: dict[str, Tensor], indices: Tensor) -> Tensor:
     """reference.expert_ffn in float64, a few experts' weights at a time."""
-    y = torch.zeros(x.shape, dtype=torch.float64)
+    y = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for e in indices.unique().tolist():
         rows = (indices == e).any(1)
-        one = torch.zeros(int(rows.sum()), 1, dtype=torch.int64)
+        one = torch.zeros(int(rows.sum()), 1, dtype=torch.int64, device=x.device)
         y[rows] += reference.expert_ffn(
             x[rows].double(),
             w["gate_up"][e : e + 1].double(),
             w["down"][e : e + 1].double(),
             one,
-            torch.ones(one.shape, dtype=torch.float64),
+            torch.ones(one.shape, dtype=torch.float64, device=x.device),
             activation=functional.silu,
         )
     return y

@@ -33,6 +33,7 @@ import torch
 
 from bench import machine
 from bench.compile_report import table
+from bench.gpu_experts import alignment_groups, expert_groups
 from bench.gpu_transport import transport_groups
 from bench.paired import OURS, Case, Group, Series, extra_info
 from bench.report import factor, seconds, size
@@ -56,6 +57,16 @@ PARTS: dict[str, Part] = {
         ("tests/test_transport.py", "tests/test_transport_triton.py", "tests/test_rounding.py", "tests/test_rounding_triton.py"),
         transport_groups,
     ),
+    "experts": Part(
+        (
+            "tests/test_experts.py",
+            "tests/test_experts_triton.py",
+            "tests/test_decode_triton.py",
+            "tests/test_experts_training.py",
+        ),
+        expert_groups,
+    ),
+    "alignment": Part(("tests/test_masked.py", "tests/test_masked_triton.py"), alignment_groups),
 }
 
 

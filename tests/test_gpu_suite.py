@@ -9,8 +9,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed with the package
 
-from bench import gpu_suite, gpu_transport, report, shapes
+from bench import gpu_experts, gpu_suite, gpu_transport, report, shapes
 from bench.paired import Case, Group
+from dotmoe_kernels._backend import interpreted
 
 CEILINGS = {"copy_bytes_per_second": 1e12, "bf16_flops_per_second": 1e14}
 PASSED = {"files": [], "returncode": 0, "seconds": 1.0, "summary": "3 passed"}
@@ -237,3 +238,93 @@ def test_the_transport_benches_are_right(suite, monkeypatch, layers):
     for one in data["benchmarks"]:
         if not one["extra_info"]["impl"].startswith(("pot", "geomloss")):
             assert one["extra_info"]["error"] < 0.1, one["name"]
+
+
+# --- experts and alignment ---------------------------------------------------------------------------------------------
+
+THIN = shapes.Shape("thin", 32, 8, 16, 3)
+ABSENT = ("is not installed", "needs a GPU", "needs Triton's kernels", "cannot be loaded")
+
+
+@pytest.fixture
+def measured(suite, monkeypatch):
+    """Every group set up and every implementation checked, at a small size on the CPU; a call counts as a millisecond."""
+    monkeypatch.setattr(gpu_experts, "compiled_silu_and_mul", lambda: gpu_experts.silu_and_mul)
+    monkeypatch.setattr(gpu_experts, "MANY", 5)  # tokens, from where the reductions are compared
+    monkeypatch.setattr(gpu_suite, "_ROUNDS", 1)
+    monkeypatch.setattr(gpu_suite, "free_memory", lambda: None)  # as many times as here it takes most of the time
+
+    def start(groups):
+        meter = gpu_suite.Meter(lambda call: (call(), 1e-3)[1], lambda call: 0, lambda: 0.0)
+        code, data = suite(groups, Clock(), meter=meter)
+        assert data["failed"] == {}
+        assert code == 0
+        for reasons in data["skipped"].values():
+            assert all(any(text in reason for text in ABSENT) for reason in reasons.values()), reasons
+        assert all(one["extra_info"]["status"] == "same" for one in data["benchmarks"])
+        return data
+
+    return start
+
+
+def impls_of(data, name):
+    return [one["extra_info"]["impl"] for one in data["benchmarks"] if one["group"] == name]
+
+
+def test_the_experts_benches_are_right(measured):
+    data = measured(gpu_experts.expert_groups("cpu", (THIN,), ((1, 65), (2,))))
+    ours = ["ours", "ours-decode", "ours-masked", "ours-grouped"]
+    dense = ["dense", "dense-merged", "eager-masked-dense"]
+    assert [name for name in impls_of(data, "experts thin T 1") if "transformers" not in name] == ours + dense
+    assert [name for name in impls_of(data, "experts thin T 65") if "transformers" not in name] == [*ours[:1], *ours[2:], *dense]
+    assert "dense-merged" in impls_of(data, "block thin T 65")
+    assert "ours-graph" in data["skipped"]["experts thin T 1"]
+
+
+def test_the_experts_kernels_are_in_the_benches(measured):
+    """The interpreter runs Triton's kernels: each way to add up the rows, and the masked up product."""
+    with interpreted():
+        data = measured([one for one in gpu_experts.expert_groups("cpu", (THIN,), ((5,), ())) if one.name.startswith("experts")])
+    found = impls_of(data, "experts thin T 5")
+    assert {f"ours-grouped-{how}" for how in ("rows", "chunks", "dense", "atomics")} < set(found)
+    assert "ours-masked-triton-up" in found
+
+
+def test_the_alignment_benches_are_right(measured):
+    data = measured(gpu_experts.alignment_groups("cpu", (THIN,), (5,)))
+    assert impls_of(data, "alignment thin T 5") == list(gpu_experts.ALIGNMENT)
+
+
+def test_a_dense_answer_is_not_a_sparse_one():
+    w = gpu_experts.weights(THIN, "cpu")
+    x, indices = gpu_experts.draw(6, THIN.H, seed=3, device="cpu"), gpu_experts.draw_indices(6, THIN, "cpu")
+    error = gpu_experts._judge(x, w, indices)
+    dense = gpu_experts._dense(x, w)
+    assert error("dense", dense) < 2e-2
+    assert error("ours", dense) > 0.1
+    dense[3, 0] = float("nan")  # of a token that is not compared
+    assert error("dense", dense) == float("inf")
+
+
+def test_the_telling_groups_come_first():
+    names = [one.name for one in gpu_experts.expert_groups()]
+    assert names[:3] == ["experts L3 T 1", "experts L3 T 4", "experts L3 T 8192"]
+    assert len(set(names)) == len(names) == 4 * (11 + 3)
+    assert gpu_experts.alignment_groups()[0].name == "alignment L3 T 8192"
+
+
+def test_one_size_first_and_the_rest_later(suite):
+    """--only, then the same file without it: what is there is not measured again."""
+    groups = gpu_experts.expert_groups()
+    clocks = [Clock(), Clock()]
+
+    def with_calls(clock):
+        return [group(one.name, case(clock, ours=(1e-3,)), one.info, ("ours",)) for one in groups]
+
+    code, data = suite(with_calls(clocks[0]), clocks[0], only="L3 T 8192")
+    assert code == 0
+    assert [one["group"] for one in data["benchmarks"]] == ["experts L3 T 8192", "block L3 T 8192"]
+    code, data = suite(with_calls(clocks[1]), clocks[1])
+    assert code == 0
+    assert len({one["group"] for one in data["benchmarks"]}) == len(groups) == len(data["benchmarks"])
+    assert len(clocks[1].calls) == (len(groups) - 2) * 4

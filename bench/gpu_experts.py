@@ -1,0 +1,386 @@
+"""The routed FFN's benches on a GPU, for ``bench.gpu_suite``: bf16, 25 % of the neurons active, the dense FFN beside it.
+
+Weights and inputs are drawn on the device. The float64 reference is computed for the first and the last tokens. A call of a
+few tokens takes the host longer than the device, so up to 64 tokens ours and the dense FFN are also replayed as CUDA graphs.
+The baseline "dense-merged" is one product for gate and up, silu(gate) * up fused by torch.compile for that very shape (Liger's
+kernel would copy the two halves of the product first), and the down product.
+
+Not here: triton_kernels, whose fused SwiGLU is another function (interleaved, up + 1).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import dotmoe_kernels as dk
+from bench import shapes
+from bench.bench_experts import _dense, _dense_out_of_place, _error, _info, _masked_dense, _reference, _stock_experts, layouts
+from bench.paired import OURS, Case, Group, missing
+from bench.shapes import Shape
+from dotmoe_kernels import reference
+from dotmoe_kernels._backend import use_triton
+from dotmoe_kernels.experts.operators import grouped_ffn_op
+from dotmoe_kernels.experts.operators_masked import expert_mask_op, masked_view_up_op
+from tests.shapes import balanced_expert_of
+
+DTYPE = "bfloat16"
+SHAPES = (shapes.L3, shapes.Q25, shapes.COARSE, shapes.MID)
+TELLING, TOKENS = (1, 4, 8192), (2, 8, 16, 64, 256, 1024, 4096, 16384)
+FEW, MOST_MASKED, MANY = 64, 2048, 1024  # tokens: of "decode" and graphs; of "masked"; from where the reductions are compared
+
+_REDUCTIONS = ("rows", "chunks", "dense", "atomics")
+_TRANSFORMERS = ("eager", "grouped_mm", "batched_mm", "sonicmoe")
+_MOST_GATHERED = 8e9  # bytes of expert weights that batched_mm may copy
+_INT32 = 2**31  # elements; beyond, a peer's 32-bit addresses would take the whole process down
+_DENSE = ("dense", "dense-merged", "dense-merged-graph")
+
+
+def draw(*shape: int, seed: int, device: str, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device, dtype=dtype) * scale
+
+
+def draw_indices(T: int, shape: Shape, device: str) -> Tensor:
+    """K distinct experts a token, [T, K]"""
+    generator = torch.Generator(device).manual_seed(4)
+    return torch.rand(T, shape.E, generator=generator, device=device).argsort(-1)[:, : shape.K].contiguous()
+
+
+@lru_cache(maxsize=1)
+def weights(shape: Shape, device: str) -> dict[str, Tensor]:
+    gate_up = draw(shape.E, 2 * shape.s, shape.H, seed=0, device=device, scale=shape.H**-0.5)
+    down = draw(shape.E, shape.s, shape.H, seed=1, device=device, scale=shape.s**-0.5)
+    return layouts(shape, gate_up, down.transpose(1, 2))
+
+
+def silu_and_mul(product: Tensor) -> Tensor:
+    """[T, 2F] -> [T, F]"""
+    gate, up = product.chunk(2, -1)
+    return functional.silu(gate) * up
+
+
+def compiled_silu_and_mul() -> Callable[[Tensor], Tensor]:
+    """For one shape: what was compiled before is dropped, since a function that many shapes compiled falls back to eager."""
+    torch.compiler.reset()
+    return torch.compile(silu_and_mul, dynamic=False, fullgraph=True)
+
+
+def replayed(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The call as a CUDA graph, captured when it is first wanted."""
+    held: list[Any] = []
+
+    def replay() -> Tensor:
+        if not held:
+            call()  # compiles
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = call()
+            held.extend((graph, output))
+        held[0].replay()
+        return held[1]
+
+    return replay
+
+
+def _ends(T: int) -> list[int]:
+    """The first two and the last two tokens."""
+    return sorted({0, min(1, T - 1), max(T - 2, 0), T - 1})
+
+
+def _judge(x: Tensor, w: dict[str, Tensor], indices: Tensor) -> Callable[[str, Any], float]:
+    rows = _ends(len(x))
+    everyone = torch.arange(w["gate_up"].shape[0], device=x.device).expand(len(rows), -1)
+    sparse, dense = (_reference(x[rows], w, chosen) for chosen in (indices[rows], everyone))
+
+    def error(name: str, found: Tensor) -> float:
+        if not bool(found.isfinite().all()):
+            return float("inf")
+        return _error(found[rows], dense if name in _DENSE else sparse)
+
+    return error
+
+
+# --- the other libraries -----------------------------------------------------------------------------------------------
+
+Peer = Callable[[Tensor, dict[str, Tensor], Tensor, Tensor], Callable[[], Tensor]]
+
+
+def _liger(x: Tensor, w: dict[str, Tensor], indices: Tensor, ones: Tensor) -> Callable[[], Tensor]:
+    apply = importlib.import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction.apply
+    return partial(apply, x, w["gate_up"], w["down_stock"], indices.int(), ones)
+
+
+def _vllm(x: Tensor, w: dict[str, Tensor], indices: Tensor, ones: Tensor) -> Callable[[], Tensor]:
+    fused_experts = importlib.import_module("vllm.model_executor.layers.fused_moe").fused_experts
+    return partial(fused_experts, x, w["gate_up"], w["down_stock"], topk_weights=ones, topk_ids=indices.int())
+
+
+def _scattermoe(x: Tensor, w: dict[str, Tensor], indices: Tensor, ones: Tensor) -> Callable[[], Tensor]:
+    """Its GLU block; gate before up, as the weights are stored here."""
+    library = importlib.import_module("scattermoe.parallel_experts")
+    E, K, gates = w["gate_up"].shape[0], indices.shape[1], ones.to(x.dtype)
+    up_weight, down_weight = w["gate_up"].transpose(1, 2), w["down_stock"].transpose(1, 2)
+
+    def call() -> Tensor:
+        order = library.flatten_sort_count(indices, E)
+        gate, up = library.parallel_linear(x, up_weight, K, *order, grouped_out=True).chunk(2, -1)
+        return library.parallel_linear(functional.silu(gate) * up, down_weight, 1, *order, grouped_in=True, gates=gates)
+
+    return call
+
+
+LIBRARIES: dict[str, tuple[str, Peer]] = {
+    "liger": ("liger_kernel", _liger),
+    "scattermoe": ("scattermoe", _scattermoe),
+    "vllm": ("vllm", _vllm),
+}
+
+
+def _transformers(name: str, shape: Shape, T: int) -> str | None:
+    """The reason to skip an implementation of transformers, or None."""
+    if reason := missing("transformers"):
+        return reason
+    gathered = T * shape.K * 3 * shape.s * shape.H * 2
+    if name == "batched_mm" and gathered > _MOST_GATHERED:
+        return f"copies the weights of every slot: {gathered / 1e9:.0f} GB"
+    if name == "eager":
+        return None
+    if name not in importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS:
+        return f"not registered in transformers {importlib.import_module('transformers').__version__}"
+    if name == "sonicmoe":
+        try:
+            importlib.import_module("transformers.integrations.sonicmoe").load_sonicmoe_kernel()
+        except Exception as problem:
+            return f"cannot be loaded: {(str(problem).splitlines() or [''])[0][:120]}"
+    return None
+
+
+# --- the op ------------------------------------------------------------------------------------------------------------
+
+
+def forward_impls(T: int) -> tuple[str, ...]:
+    few, graph = T <= FEW, ("ours-graph",) if T <= FEW else ()
+    masked = ("ours-masked", "ours-masked-triton-up") if T <= MOST_MASKED else ()
+    reductions = tuple(f"ours-grouped-{how}" for how in _REDUCTIONS) if T >= MANY else ()
+    return (
+        OURS,
+        *graph,
+        *(("ours-decode",) if few else ()),
+        *masked,
+        "ours-grouped",
+        *reductions,
+        *(_DENSE if few else _DENSE[:2]),
+        "eager-masked-dense",
+        *(f"transformers-{name}" for name in _TRANSFORMERS),
+        *LIBRARIES,
+    )
+
+
+def _masked_triton_up(x: Tensor, w: dict[str, Tensor], indices: Tensor) -> Tensor:
+    """The masked path with the up product and the mask in one kernel of ours."""
+    hidden = masked_view_up_op(x, w["gate_up"], expert_mask_op(indices, None, w["gate_up"].shape[0], torch.float32), "silu")
+    return hidden @ w["down"].transpose(1, 2).reshape(hidden.shape[1], -1)
+
+
+def _dense_merged(w: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    fused = compiled_silu_and_mul()
+    return lambda x: functional.linear(fused(functional.linear(x, w["dense_gate_up"])), w["dense_down"])
+
+
+def _without_gradient(case: Case) -> Case:
+    case.run = {name: torch.no_grad()(call) for name, call in case.run.items() if name not in case.skipped}
+    return case
+
+
+def _forward(shape: Shape, T: int, device: str) -> Case:
+    w = weights(shape, device)
+    x, indices = draw(T, shape.H, seed=3, device=device), draw_indices(T, shape, device)
+    ones = torch.ones(T, shape.K, device=device)
+    ffn = partial(dk.expert_ffn, x, w["gate_up"], w["down"], indices, ones)
+    dense_merged = _dense_merged(w)
+    run: dict[str, Callable[[], Any]] = {
+        OURS: ffn,
+        "ours-graph": replayed(ffn),
+        **{f"ours-{path}": partial(ffn, path=path) for path in ("decode", "masked", "grouped")},
+        "ours-masked-triton-up": lambda: _masked_triton_up(x, w, indices),
+        "dense": lambda: _dense(x, w),
+        "dense-merged": lambda: dense_merged(x),
+        "dense-merged-graph": replayed(lambda: dense_merged(x)),
+        "eager-masked-dense": lambda: _masked_dense(x, w, indices, shape.E),
+    }
+    for how in _REDUCTIONS:
+        run[f"ours-grouped-{how}"] = partial(grouped_ffn_op, x, w["gate_up"], w["down"], indices, ones, "silu", how)
+    impls, skipped = forward_impls(T), {}
+    for name in impls:
+        if name.endswith("-graph") and device != "cuda":
+            skipped[name] = "needs a GPU"
+        elif name.startswith(("ours-masked-triton", "ours-grouped-")) and not use_triton(x):
+            skipped[name] = "needs Triton's kernels"
+    for name in _TRANSFORMERS:
+        if reason := _transformers(name, shape, T):
+            skipped[f"transformers-{name}"] = reason
+        else:
+            run[f"transformers-{name}"] = partial(_stock_experts(shape, w, name), x, indices, ones.to(x.dtype))
+    for name, (package, peer) in LIBRARIES.items():
+        if reason := missing(package):
+            skipped[name] = reason
+        elif T * shape.K * shape.H >= _INT32:
+            skipped[name] = "its rows [T K, H] may be beyond 32-bit addresses"
+        else:
+            try:
+                run[name] = peer(x, w, indices, ones)
+            except Exception as problem:
+                skipped[name] = f"cannot be loaded: {type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:120]}"
+    return _without_gradient(Case({name: run[name] for name in impls if name in run}, _judge(x, w, indices), 2e-2, skipped=skipped))
+
+
+# --- the block with its router -----------------------------------------------------------------------------------------
+
+
+def block_impls(T: int) -> tuple[str, ...]:
+    graph = ("ours-graph",) if T <= FEW else ()
+    return OURS, *graph, *(_DENSE[1:] if T <= FEW else _DENSE[1:2]), "transformers-grouped_mm"
+
+
+def _block(shape: Shape, T: int, device: str) -> Case:
+    """Router product, top K, experts. The dense FFN needs no router."""
+    w = weights(shape, device)
+    x, router = draw(T, shape.H, seed=3, device=device), draw(shape.E, shape.H, seed=5, device=device, scale=shape.H**-0.5)
+    dense_merged = _dense_merged(w)
+
+    def ours() -> Tensor:
+        routing = dk.route_top_k(functional.linear(x, router), shape.K)
+        return dk.expert_ffn(x, w["gate_up"], w["down"], routing.indices, routing.weights)
+
+    run: dict[str, Callable[[], Any]] = {
+        OURS: ours,
+        "ours-graph": replayed(ours),
+        "dense-merged": lambda: dense_merged(x),
+        "dense-merged-graph": replayed(lambda: dense_merged(x)),
+    }
+    skipped = {} if device == "cuda" else {name: "needs a GPU" for name in block_impls(T) if name.endswith("-graph")}
+    stock = "transformers-grouped_mm"
+    if reason := _transformers("grouped_mm", shape, T):
+        skipped[stock] = reason
+    else:
+        experts = _stock_experts(shape, w, "grouped_mm")
+
+        def with_stock_router() -> Tensor:
+            """Softmax in float32 and top K as Qwen3-MoE has them, the selected experts with weight 1."""
+            chosen = functional.linear(x, router).float().softmax(-1).topk(shape.K, -1).indices
+            return experts(x, chosen, torch.ones_like(chosen, dtype=x.dtype))
+
+        run[stock] = with_stock_router
+    with torch.no_grad():
+        indices = dk.route_top_k(functional.linear(x, router), shape.K).indices
+    # of two equal logits another router may take the other
+    case = Case(run, _judge(x, w, indices), 2e-2, frozenset({stock}), skipped)
+    return _without_gradient(case)
+
+
+def expert_groups(
+    device: str = "cuda",
+    sizes: tuple[Shape, ...] = SHAPES,
+    tokens: tuple[tuple[int, ...], tuple[int, ...]] = (TELLING, TOKENS),
+) -> list[Group]:
+    """The telling token counts of every shape first, each with its block; then the others."""
+    groups = []
+    for first, counts in zip((True, False), tokens, strict=True):
+        for shape in sizes:
+            groups += [
+                Group(f"experts {shape.name} T {T}", forward_impls(T), partial(_forward, shape, T, device), _info(shape, T, DTYPE))
+                for T in counts
+            ]
+            if first:
+                groups += [
+                    Group(f"block {shape.name} T {T}", block_impls(T), partial(_block, shape, T, device), _block_info(shape, T))
+                    for T in counts
+                ]
+    return groups
+
+
+def _block_info(shape: Shape, T: int) -> dict[str, Any]:
+    info = _info(shape, T, DTYPE)
+    return {**info, "flops": info["flops"] + 2 * T * shape.H * shape.E, "bytes": info["bytes"] + 2 * shape.H * shape.E}
+
+
+# --- alignment ---------------------------------------------------------------------------------------------------------
+
+ALIGNMENT = (OURS, "ours-recompute", "eager", "frozen-dense")
+
+
+def _alignment(shape: Shape, T: int, device: str) -> Case:
+    """One layer's step of alignment: forward, and backward to the input, the plan and the router, the weights frozen."""
+    w = weights(shape, device)
+    gate, up, down = w["gate"], w["up"], w["dense_down"]
+    indices = draw_indices(T, shape, device)
+    expert_of = balanced_expert_of(shape.F, shape.E, seed=6).to(device)
+    x, dy = (draw(T, shape.H, seed=seed, device=device) for seed in (3, 5))
+    plan = draw(shape.F, shape.E, seed=7, device=device, dtype=torch.float32).softmax(-1).requires_grad_()
+    probs = draw(T, shape.E, seed=8, device=device, dtype=torch.float32).softmax(-1).requires_grad_()
+    x.requires_grad_()
+
+    def ours(recompute: bool = False) -> Any:
+        y = dk.masked_ffn(x, gate, up, down, expert_of, indices, plan=plan, probs=probs, recompute=recompute)
+        return torch.autograd.grad(y, [x, plan, probs], dy)
+
+    def eager(*inputs: Tensor) -> Any:
+        a, p, q, g, u, d, grad = inputs
+        y = reference.masked_ffn(a, g, u, d, expert_of, indices, plan=p, probs=q, activation=functional.silu)
+        return torch.autograd.grad(y, [a, p, q], grad)
+
+    def frozen(*inputs: Tensor) -> Any:
+        a, g, u, d, grad = inputs
+        return torch.autograd.grad(_dense_out_of_place(a, g, u, d), [a], grad)
+
+    # the plan's gradient is a sum over all tokens, so the reference takes them all, in float32
+    wide = [t.detach().float() for t in (x, plan, probs, gate, up, down, dy)]
+    for leaf in wide[:3]:
+        leaf.requires_grad_()
+    expected = eager(*wide)
+    rows = _ends(T)
+    few = wide[0].detach()[rows].requires_grad_()
+    expected_dense = frozen(few, *wide[3:6], wide[6][rows])
+    del wide, few
+
+    def error(name: str, found: Any) -> float:
+        if name == "frozen-dense":
+            return _error(found[0][rows], expected_dense[0])
+        distance = max(_error(a, b) for a, b in zip(found, expected, strict=True))
+        return distance if distance == distance else float("inf")
+
+    run: dict[str, Callable[[], Any]] = {
+        OURS: ours,
+        "ours-recompute": partial(ours, recompute=True),
+        "eager": partial(eager, x, plan, probs, gate, up, down, dy),
+        "frozen-dense": partial(frozen, x, gate, up, down, dy),
+    }
+    return Case(run, error, 5e-2)
+
+
+def _alignment_info(shape: Shape, T: int) -> dict[str, Any]:
+    """The frozen dense FFN forward and backward to its input; every weight read twice."""
+    return {
+        "shape": f"T {T}, {shape}",
+        "dtype": DTYPE,
+        "flops": 12 * T * shape.F * shape.H,
+        "bytes": 2 * (6 * shape.F * shape.H + 4 * T * shape.H) + 8 * (shape.F + T) * shape.E,
+    }
+
+
+def alignment_groups(
+    device: str = "cuda", sizes: tuple[Shape, ...] = (shapes.L3, shapes.Q25), tokens: tuple[int, ...] = (8192, 2048)
+) -> list[Group]:
+    return [
+        Group(f"alignment {shape.name} T {T}", ALIGNMENT, partial(_alignment, shape, T, device), _alignment_info(shape, T))
+        for T in tokens
+        for shape in sizes
+    ]
