@@ -24,6 +24,7 @@ from bench.kernels_decode import DECODE
 from bench.kernels_dispatch import DISPATCH
 from bench.kernels_experts import EXPERTS
 from bench.kernels_masked import MASKED
+from bench.kernels_routing import ROUTING
 from bench.kernels_transport import TRANSPORT
 from bench.registry import Cost, Kernel, Variant
 from dotmoe_kernels import _tiles
@@ -72,4 +73,6 @@ _ROUNDING = Kernel(
     },
 )
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (*TRANSPORT, _ROUNDING, *DISPATCH, *EXPERTS, *DECODE, *MASKED)}
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel for kernel in (*TRANSPORT, _ROUNDING, *ROUTING, *DISPATCH, *EXPERTS, *DECODE, *MASKED)
+}

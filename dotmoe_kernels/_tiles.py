@@ -115,7 +115,7 @@ def row_tile(H: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, Any]
 
 
 # routing: elements of a tile of whole rows for 128 threads; a sort keeps 64-bit keys of them, LapSum a dozen float64 values
-_ROUTING = {"top_k": 2048, "backward": 2048, "soft": 512}
+_ROUTING = {"top_k": 1024, "backward": 2048, "soft": 512}
 
 
 def _routing_tile(E: int, kernel: str) -> tuple[dict[str, int], dict[str, Any]]:
@@ -132,8 +132,11 @@ def routing_backward_tile(E: int) -> tuple[dict[str, int], dict[str, Any]]:
     return _routing_tile(E, "backward")
 
 
-def soft_routing_tile(E: int) -> tuple[dict[str, int], dict[str, Any]]:
-    return _routing_tile(E, "soft")
+def soft_routing_tile(E: int, backend: str = BACKEND) -> tuple[dict[str, int], dict[str, Any]]:
+    tile, options = _routing_tile(E, "soft")
+    if backend == "cuda":  # else the compiler spills some registers to fit three programs
+        options["maxnreg"] = 255
+    return tile, options
 
 
 def routing_finish_tile(E: int) -> tuple[dict[str, int], dict[str, Any]]:

@@ -286,13 +286,13 @@ def test_opcheck(T, masked):
     k, temperature = (torch.full((T,), v, dtype=torch.float64, device=DEVICE, requires_grad=True) for v in (2.0, 0.5))
     torch.library.opcheck(operators.route_soft_top_k_op, (logits, k, temperature, mask, 0.1, 3))
     saved = operators.route_top_k_op(logits.detach(), mask, 2, "softmax")
-    indices, weights, probs, load, losses, lse = saved
+    weights, indices, probs, load, losses, lse = saved
     torch.library.opcheck(
         operators.route_top_k_backward_op,
         (logits.detach(), indices, load, losses, lse, torch.ones_like(weights), None, torch.ones_like(losses), "softmax"),
     )
     *saved, solution = operators.route_soft_top_k_op(logits.detach(), k.detach(), temperature.detach(), mask, 0.1, 3)
-    indices, weights, probs, load, losses, lse = saved
+    weights, indices, probs, load, losses, lse = saved
     torch.library.opcheck(
         operators.route_soft_top_k_backward_op,
         (logits.detach(), temperature.detach(), indices, load, losses, lse, solution, None, torch.ones_like(probs), None),

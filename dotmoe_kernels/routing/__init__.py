@@ -90,7 +90,7 @@ def route_top_k(router_logits: Tensor, top_k: int, *, weights: str = "unit", mas
     require(weights in _WEIGHTS, "weights", repr(weights), " | ".join(_WEIGHTS))
     valid = _check_mask(mask, router_logits)
     if _on_chip(router_logits):
-        indices, chosen, probs, load, losses, _ = route_top_k_op(router_logits, valid, top_k, weights)
+        chosen, indices, probs, load, losses, _ = route_top_k_op(router_logits, valid, top_k, weights)
         return Routing(indices, chosen, probs, load.detach(), losses[0], losses[1])
     router_logits = _without_padding(router_logits, valid)
     require_finite(router_logits, "router_logits")
@@ -136,7 +136,7 @@ def route_soft_top_k(
     valid = _check_mask(mask, scores)
     if _on_chip(scores):
         ks, temperatures = row_values(scores, k, temperature)
-        indices, chosen, p, load, losses, _, _ = route_soft_top_k_op(scores, ks, temperatures, valid, float(threshold), max_active)
+        chosen, indices, p, load, losses, _, _ = route_soft_top_k_op(scores, ks, temperatures, valid, float(threshold), max_active)
         return Routing(indices, chosen, p, load.detach(), losses[0], losses[1])
     scores = _without_padding(scores, valid)
     p = soft_top_k(scores, k, temperature=temperature)  # [T, E]

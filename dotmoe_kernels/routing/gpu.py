@@ -71,9 +71,13 @@ def scatter_slots(
     """(dweights [BLOCK_T, BLOCK_E] at the selected experts, whether selected)."""
     grad = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.float32)
     chosen = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.int32)
-    for j in range(K):
-        e = tl.load(indices_ptr + rows * K + j, mask=live, other=BLOCK_E)
-        dw = tl.load(dweights_ptr + rows * stride_wt + j * stride_wk, mask=live, other=0.0).to(tl.float32)
+    index_at = indices_ptr + rows * K
+    dw_at = dweights_ptr + rows * stride_wt
+    for _ in range(K):
+        e = tl.load(index_at, mask=live, other=BLOCK_E)
+        dw = tl.load(dw_at, mask=live, other=0.0).to(tl.float32)
+        index_at += 1
+        dw_at += stride_wk
         hit = cols[None, :] == e[:, None]
         grad = tl.where(hit, dw[:, None], grad)
         chosen = tl.where(hit, 1, chosen)
@@ -183,7 +187,7 @@ def _route_finish_kernel(
         z_sum += tl.load(scalar_ptr + 2 * p, mask=there, other=0.0)
         tokens += tl.load(scalar_ptr + 2 * p + 1, mask=there, other=0.0)
     total = tl.sum(count, 0)  # [BLOCK_E]
-    load = total.to(tl.float32) / tl.maximum(tl.sum(total, 0), 1).to(tl.float32)
+    load = total.to(tl.float32) / tl.maximum(tl.sum(total.to(tl.int64), 0), 1).to(tl.float32)  # T K may pass 2^31
     n = tl.maximum(tl.sum(tokens, 0), 1.0)
     tl.store(load_ptr + cols, load, mask=cols < E)
     tl.store(losses_ptr, E * tl.sum(load * tl.sum(q_sum, 0), 0) / n)
@@ -273,7 +277,7 @@ class Outputs:
         tile, options = routing_finish_tile(E)
         sums = (self.count, self.sums, self.scalars)
         _route_finish_kernel[(1,)](*sums, self.load, self.losses, self.programs, E, **tile, **options)
-        return self.indices, self.weights, self.probs, self.load, self.losses, self.lse
+        return self.weights, self.indices, self.probs, self.load, self.losses, self.lse
 
 
 def byte_mask(mask: Tensor | None) -> Tensor | None:
@@ -281,7 +285,7 @@ def byte_mask(mask: Tensor | None) -> Tensor | None:
 
 
 def forward(logits: Tensor, mask: Tensor | None, top_k: int, weights: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logits [T, E] any strides, mask [T] bool -> indices, weights [T, K], probs [T, E], load [E], losses [3], lse [T]."""
+    """logits [T, E] any strides, mask [T] bool -> weights, indices [T, K], probs [T, E], load [E], losses [3], lse [T]."""
     T, E = logits.shape
     tile, options = routing_tile(E)
     out = Outputs(logits, top_k, tile["BLOCK_T"])

@@ -1,6 +1,6 @@
 """The routing kernels as torch operators, one a pass; Triton is imported when one is first called.
 
-dotmoe_kernels::route_top_k            logits -> indices, weights, probs, load, losses, and what the backward needs
+dotmoe_kernels::route_top_k            logits -> weights, indices, probs, load, losses, and what the backward needs
 dotmoe_kernels::route_top_k_backward   gradients of weights, probs and both losses -> dlogits
 dotmoe_kernels::route_soft_top_k       the same two for SoftMoE
 dotmoe_kernels::route_soft_top_k_backward
@@ -22,14 +22,14 @@ def _empty(logits: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     def new(*shape: int) -> Tensor:
         return logits.new_empty(shape, dtype=torch.float32)
 
-    return logits.new_empty((T, slots), dtype=torch.int64), new(T, slots), new(T, E), new(E), new(3), new(T)
+    return new(T, slots), logits.new_empty((T, slots), dtype=torch.int64), new(T, E), new(E), new(3), new(T)
 
 
 @torch.library.custom_op("dotmoe_kernels::route_top_k", mutates_args=())
 def route_top_k_op(
     logits: Tensor, mask: Tensor | None, top_k: int, weights: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> indices [T, K] int64, weights [T, K], probs [T, E], load [E], losses [3], logsumexp [T], all float32."""
+    """-> weights [T, K], indices [T, K] int64, probs [T, E], load [E], losses [3], logsumexp [T], all float32."""
     from .gpu import forward
 
     return forward(logits, mask, top_k, weights)
@@ -75,14 +75,14 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, _, _, ctx.mode = inputs
-    indices, _, _, load, losses, lse = output
+    _, indices, _, load, losses, lse = output
     ctx.mark_non_differentiable(indices, load, lse)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, indices, load, losses, lse)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    _, dweights, dprobs, _, dlosses, _ = grads
+    dweights, _, dprobs, _, dlosses, _ = grads
     if dweights is None and dprobs is None and dlosses is None:
         return None, None, None, None
     logits, *saved = ctx.saved_tensors
@@ -145,14 +145,14 @@ def _(
 
 def _save_soft(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     scores, _, temperature, *_ = inputs
-    indices, _, _, load, losses, lse, solution = output
+    _, indices, _, load, losses, lse, solution = output
     ctx.mark_non_differentiable(indices, load, lse, solution)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(scores, temperature, indices, load, losses, lse, solution)
 
 
 def _backward_soft(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    _, dweights, dprobs, _, dlosses, _, _ = grads
+    dweights, _, dprobs, _, dlosses, _, _ = grads
     if dweights is None and dprobs is None and dlosses is None:
         return (None,) * 6
     scores, temperature, *saved = ctx.saved_tensors

@@ -157,7 +157,7 @@ def _route_soft_top_k_backward_kernel(
 def forward(
     scores: Tensor, k: Tensor, temperature: Tensor, mask: Tensor | None, threshold: float, max_active: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """scores [T, E] any strides, k and temperature [T] float64 -> indices, weights [T, K], probs [T, E], load [E], losses [3],
+    """scores [T, E] any strides, k and temperature [T] float64 -> weights, indices [T, K], probs [T, E], load [E], losses [3],
     lse [T], solution [T, 2] float64."""
     T, E = scores.shape
     tile, options = soft_routing_tile(E)

@@ -21,9 +21,11 @@ from .._tiles import soft_routing_tile
 
 
 @triton.jit
-def _add_below(s_a, sum_a, s_b, sum_b):
-    """Joins two neighbouring runs of a scan: sums measured from the last element of each."""
-    return s_b, sum_a * tl.exp(-tl.abs(s_a - s_b)) + sum_b
+def _join(s_a, sum_a, s_b, sum_b):
+    """Joins two neighbouring runs of a scan: sums measured from the lowest element of each. Commutative, so that it does not matter
+    which of the two a scan in reverse hands over first."""
+    decay = tl.exp(-tl.abs(s_a - s_b))
+    return tl.minimum(s_a, s_b), tl.where(s_a > s_b, sum_a * decay + sum_b, sum_b * decay + sum_a)
 
 
 @triton.jit
@@ -38,8 +40,8 @@ def laplace_offset(s, k, cols, E):
     inside = (cols < E)[None, :]
     s = tl.where(inside, s, -1.0e300)  # far below, and finite: a difference is no NaN
     one = tl.where(inside, s * 0.0 + 1.0, 0.0)
-    _, right = tl.associative_scan((s, one), 1, _add_below)
-    _, left = tl.associative_scan((s, one), 1, _add_below, reverse=True)
+    _, right = tl.associative_scan((s, one), 1, _join)
+    _, left = tl.associative_scan((-s, one), 1, _join, reverse=True)
     phi = (E - 1 - cols).to(tl.float64)[None, :] + 0.5 + (right - left) * 0.5
     m = tl.sum((inside & (phi < (E - k)[:, None])).to(tl.int32), 1)  # elements below b
     upper, lower = _at(s, cols, E - 1 - m), _at(s, cols, E - m)
