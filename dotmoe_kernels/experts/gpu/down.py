@@ -173,7 +173,7 @@ def _launch(
             out,
             token,
             source,
-            None if weights is None else weights.reshape(-1),
+            None if weights is None else weights.contiguous().view(-1),
             S,
             E,
             Kdim,

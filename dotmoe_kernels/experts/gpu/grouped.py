@@ -144,7 +144,7 @@ def up_product(
             token,
             offsets,
             source,
-            None if weights is None else weights.reshape(-1),
+            None if weights is None else weights.contiguous().view(-1),
             h,
             z,
             E,
