@@ -82,7 +82,7 @@ def _costs(bytes_of: Callable[[int, shapes.Shape], float], flops: float) -> dict
     }
 
 
-_WGMMA = {"sm_90": ("wgmma",)}
+_WGMMA: dict[str, tuple[str, ...]] = {"sm_90": ("wgmma",)}
 EXPERTS = (
     Kernel(
         "grouped_up",

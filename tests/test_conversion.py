@@ -42,10 +42,9 @@ def logits(model, x, **kwargs):
 
 
 def has_layout(model):
-    """down_proj is the transpose of a contiguous [E, s, H] in every layer; on a CPU in 16 bits a contiguous [H, E, s]."""
+    """down_proj is the transpose of a contiguous [E, s, H] in every layer."""
     return all(
-        b.experts.gate_up_proj.is_contiguous()
-        and b.experts.down_proj.transpose(*((0, 1) if b.experts.down_proj.element_size() == 2 else (1, 2))).is_contiguous()
+        b.experts.gate_up_proj.is_contiguous() and b.experts.down_proj.transpose(1, 2).is_contiguous()
         for b in moe_blocks(model).values()
     )
 

@@ -50,7 +50,11 @@ class Scatter(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, token: Tensor, used: Tensor) -> Tensor:
         ctx.save_for_backward(token, used)
         ctx.num_tokens = x.shape[0]
-        return x.index_select(0, token).masked_fill_(~used, 0)
+        xs = x.index_select(0, token)
+        if x.device.type == "cpu":  # the empty slots come last, and their number is at hand
+            xs[int(used.sum()) :] = 0
+            return xs
+        return xs.masked_fill_(~used, 0)
 
     @staticmethod
     @first_order("scatter_tokens")
