@@ -34,7 +34,6 @@ def _variant(function: str, name: str, dtype: str, constexprs: dict[str, Any], o
 def _up(backend: str) -> list[Variant]:
     found = []
     for dtype, rows in [*(("bf16", rows) for rows in _ROWS), ("fp16", 2048), ("fp32", 2048), ("fp32", 16)]:
-        tile = _tiles.grouped_up_tile(rows * _EXPERTS, _EXPERTS, _WIDTH, _DTYPES[dtype], backend)
         last = {"stride_xh": 1, "stride_gh": 1, "ACTIVATION": "silu", "EVEN": True, "BLOCK_E": 128}
         bare = {"source_ptr": None, "weights_ptr": None, "z_ptr": None, "DENSE": False}
         forms: list[tuple[str, dict[str, Any]]] = [("", bare)]
@@ -43,7 +42,8 @@ def _up(backend: str) -> list[Variant]:
             forms.append((" dense", {"z_ptr": None, "DENSE": True}))
             forms.append((" odd H", {**bare, "EVEN": False, "ACTIVATION": "gelu"}))
         for form, constexprs in forms:
-            name = f"{dtype} rows<={rows}{form}"
+            name, keep = f"{dtype} rows<={rows}{form}", form == " keep"
+            tile = _tiles.grouped_up_tile(rows * _EXPERTS, _EXPERTS, _WIDTH, _DTYPES[dtype], backend, keep=keep)
             found.append(_variant("grouped:_grouped_up_kernel", name, dtype, {**last, **constexprs, **tile.block}, tile.options))
     return found
 

@@ -115,7 +115,7 @@ def row_tile(H: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, Any]
 
 
 # routing: elements of a tile of whole rows for 128 threads; a sort keeps 64-bit keys of them, LapSum a dozen float64 values
-_ROUTING = {"top_k": 1024, "backward": 2048, "soft": 512}
+_ROUTING = {"top_k": 1024, "soft": 512}
 
 
 def _routing_tile(E: int, kernel: str) -> tuple[dict[str, int], dict[str, Any]]:
@@ -128,12 +128,12 @@ def routing_tile(E: int) -> tuple[dict[str, int], dict[str, Any]]:
     return _routing_tile(E, "top_k")
 
 
-def routing_backward_tile(E: int) -> tuple[dict[str, int], dict[str, Any]]:
-    return _routing_tile(E, "backward")
+def soft_top_k_tile(E: int) -> tuple[dict[str, int], dict[str, Any]]:
+    return _routing_tile(E, "soft")
 
 
 def soft_routing_tile(E: int, backend: str = BACKEND) -> tuple[dict[str, int], dict[str, Any]]:
-    tile, options = _routing_tile(E, "soft")
+    tile, options = soft_top_k_tile(E)
     if backend == "cuda":  # else the compiler spills some registers to fit three programs
         options["maxnreg"] = 255
     return tile, options
@@ -255,9 +255,22 @@ def _grouped_tile(table: dict[int, tuple[int, int, int, int]], rows: float, widt
     )
 
 
-def grouped_up_tile(S: int, E: int, s: int, dtype: torch.dtype, backend: str = BACKEND) -> GroupedTile:
-    """Of S slots and E experts of width s."""
-    return _grouped_tile(_GROUPED_UP[backend], S / max(E, 1), s, dtype == torch.float32)
+def before_hopper(device: torch.device) -> bool:
+    """Whether sums lie in the registers of the warps that multiply, without wgmma."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < 9
+
+
+def grouped_up_tile(
+    S: int, E: int, s: int, dtype: torch.dtype, backend: str = BACKEND, *, keep: bool = False, early: bool = False
+) -> GroupedTile:
+    """Of S slots and E experts of width s. ``keep``: gate and up are stored too, which takes registers beside both sums;
+    ``early``: a GPU ``before_hopper``. Both spill at the full width."""
+    tile = _grouped_tile(_GROUPED_UP[backend], S / max(E, 1), s, dtype == torch.float32)
+    if dtype == torch.float32:
+        tile.block["BLOCK_M"] = min(tile.block["BLOCK_M"], 32)
+    elif keep or early:
+        tile.block["BLOCK_N"] = min(tile.block["BLOCK_N"], 64)
+    return tile
 
 
 def grouped_mm_tile(S: int, E: int, Kdim: int, N: int, dtype: torch.dtype, backend: str = BACKEND) -> GroupedTile:

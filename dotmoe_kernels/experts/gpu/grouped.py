@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._backend import device_guard
-from ..._tiles import GroupedTile, grouped_up_tile
+from ..._tiles import GroupedTile, before_hopper, grouped_up_tile
 from .pointwise import activate
 from .schedule import most_row_tiles, pick_tile
 
@@ -135,7 +135,7 @@ def up_product(
     z = x.new_empty(S, width) if keep else None
     if S * s * E == 0:
         return h, z
-    tile = tile or grouped_up_tile(S, E, s, x.dtype)
+    tile = tile or grouped_up_tile(S, E, s, x.dtype, keep=keep, early=before_hopper(x.device))
     columns = triton.cdiv(s, tile.block["BLOCK_N"])
     with device_guard(x):
         _grouped_up_kernel[(most_row_tiles(S, E, tile.block["BLOCK_M"]) * columns,)](
