@@ -35,8 +35,10 @@ def _forms(kind: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _tile(kind: str, E: int, backend: str) -> tuple[dict[str, int], dict[str, Any]]:
-    tiles = {"top_k": _tiles.routing_tile, "top_k_backward": _tiles.routing_backward_tile, "finish": _tiles.routing_finish_tile}
-    return tiles[kind](E) if kind in tiles else _tiles.soft_routing_tile(E, backend)
+    if kind == "route_soft":
+        return _tiles.soft_routing_tile(E, backend)
+    tiles = {"top_k": _tiles.routing_tile, "top_k_backward": _tiles.routing_tile, "finish": _tiles.routing_finish_tile}
+    return tiles.get(kind, _tiles.soft_top_k_tile)(E)
 
 
 def _variants(kind: str, function: str) -> Callable[[str], list[Variant]]:

@@ -6,19 +6,21 @@ from checks import SECOND, assert_finite, assert_no_wrong_second_derivative, ass
 from shapes import generator, normal, uniform
 
 import dotmoe_kernels as dk
-from dotmoe_kernels import _backend, reference
+from dotmoe_kernels import _backend, _tiles, reference
 from dotmoe_kernels.routing import operators
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 MODES = ["unit", "softmax", "renormalized"]
-SHAPES = [(13, 7, 3), (9, 148, 37), (5, 1, 1), (1, 16, 16), (33, 8, 2), (3, 37, 37), (2, 300, 129), (2, 512, 28)]  # T, E, K
+SHAPES = [(13, 7, 3), (3, 148, 37), (5, 1, 1), (1, 16, 16), (33, 8, 2), (3, 37, 37), (1, 300, 129), (1, 512, 28)]  # T, E, K
 SOFT = {"threshold": 0.2, "max_active": 4}
 pytestmark = pytest.mark.skipif(not _backend.HAS_TRITON, reason="Triton is not installed")
 
 
 @pytest.fixture(autouse=True)
-def _interpreted():
+def _interpreted(monkeypatch):
+    if not HAS_GPU:  # few rows a tile: the interpreter sorts empty ones as slowly
+        monkeypatch.setattr(_tiles, "_ROUTING", dict.fromkeys(_tiles._ROUTING, 128))
     with _backend.interpreted():
         assert _backend.use_triton(torch.empty(0, device=DEVICE))
         yield
@@ -74,8 +76,9 @@ def test_programs_of_several_tiles(programs, monkeypatch):
     from dotmoe_kernels.routing import gpu
 
     monkeypatch.setattr(gpu, "routing_programs", lambda device: programs)
-    logits = normal(130, 37, seed=2, dtype=torch.float32)
-    mask = padding(130, seed=3).to(DEVICE)
+    T = 1030 if HAS_GPU else 23  # tiles of 16 or 2 rows, and a part of one
+    logits = normal(T, 37, seed=2, dtype=torch.float32)
+    mask = padding(T, seed=3).to(DEVICE)
     found, expected = dk.route_top_k(logits.to(DEVICE), 9, mask=mask), reference.route_top_k(logits.double(), 9, mask=mask.cpu())
     for name in ("load", "balance_loss", "z_loss", "weights"):
         assert error(getattr(found, name), getattr(expected, name)) < 1e-6, name
@@ -109,6 +112,14 @@ def test_float64_keeps_its_digits():
 def test_more_experts_than_a_tile():
     logits = normal(3, 600, seed=5, dtype=torch.float32).to(DEVICE)
     assert torch.equal(dk.route_top_k(logits, 30).indices, reference.route_top_k(logits, 30).indices)
+    mask = torch.tensor([True, False, True], device=DEVICE)
+
+    def soft(route):
+        routing = route(logits, 40.0, temperature=0.5, threshold=0.2, max_active=30, mask=mask)
+        return routing.weights, routing.load, routing.balance_loss, routing.z_loss
+
+    for found, expected in zip(soft(dk.route_soft_top_k), soft(reference.route_soft_top_k), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -212,7 +223,7 @@ def test_any_strides(rule):
 @pytest.mark.parametrize("weights", [*MODES, "soft"])
 @pytest.mark.usefixtures("nan_filled")
 def test_repeatable_and_written_everywhere(weights):
-    logits = normal(23, 37, seed=32, dtype=torch.float32).to(DEVICE)
+    logits = normal(7, 37, seed=32, dtype=torch.float32).to(DEVICE)
 
     def function(z):
         if weights == "soft":
@@ -228,7 +239,7 @@ def test_repeatable_and_written_everywhere(weights):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize(("T", "E"), [(20, 9), (3, 148), (4, 4), (130, 5)])
+@pytest.mark.parametrize(("T", "E"), [(20, 9), (3, 148), (4, 4), (33, 5)])
 def test_soft_routing_equals_the_reference(T, E, masked):
     tensors = soft_batch(T, E, seed=41)
     mask = padding(T, seed=42) if masked else None

@@ -51,7 +51,8 @@ def _finish(z: Tensor, q: Tensor, probs: Tensor, indices: Tensor, weights: Tenso
         indices = torch.where(mask[:, None], indices, E)
         weights = torch.where(mask[:, None], weights, 0)
         q = torch.where(mask[:, None], q, 0)
-    count = torch.bincount(indices.flatten(), minlength=E + 1)[:E].to(z.dtype)
+    slots = indices.flatten()
+    count = slots.new_zeros(E + 1).scatter_add_(0, slots, torch.ones_like(slots))[:E].to(z.dtype)  # bincount would synchronise
     load = count / count.sum().clamp(min=1)
     tokens = mask.sum().clamp(min=1) if mask is not None else max(T, 1)
     lse_squared = torch.logsumexp(z, -1) ** 2  # [T]

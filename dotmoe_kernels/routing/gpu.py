@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._backend import device_guard
-from .._tiles import routing_backward_tile, routing_finish_tile, routing_programs, routing_tile
+from .._tiles import routing_finish_tile, routing_programs, routing_tile
 
 LOWEST = tl.constexpr(-(2**62))  # below every key
 
@@ -332,7 +332,7 @@ def backward(
     """dlogits [T, E] in the dtype of the logits; gradients may have any strides."""
     T, E = logits.shape
     dlogits = torch.empty((T, E), dtype=logits.dtype, device=logits.device)
-    tile, options = routing_backward_tile(E)
+    tile, options = routing_tile(E)
     if T:
         with device_guard(logits):
             _route_top_k_backward_kernel[(triton.cdiv(T, tile["BLOCK_T"]),)](

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._backend import device_guard
-from .._tiles import soft_routing_tile
+from .._tiles import soft_routing_tile, soft_top_k_tile
 from ..soft_topk.gpu import laplace, laplace_gradient, laplace_offset
 from .gpu import Outputs, byte_mask, key_index, key_value, load_tile, order_keys, pair, scatter_slots, softmax_rows, store_sums
 
@@ -206,7 +206,7 @@ def backward(
     T, E = scores.shape
     dscores = torch.empty((T, E), dtype=scores.dtype, device=scores.device)
     dk, dtemperature = (torch.empty(T, dtype=torch.float64, device=scores.device) for _ in range(2))
-    tile, options = soft_routing_tile(E)
+    tile, options = soft_top_k_tile(E)
     if T:
         with device_guard(scores):
             _route_soft_top_k_backward_kernel[(triton.cdiv(T, tile["BLOCK_T"]),)](

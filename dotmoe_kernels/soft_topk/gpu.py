@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._backend import device_guard
-from .._tiles import soft_routing_tile
+from .._tiles import soft_top_k_tile
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def forward(scores: Tensor, k: Tensor, temperature: Tensor) -> tuple[Tensor, Ten
     T, E = scores.shape
     p = torch.empty((T, E), dtype=torch.float32, device=scores.device)
     solution = torch.empty((T, 2), dtype=torch.float64, device=scores.device)
-    tile, options = soft_routing_tile(E)
+    tile, options = soft_top_k_tile(E)
     if T:
         with device_guard(scores):
             _soft_top_k_kernel[(triton.cdiv(T, tile["BLOCK_T"]),)](
@@ -164,7 +164,7 @@ def backward(scores: Tensor, temperature: Tensor, solution: Tensor, grad: Tensor
     T, E = scores.shape
     dscores = torch.empty((T, E), dtype=scores.dtype, device=scores.device)
     dk, dtemperature = (torch.empty(T, dtype=torch.float64, device=scores.device) for _ in range(2))
-    tile, options = soft_routing_tile(E)
+    tile, options = soft_top_k_tile(E)
     if T:
         with device_guard(scores):
             _soft_top_k_backward_kernel[(triton.cdiv(T, tile["BLOCK_T"]),)](
