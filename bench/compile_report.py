@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from bench import machine
 from bench.kernels import KERNELS
 from bench.kernels_transport import persistent_against_streaming
+from bench.predictions import experts_against_dense, reductions
 from bench.registry import Kernel, Variant
 
 
@@ -195,6 +196,13 @@ def render(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> str:
     for row in persistent_against_streaming():
         times = (row["streaming_predicted_seconds"], row["persistent_predicted_seconds"])
         variants.append([row["shape"], *("-" if t is None else f"{t * 1e3:.2f} ms" for t in times), row["status"]])
+    against = []
+    for row in experts_against_dense():
+        limit, time, dense = (
+            f"{row[key] * 1e3:.3f} ms" for key in ("limit_seconds", "predicted_seconds", "dense_predicted_seconds")
+        )
+        against.append([row["shape"], row["path"], limit, time, dense, f"{row['predicted_times_dense']:.2f}x"])
+    ways = [[row["shape"], row["reduction"], f"{row['predicted_seconds'] * 1e3:.2f} ms"] for row in reductions()]
     return "\n\n".join(
         [
             table(["kernel", "variant", "target", "registers", "spilled", "shared", "warps", "instructions"], compiled),
@@ -202,6 +210,10 @@ def render(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> str:
             table(["kernel", "shape", "bytes", "flops", "predicted"], expected),
             "PREDICTED time of a sinkhorn forward of 50 steps: a launch a step, or one cooperative launch that keeps A on the chip",
             table(["shape", "streaming", "persistent", "status"], variants),
+            "PREDICTED time of expert_ffn in bfloat16 on an H200 against the dense FFN, the limit beside it",
+            table(["shape", "path", "limit", "ours", "dense", "dense / ours"], against),
+            "PREDICTED time of the grouped path by its reduction",
+            table(["shape", "reduction", "ours"], ways),
         ]
     )
 
@@ -229,6 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         result = {"versions": machine.versions(), "commit": machine.commit(), "compiled": rows, "predicted_not_measured": predicted}
         result["persistent_against_streaming_not_measured"] = persistent_against_streaming()
+        result["experts_against_dense_not_measured"] = experts_against_dense()
+        result["reductions_not_measured"] = reductions()
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"\n{path}")
     return 1 if any("error" in row for row in rows) else 0

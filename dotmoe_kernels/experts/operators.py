@@ -1,8 +1,8 @@
 """Grouped experts as torch operators, one a pass, for Triton's kernels, which are imported when one is first called.
 
-    dotmoe_kernels::grouped_ffn           x [T, H] -> y [T, H] over the expert-sorted slots, without a gradient
-    dotmoe_kernels::grouped_mm            a [S, Kdim], b [E, Kdim, N] -> [S, N]
-    dotmoe_kernels::grouped_mm_backward   -> da [S, Kdim], db [E, Kdim, N]
+dotmoe_kernels::grouped_ffn           x [T, H] -> y [T, H] over the expert-sorted slots, without a gradient
+dotmoe_kernels::grouped_mm            a [S, Kdim], b [E, Kdim, N] -> [S, N]
+dotmoe_kernels::grouped_mm_backward   -> da [S, Kdim], db [E, Kdim, N]
 """
 
 from __future__ import annotations
@@ -65,8 +65,6 @@ def grouped_mm_backward_op(
 
 
 @grouped_mm_backward_op.register_fake
-def _(
-    grad: Tensor, a: Tensor | None, b: Tensor, offsets: Tensor, needs_a: bool, needs_b: bool
-) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, a: Tensor | None, b: Tensor, offsets: Tensor, needs_a: bool, needs_b: bool) -> tuple[Tensor, Tensor]:
     da = grad.new_empty((grad.shape[0], b.shape[1]) if needs_a else 0)
     return da, torch.empty_like(b) if needs_b and a is not None else b.new_empty(0)

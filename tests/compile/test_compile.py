@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not ins
 from bench.compile_report import TARGETS
 from bench.kernels import KERNELS
 from bench.machine import ROOT
+from bench.predictions import experts_against_dense, reductions
 
 pytest.importorskip("triton")
 
@@ -70,3 +71,11 @@ def test_every_kernel_is_registered():
 def test_predictions_are_positive_and_finite(kernel):
     for cost in KERNELS[kernel].costs.values():
         assert 0 < cost.seconds() < 10
+
+
+def test_predicted_times_lie_above_the_limit():
+    for row in experts_against_dense():
+        assert 0 < row["limit_seconds"] <= row["predicted_seconds"] < 1
+        assert row["predicted_times_dense"] == row["dense_predicted_seconds"] / row["predicted_seconds"]
+    limits = {row["shape"]: row["limit_seconds"] for row in experts_against_dense()}
+    assert all(row["predicted_seconds"] > limits[row["shape"]] for row in reductions())

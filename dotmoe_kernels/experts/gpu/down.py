@@ -200,9 +200,7 @@ def grouped_product(a: Tensor, b: Tensor, offsets: Tensor, *, zero: bool = True,
     return out
 
 
-def add_product(
-    h: Tensor, down: Tensor, offsets: Tensor, y: Tensor, token: Tensor, source: Tensor, weights: Tensor | None
-) -> None:
+def add_product(h: Tensor, down: Tensor, offsets: Tensor, y: Tensor, token: Tensor, source: Tensor, weights: Tensor | None) -> None:
     """y [T, H] float32 += each slot's weighted row, by atomics."""
     _launch(h, down.transpose(1, 2), offsets, y, None, False, token, source, weights)
 

@@ -53,7 +53,7 @@ def grouped_ffn(
 
 
 def _in_chunks(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor | None, activation: str) -> Tensor:
-    """Some tokens and some columns at a time: the rows [S_c, columns] are summed while they are in L2. Counts depend on shapes alone."""
+    """Some tokens and columns at a time: the rows [S_c, columns] are summed while they are in L2. Counts depend on shapes alone."""
     (T, H), E = x.shape, gate_up.shape[0]
     tokens, columns = REDUCTION_CHUNK
     y = x.new_empty(T, H)
