@@ -1,4 +1,7 @@
-"""Routing and dispatch: router logits [T, E] to experts, weights, losses and expert-sorted slots, against plain torch."""
+"""Routing: router logits [T, E] to experts, weights and losses, against plain torch.
+
+The cases run on any device; ``bench/gpu_routing.py`` takes them to a GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,15 @@ import torch
 from torch import Tensor
 
 import dotmoe_kernels as dk
-from bench import shapes
-from bench.paired import Case, Group, cases
-from bench.shapes import Shape
+from bench.paired import OURS, Case, Group, cases
 from dotmoe_kernels import reference
-from tests.shapes import normal, routed_indices
+from tests.shapes import normal
+
+EXPERTS = ((8, 2), (32, 8), (112, 28), (128, 32), (148, 37))  # E, K
+TOP_K = (OURS, "torch", "torch-stable-sort", "transformers-router")
+GRADIENT = (OURS, "torch", "torch-stable-sort")
+SOFT = (OURS, "bisection", "hard-topk")
+ROUTE_SOFT = (OURS, "bisection")
 
 
 def compose(logits: Tensor, K: int) -> tuple[Tensor, ...]:
@@ -43,28 +50,42 @@ def _distance(found: Any, expected: Any) -> float:
     return worst
 
 
-def _top_k(shape: Shape, T: int) -> Case:
-    logits = untied(T, shape.E)
+def transformers_router(logits: Tensor, K: int) -> tuple[Tensor, ...]:
+    """The lines after the linear layer in transformers' MixtralTopKRouter; they give no load and no losses."""
+    top, indices = torch.topk(torch.softmax(logits.float(), -1), K, dim=-1)
+    return indices, top / top.sum(-1, keepdim=True)
+
+
+def top_k_case(T: int, E: int, K: int, device: str = "cpu") -> Case:
+    logits = untied(T, E).to(device)
     run: dict[str, Callable[[], Any]] = {
-        "ours": lambda: dk.route_top_k(logits, shape.K),
-        "torch": lambda: compose(logits, shape.K),
-        "torch-stable-sort": lambda: reference.route_top_k(logits, shape.K),
+        OURS: lambda: dk.route_top_k(logits, K),
+        "torch": lambda: compose(logits, K),
+        "torch-stable-sort": lambda: reference.route_top_k(logits, K),
+        "transformers-router": lambda: transformers_router(logits, K),
     }
-    expected = reference.route_top_k(logits.double(), shape.K)
-    return Case(run, lambda _, found: _distance(found, expected), 1e-5)
+    expected = reference.route_top_k(logits.double(), K)
+
+    def error(name: str, found: Any) -> float:
+        if name == "transformers-router":  # equal probabilities of unequal logits may change places
+            return _distance([found[0].sort(-1).values], [expected[0].sort(-1).values])
+        return _distance(found, expected)
+
+    extra = {"transformers-router": {"note": "weights and experts only: no load, no losses"}}
+    return Case(run, error, 1e-5, frozenset({"transformers-router"}), extra=extra)
 
 
-def _top_k_gradient(shape: Shape, T: int) -> Case:
-    logits = untied(T, shape.E).requires_grad_()
-    weight = normal(T, shape.K, seed=1, dtype=torch.float32)
+def gradient_case(T: int, E: int, K: int, device: str = "cpu") -> Case:
+    logits = untied(T, E).to(device).requires_grad_()
+    weight = normal(T, K, seed=1, dtype=torch.float32).to(device)
 
     def gradient(route: Callable[[Tensor, int], Any], z: Tensor) -> Tensor:
-        routing = route(z, shape.K)
+        routing = route(z, K)
         loss = (routing[1] * weight.to(z.dtype)).sum() + 1e-2 * routing[4] + 1e-3 * routing[5]
         return torch.autograd.grad(loss, z)[0]
 
     run: dict[str, Callable[[], Any]] = {
-        "ours": lambda: gradient(dk.route_top_k, logits),
+        OURS: lambda: gradient(dk.route_top_k, logits),
         "torch": lambda: gradient(compose, logits),
         "torch-stable-sort": lambda: gradient(reference.route_top_k, logits),
     }
@@ -72,61 +93,50 @@ def _top_k_gradient(shape: Shape, T: int) -> Case:
     return Case(run, lambda _, found: _distance([found], [expected]), 1e-5)
 
 
-def _soft_top_k(shape: Shape, T: int) -> Case:
-    scores = normal(T, shape.E, seed=0, dtype=torch.float32)
+def soft_case(T: int, E: int, K: int, device: str = "cpu") -> Case:
+    scores = normal(T, E, seed=0, dtype=torch.float32).to(device)
     run: dict[str, Callable[[], Any]] = {
-        "ours": lambda: dk.soft_top_k(scores, shape.K, temperature=0.5),
-        "bisection": lambda: reference.soft_top_k(scores, float(shape.K), temperature=0.5),
-        "hard-topk": lambda: torch.zeros_like(scores).scatter_(1, torch.topk(scores, shape.K, dim=-1).indices, 1.0),
+        OURS: lambda: dk.soft_top_k(scores, K, temperature=0.5),
+        "bisection": lambda: reference.soft_top_k(scores, float(K), temperature=0.5),
+        "hard-topk": lambda: torch.zeros_like(scores).scatter_(1, torch.topk(scores, K, dim=-1).indices, 1.0),
     }
-    expected = reference.soft_top_k(scores.double(), float(shape.K), temperature=0.5)
+    expected = reference.soft_top_k(scores.double(), float(K), temperature=0.5)
     extra = {"hard-topk": {"note": "for scale: it is not differentiable"}}
     return Case(run, lambda _, found: _distance([found], [expected]), 1e-4, frozenset({"hard-topk"}), extra=extra)
 
 
-def sort_histc(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Dispatch as in transformers' grouped_mm experts: sort, histogram of floats, running sum."""
-    ids, source = torch.sort(indices.reshape(-1), stable=True)
-    count = torch.histc(ids.float(), bins=E, min=0, max=E - 1)
-    offsets = torch.zeros(E + 1, dtype=torch.int32)
-    offsets[1:] = torch.cumsum(count, 0, dtype=torch.int32)
-    return source // indices.shape[1], source, offsets
-
-
-def _dispatch(shape: Shape, T: int) -> Case:
-    indices = routed_indices(T, shape.K, shape.E, seed=0)
+def route_soft_case(T: int, E: int, K: int, device: str = "cpu") -> Case:
+    """Only probabilities and losses are compared: at the threshold a rounding decides whether a slot is used."""
+    scores = untied(T, E).to(device)
+    options: dict[str, Any] = {"temperature": 0.5, "threshold": 0.1, "max_active": K}
     run: dict[str, Callable[[], Any]] = {
-        "ours": lambda: dk.dispatch_tokens(indices, shape.E),
-        "torch-sort-bincount": lambda: reference.dispatch_tokens(indices, shape.E),
-        "torch-sort-histc": lambda: sort_histc(indices, shape.E),
+        OURS: lambda: dk.route_soft_top_k(scores, float(K), **options),
+        "bisection": lambda: reference.route_soft_top_k(scores, float(K), **options),
     }
-    expected = reference.dispatch_tokens(indices, shape.E)
-    return Case(run, lambda _, found: _distance(found, expected), 0.0)
+    expected = reference.route_soft_top_k(scores.double(), float(K), **options)
+    return Case(run, lambda _, found: _distance([found[2], found[5]], [expected[2], expected[5]]), 1e-4)
 
 
-def _groups() -> list[Group]:
+def groups_of(tokens: tuple[int, ...], device: str, *, most: int, most_soft: int, prefix: str = "") -> list[Group]:
+    """Every (T, E, K); above ``most`` tokens only E 8 and 112, which are also the sizes of the soft ones."""
+    hard = (("route_top_k", TOP_K, top_k_case, 1), ("route_top_k-gradient", GRADIENT, gradient_case, 2))
+    soft = (("soft_top_k", SOFT, soft_case, 2), ("route_soft_top_k", ROUTE_SOFT, route_soft_case, 2))
     groups = []
-    for prefix, T, rounds, budget in (("quick-", 256, 5, 1.0), ("", 4096, 11, 8.0)):
-        shape = shapes.L3
-        info = {"shape": f"T {T}, E {shape.E}, K {shape.K}", "dtype": "float32", "bytes": 4 * T * shape.E, "flops": 0}
-        slots = {**info, "dtype": "int64", "bytes": 3 * 8 * T * shape.K}
-        top_k = ("ours", "torch", "torch-stable-sort")
-        groups += [
-            Group(f"{prefix}route_top_k", top_k, partial(_top_k, shape, T), info, rounds, budget),
-            Group(f"{prefix}route_top_k-gradient", top_k, partial(_top_k_gradient, shape, T), info, rounds, budget),
-            Group(f"{prefix}soft_top_k", ("ours", "bisection", "hard-topk"), partial(_soft_top_k, shape, T), info, rounds, budget),
-            Group(
-                f"{prefix}dispatch",
-                ("ours", "torch-sort-bincount", "torch-sort-histc"),
-                partial(_dispatch, shape, T),
-                slots,
-                rounds,
-                budget,
-            ),
-        ]
+    for T in tokens:
+        for E, K in EXPERTS:
+            two = E in (8, 112)
+            kinds = (*(hard if two or most >= T else ()), *(soft if two and most_soft >= T else ()))
+            for name, impls, case, passes in kinds:
+                info = {"shape": f"T {T}, E {E}, K {K}", "dtype": "float32", "bytes": passes * 4 * T * E, "flops": 0}
+                groups.append(Group(f"{prefix}{name}-T{T}-E{E}-K{K}", impls, partial(case, T, E, K, device), info, 9, 3.0))
     return groups
 
 
-@cases(_groups())
+@cases(
+    [
+        *[g for g in groups_of((256,), "cpu", most=256, most_soft=256, prefix="quick-") if "E112" in g.name],
+        *groups_of((1, 16, 512, 8192, 65536), "cpu", most=8192, most_soft=8192),
+    ]
+)
 def test_routing(paired: Callable[[Group, str], None], group: Group, impl: str) -> None:
     paired(group, impl)

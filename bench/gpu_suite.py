@@ -33,7 +33,9 @@ import torch
 
 from bench import machine
 from bench.compile_report import table
+from bench.gpu_dispatch import dispatch_groups
 from bench.gpu_experts import alignment_groups, expert_groups
+from bench.gpu_routing import routing_groups
 from bench.gpu_transport import transport_groups
 from bench.paired import OURS, Case, Group, Series, extra_info
 from bench.report import factor, seconds, size
@@ -67,6 +69,17 @@ PARTS: dict[str, Part] = {
         expert_groups,
     ),
     "alignment": Part(("tests/test_masked.py", "tests/test_masked_triton.py"), alignment_groups),
+    "routing": Part(
+        (
+            "tests/test_routing.py",
+            "tests/test_routing_triton.py",
+            "tests/test_soft_topk.py",
+            "tests/test_soft_topk_triton.py",
+            "tests/test_dispatch.py",
+            "tests/test_dispatch_triton.py",
+        ),
+        lambda: routing_groups() + dispatch_groups(),
+    ),
 }
 
 

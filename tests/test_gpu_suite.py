@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed with the package
 
-from bench import gpu_experts, gpu_suite, gpu_transport, report, shapes
+from bench import gpu_dispatch, gpu_experts, gpu_routing, gpu_suite, gpu_transport, report, shapes
 from bench.paired import Case, Group
 from dotmoe_kernels._backend import interpreted
 
@@ -328,3 +328,19 @@ def test_one_size_first_and_the_rest_later(suite):
     assert code == 0
     assert len({one["group"] for one in data["benchmarks"]}) == len(groups) == len(data["benchmarks"])
     assert len(clocks[1].calls) == (len(groups) - 2) * 4
+
+
+# --- routing and dispatch ----------------------------------------------------------------------------------------------
+
+
+def test_the_routing_benches_are_right(suite, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "_ROUNDS", 1)
+    monkeypatch.setattr(gpu_suite, "free_memory", lambda: None)
+    meter = gpu_suite.Meter(lambda call: (call(), 1e-3)[1], lambda call: 0, lambda: 0.0)
+    groups = gpu_routing.routing_groups((1, 5), "cpu") + gpu_dispatch.dispatch_groups((1, 5), 16, "cpu")
+    code, data = suite(groups, Clock(), meter=meter)
+    assert data["failed"] == {}
+    assert code == 0
+    for one in data["benchmarks"]:
+        if one["extra_info"]["impl"] != "hard-topk":
+            assert one["extra_info"]["error"] < 2e-2, one["name"]
