@@ -411,3 +411,19 @@ def test_int64_addresses():
     storage = torch.zeros(3000, 800_000, dtype=torch.bfloat16, device="cuda")[:, :148]  # 4.8 GB
     storage.copy_(normal(3000, 148, seed=64, dtype=torch.bfloat16))
     assert torch.equal(dk.route_top_k(storage, 37).indices.cpu(), dk.route_top_k(storage.cpu(), 37).indices)
+
+
+@pytest.mark.gpu
+def test_more_than_int32_elements():
+    """Outputs and gradient of more than 2^31 elements: the last rows as if routed alone."""
+    T, E, few = 2**22 + 64, 512, 48
+    logits = torch.randn(T, E, dtype=torch.bfloat16, device="cuda", generator=torch.Generator("cuda").manual_seed(65))
+    results = []
+    for z in (logits, logits[-few:].contiguous()):
+        leaf = z.detach().requires_grad_()
+        routing = dk.route_top_k(leaf, 2, weights="renormalized")
+        (gradient,) = torch.autograd.grad(routing.weights[-few:, 0].sum(), leaf)
+        results.append([t[-few:].clone() for t in (routing.indices, routing.weights, routing.probs, gradient)])
+        del routing, gradient
+    for whole, alone in zip(*results, strict=True):
+        assert torch.equal(whole, alone)

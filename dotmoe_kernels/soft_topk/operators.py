@@ -41,6 +41,7 @@ def _(scores: Tensor, temperature: Tensor, solution: Tensor, grad: Tensor) -> tu
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     scores, _, temperature = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(scores, temperature, output[1])
 
