@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .._autograd import first_order
 
+_FEW = 64  # values that Python compares sooner than three torch calls do
+
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
     """Indices [T, k] of the k largest of each row, descending, ties to the lower index."""
@@ -22,6 +24,8 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
     # topk is the faster one, but leaves the order of equal values open: sort just the rows where that matters
     values, indices = torch.topk(scores, min(k + 1, E), dim=-1)
     indices = indices[:, :k].contiguous()
+    if values.numel() <= _FEW and all(len(set(row)) == len(row) for row in values.tolist()):
+        return indices
     equal = values[:, 1:] == values[:, :-1]
     if bool(equal.any()):
         tied = equal.any(-1).nonzero()[:, 0]
@@ -46,9 +50,9 @@ class RouteTopK(torch.autograd.Function):
             weights = torch.softmax(z.gather(1, indices), -1)
         squares = lse.square()
         if mask is None:
-            tokens = z.new_full((), max(T, 1))
+            tokens = None
             q_sum = q.sum(0)
-            count = torch.bincount(indices.view(-1), minlength=E)
+            load = torch.bincount(indices.view(-1), minlength=E).to(z.dtype).div_(max(T * top_k, 1))
         else:
             tokens = mask.sum().clamp(min=1)
             q_sum = torch.where(mask[:, None], q, 0).sum(0)
@@ -56,13 +60,14 @@ class RouteTopK(torch.autograd.Function):
             weights = torch.where(mask[:, None], weights, 0)
             indices = torch.where(mask[:, None], indices, E)
             count = torch.bincount(indices.view(-1), minlength=E + 1)[:E]
-        load = count.to(z.dtype) / count.sum().clamp(min=1)
-        balance = E * torch.dot(load, q_sum) / tokens
+            load = count.to(z.dtype) / count.sum().clamp(min=1)
+        n = max(T, 1) if tokens is None else tokens
+        balance = E * torch.dot(load, q_sum) / n
         ctx.mode = mode
         ctx.save_for_backward(q, indices, weights, load, lse, mask, tokens)
         ctx.mark_non_differentiable(indices, load)
         ctx.set_materialize_grads(False)
-        return indices, weights, q, load, balance, squares.sum() / tokens
+        return indices, weights, q, load, balance, squares.sum() / n
 
     @staticmethod
     @first_order("route_top_k")
@@ -70,6 +75,7 @@ class RouteTopK(torch.autograd.Function):
         q, indices, weights, load, lse, mask, tokens = ctx.saved_tensors
         _, dweights, dprobs, _, dbalance, dz = grads
         T, E = q.shape
+        n = max(T, 1) if tokens is None else tokens
         at = indices if mask is None else indices.clamp(max=E - 1)
         minus = q.new_zeros(T)  # dZ = q (dprobs + c - minus) + entries at the selected experts
         entries = c = None
@@ -79,10 +85,10 @@ class RouteTopK(torch.autograd.Function):
             entries = q.gather(1, at) * dweights
             minus += entries.sum(-1)
         if dbalance is not None:
-            c = (E * dbalance / tokens) * load
+            c = (E * dbalance / n) * load
             minus += torch.mv(q, c)
         if dz is not None:
-            minus -= (2 * dz / tokens) * lse
+            minus -= (2 * dz / n) * lse
         if dprobs is not None:
             g = dprobs if c is None else dprobs + c
             minus += (q * dprobs).sum(-1)
