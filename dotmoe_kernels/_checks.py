@@ -5,6 +5,7 @@ is allowed. Shapes, dtypes and devices are checked everywhere; values on CPU ten
 from __future__ import annotations
 
 from itertools import pairwise
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def require_finite(tensor: Tensor, argument: str) -> None:
     """No NaN and no infinity (CPU tensors only, and not while torch.compile traces)."""
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if bool(torch.isfinite(tensor.detach().sum())):  # a finite sum has finite terms
+    if isfinite(tensor.detach().sum().item()):  # a finite sum has finite terms
         return
     if not bool(torch.isfinite(tensor).all()):
         bad = "NaN" if bool(torch.isnan(tensor).any()) else "infinite values"

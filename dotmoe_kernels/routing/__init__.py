@@ -12,6 +12,8 @@ Everything in float32 (float64 for float64 logits). Cost: one read of Z.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from .._backend import use_triton
 from .._checks import compute_dtype, require, require_finite, require_float, require_shape, require_tensor
 from ..reference import Routing
 from ..soft_topk import MOST_EXPERTS, row_values, soft_top_k
-from .cpu import RouteTopK, top_indices
+from .cpu import RouteTopK, route, top_indices
 from .operators import route_soft_top_k_op, route_top_k_op
 
 _WEIGHTS = ("unit", "softmax", "renormalized")
@@ -95,9 +97,12 @@ def route_top_k(router_logits: Tensor, top_k: int, *, weights: str = "unit", mas
         return Routing(indices, chosen, probs, load.detach(), losses[0], losses[1])
     router_logits = _without_padding(router_logits, valid)
     require_finite(router_logits, "router_logits")
-    with torch.autocast(router_logits.device.type, enabled=False):
+    device = router_logits.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         z = router_logits.to(compute_dtype(router_logits))
-        return Routing(*RouteTopK.apply(z, valid, top_k, weights))
+        if z.requires_grad and torch.is_grad_enabled():
+            return Routing(*RouteTopK.apply(z, valid, top_k, weights))
+        return Routing(*route(z, valid, top_k, weights)[0])
 
 
 def route_soft_top_k(

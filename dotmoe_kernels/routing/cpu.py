@@ -14,6 +14,7 @@ from torch import Tensor
 from .._autograd import first_order
 
 _FEW = 64  # values that Python compares sooner than three torch calls do
+_SMALL = 4096  # logits for which a call costs more than a pass
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
@@ -33,41 +34,49 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
     return indices
 
 
+def route(z: Tensor, mask: Tensor | None, top_k: int, mode: str) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """z [T, E] float32 or float64, padding rows 0 -> (indices, weights [T, K], probs [T, E], load [E], balance, z loss []), and
+    (lse [T], tokens [] or None)."""
+    T, E = z.shape
+    q = torch.softmax(z, -1)
+    indices = top_indices(z, top_k)
+    if z.numel() <= _SMALL:
+        lse = torch.logsumexp(z, -1)  # [T]
+    else:
+        best = indices[:, :1]
+        lse = (z.gather(1, best) - q.gather(1, best).log_())[:, 0]
+    if mode == "unit":
+        weights = q.new_ones(T, top_k)
+    elif mode == "softmax":
+        weights = q.gather(1, indices)
+    else:
+        weights = torch.softmax(z.gather(1, indices), -1)
+    if mask is None:
+        n = max(T, 1)
+        load = torch.bincount(indices.view(-1), minlength=E).to(z.dtype).div_(max(T * top_k, 1))
+        balance = torch.dot(load, q.sum(0)).mul_(E / n)
+        return (indices, weights, q, load, balance, torch.dot(lse, lse).div_(n)), (lse, None)
+    tokens = mask.sum().clamp(min=1)
+    q_sum = torch.where(mask[:, None], q, 0).sum(0)
+    weights = torch.where(mask[:, None], weights, 0)
+    indices = torch.where(mask[:, None], indices, E)
+    count = torch.bincount(indices.view(-1), minlength=E + 1)[:E]
+    load = count.to(z.dtype) / count.sum().clamp(min=1)
+    squares = torch.where(mask, lse.square(), 0).sum()
+    return (indices, weights, q, load, E * torch.dot(load, q_sum) / tokens, squares / tokens), (lse, tokens)
+
+
 class RouteTopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, mask: Tensor | None, top_k: int, mode: str) -> tuple[Tensor, ...]:
-        """z [T, E] float32 or float64, padding rows 0 -> indices, weights [T, K], probs [T, E], load [E], balance, z loss []."""
-        T, E = z.shape
-        q = torch.softmax(z, -1)
-        indices = top_indices(z, top_k)
-        best = indices[:, :1]
-        lse = (z.gather(1, best) - q.gather(1, best).log_())[:, 0]  # [T]
-        if mode == "unit":
-            weights = q.new_ones(T, top_k)
-        elif mode == "softmax":
-            weights = q.gather(1, indices)
-        else:
-            weights = torch.softmax(z.gather(1, indices), -1)
-        squares = lse.square()
-        if mask is None:
-            tokens = None
-            q_sum = q.sum(0)
-            load = torch.bincount(indices.view(-1), minlength=E).to(z.dtype).div_(max(T * top_k, 1))
-        else:
-            tokens = mask.sum().clamp(min=1)
-            q_sum = torch.where(mask[:, None], q, 0).sum(0)
-            squares = torch.where(mask, squares, 0)
-            weights = torch.where(mask[:, None], weights, 0)
-            indices = torch.where(mask[:, None], indices, E)
-            count = torch.bincount(indices.view(-1), minlength=E + 1)[:E]
-            load = count.to(z.dtype) / count.sum().clamp(min=1)
-        n = max(T, 1) if tokens is None else tokens
-        balance = E * torch.dot(load, q_sum) / n
+        """As ``route``."""
+        outputs, (lse, tokens) = route(z, mask, top_k, mode)
+        indices, weights, q, load, _, _ = outputs
         ctx.mode = mode
         ctx.save_for_backward(q, indices, weights, load, lse, mask, tokens)
         ctx.mark_non_differentiable(indices, load)
         ctx.set_materialize_grads(False)
-        return indices, weights, q, load, balance, squares.sum() / n
+        return outputs
 
     @staticmethod
     @first_order("route_top_k")
