@@ -24,9 +24,7 @@ _ROWS = (2048, 64, 32, 16)  # rows an expert: one for each tile
 def _variant(function: str, name: str, dtype: str, constexprs: dict[str, Any], options: dict[str, Any]) -> Variant:
     names = Kernel("", f"{_GPU}.{function}", lambda _: []).load().arg_names
     constexprs = {n: v for n, v in {"UPCAST": False, "PRECISION": "ieee", **constexprs}.items() if n in names}
-    signature = {
-        n: _TYPES.get(n, f"*{dtype}" if n.endswith("_ptr") else "i32") for n in names if n not in constexprs
-    }
+    signature = {n: _TYPES.get(n, f"*{dtype}" if n.endswith("_ptr") else "i32") for n in names if n not in constexprs}
     integers = tuple(n for n in signature if n.startswith("stride") or n in ("H", "s", "Kdim", "N"))
     return Variant(name, signature, constexprs, options, integers)
 
