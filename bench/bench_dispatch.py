@@ -5,6 +5,7 @@ The cases run on any device; ``bench/gpu_dispatch.py`` takes them to a GPU.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor
 
 import dotmoe_kernels as dk
-from bench.paired import OURS, Case, Group, cases
+from bench.paired import OURS, Case, Group, cases, missing
 from dotmoe_kernels import reference
 from tests.shapes import normal, routed_indices, uniform
 
 EXPERTS = ((8, 2), (32, 8), (112, 28), (128, 32), (148, 37))  # E, K
-SORTS = (OURS, "torch-sort-bincount", "torch-sort-histc")
+SORTS = (OURS, "torch-sort-bincount", "torch-sort-histc", "liger")
 ROWS = (OURS, "torch")
 
 
@@ -43,7 +44,20 @@ def sort_case(T: int, E: int, K: int, device: str = "cpu") -> Case:
         "torch-sort-histc": lambda: sort_histc(indices, E),
     }
     expected = reference.dispatch_tokens(indices, E)
-    return Case(run, lambda _, found: _equal(found, expected), 0.0)
+    skipped = {}
+    if reason := missing("liger_kernel") or ("" if indices.is_cuda else "its kernels need a GPU"):
+        skipped["liger"] = reason
+    else:
+        metadata = importlib.import_module("liger_kernel.ops.fused_moe").compute_routing_metadata
+        narrow = indices.int()
+        run["liger"] = lambda: metadata(narrow, E)  # counts, offsets, token and pair of every slot, and what its products need
+
+    def error(name: str, found: Any) -> float:
+        if name == "liger":
+            found = (found[2].long(), found[3].long(), found[1])
+        return _equal(found, expected)
+
+    return Case(run, error, 0.0, skipped=skipped)
 
 
 def scatter_case(T: int, E: int, K: int, H: int, dtype: torch.dtype, device: str = "cpu") -> Case:
