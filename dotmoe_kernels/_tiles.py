@@ -313,6 +313,11 @@ def padded_experts(num_experts: int, rows: int) -> int:
     return max(1, min(num_experts, _CPU_PADDED_ROWS // max(rows, 1)))
 
 
+def most_idle(width: int) -> float:
+    """Up to which share of experts without rows a batched product of all of them beats one product a chosen expert."""
+    return 0.6 if width < _CPU_WIDE else 0.5
+
+
 class Choice(NamedTuple):
     """The path of ``expert_ffn``, and the reason in words."""
 

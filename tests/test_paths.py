@@ -148,7 +148,7 @@ def test_runs_hold_every_expert(T, E, K, seed):
     if run:
         assert (rows >= count).all()
         assert all(len(set(part.tolist())) == 1 for part in rows.split(run))
-        assert worth_padding(int(count.sum()), int(rows.sum()), int(count.max()), float((count == 0).double().mean()))
+        assert worth_padding(int(count.sum()), int(rows.sum()), int(count.max()), float((count == 0).double().mean()), 2)
     else:
         assert rows.numel() == 0
 

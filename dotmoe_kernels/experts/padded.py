@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._tiles import padded_experts
+from .._tiles import most_idle, padded_experts
 from ..dispatch import Slots
 
 
@@ -26,12 +26,13 @@ def run_lengths(slots: Slots, down_proj: Tensor) -> tuple[Tensor, int]:
     run = padded_experts(E, most)
     padded = functional.pad(count, (0, -E % run)).view(-1, run).amax(1).repeat_interleave(run)[:E]
     used, total, idle = int(slots.offsets[-1]), int(padded.sum()), int((count == 0).sum())
-    return (padded, run) if worth_padding(used, total, most, idle / E) else (count[:0], 0)
+    return (padded, run) if worth_padding(used, total, most, idle / E, down_proj.shape[2]) else (count[:0], 0)
 
 
-def worth_padding(used: int, total: int, most: int, idle: float) -> bool:
-    """``used`` of the ``total`` padded rows hold a slot; the fullest expert has ``most``; a share ``idle`` of the experts none."""
-    return used > 0 and idle <= 0.5 and (total <= 2 * used or most <= 8)
+def worth_padding(used: int, total: int, most: int, idle: float, width: int) -> bool:
+    """``used`` of the ``total`` padded rows hold a slot; the fullest expert has ``most``; a share ``idle`` of the experts, each of
+    ``width`` neurons, has none, and its weights are read all the same."""
+    return used > 0 and idle <= most_idle(width) and (total <= 2 * used or most <= 8)
 
 
 def padded_ffn(
@@ -66,11 +67,12 @@ def padded_ffn(
         if m == 0:
             continue
         rows = slice(starts[e], starts[e] + n * m)
-        gate, up = torch.bmm(x.index_select(0, token[rows]).view(n, m, H), gate_up_proj[e : e + n].transpose(1, 2)).chunk(2, -1)
-        hidden = act(gate).mul_(up)  # [n, m, s]
+        xs = x.index_select(0, token[rows]).view(n, m, H)
+        gate, up = torch.bmm(gate_up_proj[e : e + n], xs.transpose(1, 2)).chunk(2, 1)  # [n, s, m] each: the weights come first
+        hidden = act(gate).mul_(up)
         if scale is not None:
-            hidden = (hidden * scale[rows].view(n, m, 1)).to(x.dtype)
-        torch.bmm(hidden, down_proj[e : e + n].transpose(1, 2), out=ys[rows].view(n, m, H))
+            hidden = (hidden * scale[rows].view(n, 1, m)).to(x.dtype)
+        torch.bmm(hidden.transpose(1, 2).contiguous(), down_proj[e : e + n].transpose(1, 2), out=ys[rows].view(n, m, H))
     slot_of = torch.full((T * K,), total)
     slot_of[source] = place
     return functional.embedding_bag(slot_of.view(T, K), ys, mode="sum")
