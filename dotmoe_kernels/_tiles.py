@@ -299,8 +299,7 @@ REDUCTION_CHUNK = (2048, 256)  # tokens, columns: at K = 28 a scratch of 29 MB i
 # several experts stay in the cache of two cores between the two products of a batch
 _CPU_LOOP_ROWS = {torch.float32: 24, torch.float64: 24, torch.bfloat16: 96, torch.float16: 96}
 _CPU_PADDED_ROWS = 2048
-# in 16 bits: from which width s, and between which rows an expert, the dense view is the faster one
-_CPU_WIDE, _CPU_MASKED_ROWS = 256, (0.5, 12)
+_CPU_WIDE = 256  # from which width s a product of its own costs less than reading an expert's weights for nothing
 
 
 def expert_by_expert(dtype: torch.dtype, num_slots: int, num_experts: int) -> bool:
@@ -343,9 +342,6 @@ def pick_path(
         if T == 1:
             return Choice("decode", "one token: matrix-vector products with the chosen experts")
         if dtype in (torch.bfloat16, torch.float16):
-            first, last = _CPU_MASKED_ROWS
-            if dense_view and s >= _CPU_WIDE and first * E < T * K < last * E:
-                return Choice("masked", "16 bits, wide experts that nearly all have rows, but few: one product is the dense FFN's")
             return Choice("grouped", "16 bits: many experts in one batched product")
         return Choice("grouped", "reads only the experts that were chosen")
     if dtype == torch.float64:

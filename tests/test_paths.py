@@ -54,13 +54,6 @@ def test_a_cpu_decodes_one_token_and_groups_more(dtype):
     assert [pick(T, "cpu", dtype=dtype) for T in (1, 2, 4096)] == ["decode", "grouped", "grouped"]
 
 
-def test_a_cpu_takes_the_dense_view_in_16_bits_for_wide_experts_with_few_rows():
-    paths = [pick(T, "cpu", E=8, s=1792, K=2) for T in (1, 2, 4, 16, 47, 48)]
-    assert paths == ["decode", "grouped", "masked", "masked", "masked", "grouped"]
-    assert pick(4, "cpu", E=8, s=1792, K=2, dense_view=False) == "grouped"
-    assert pick(4, "cpu", E=8, s=1792, K=2, dtype=torch.float32) == "grouped"
-
-
 @pytest.mark.parametrize("T", [1, 2, 40, 300])
 def test_auto_runs_what_the_table_says(T, monkeypatch):
     taken = []

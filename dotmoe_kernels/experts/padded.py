@@ -32,7 +32,7 @@ def run_lengths(slots: Slots, down_proj: Tensor) -> tuple[Tensor, int]:
 def worth_padding(used: int, total: int, most: int, idle: float, width: int) -> bool:
     """``used`` of the ``total`` padded rows hold a slot; the fullest expert has ``most``; a share ``idle`` of the experts, each of
     ``width`` neurons, has none, and its weights are read all the same."""
-    return used > 0 and idle <= most_idle(width) and (total <= 2 * used or most <= 8)
+    return used > 0 and idle <= most_idle(width) and (total <= 2 * used or most <= 16)
 
 
 def padded_ffn(
