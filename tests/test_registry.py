@@ -125,9 +125,13 @@ def test_autocast(kind):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected, found = (logits_and_gradients(model, name) for name in ("eager", "dotmoe"))
     exact = logits_and_gradients(model, "eager")
+
+    def distance(values, name):  # of the whole tensor: its worst entry moves with the order of sums in 16 bits
+        return float((values[name].double() - exact[name].double()).norm() / exact[name].double().norm())
+
     for name, value in found.items():
         assert value.dtype == expected[name].dtype
-        assert error(value, exact[name]) <= 2 * error(expected[name], exact[name]) + 2**-7, name
+        assert distance(found, name) <= 2 * distance(expected, name) + 2**-7, name
 
 
 def test_generate():
