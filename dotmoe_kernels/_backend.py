@@ -26,13 +26,15 @@ def use_triton(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def interpreted() -> Iterator[None]:
-    """Inside, CPU tensors run the Triton kernels too, provided that Triton interprets them; otherwise nothing changes.
+def interpreted(wanted: bool = True) -> Iterator[None]:
+    """Inside, CPU tensors run the Triton kernels too, provided that Triton interprets them; with ``wanted`` False, PyTorch again.
 
     Triton decides where a kernel is decorated: TRITON_INTERPRET=1 must be set before the first kernel of this package runs."""
     global _interpreting
     before = _interpreting
-    if HAS_TRITON:
+    if not wanted:
+        _interpreting = False
+    elif HAS_TRITON:
         from triton import knobs
 
         _interpreting = bool(knobs.runtime.interpret)

@@ -27,6 +27,15 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _pytorch_again():
+    """A test that left the interpreter on would make every later one a slow test of something else."""
+    from dotmoe_kernels import _backend
+
+    yield
+    assert not _backend.use_triton(torch.empty(0))
+
+
 @pytest.fixture
 def nan_filled():
     """torch.empty gives NaN: an output that is not written everywhere shows."""

@@ -199,12 +199,12 @@ def test_compiles_without_a_break(kind):
 
 
 @pytest.mark.parametrize("kind", ["none", "list"])
-def test_the_host_path_compiles_without_a_break(kind, monkeypatch):
-    monkeypatch.setattr(_backend, "_interpreting", False)
+def test_the_host_path_compiles_without_a_break(kind):
     scores = normal(2, 14, 4, seed=32, dtype=torch.float32)
     capacity = {"none": None, "list": [5, 0, 3, 6]}[kind]
     compiled = torch.compile(dk.balanced_assignment, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(scores, capacity), dk.balanced_assignment(scores, capacity))
+    with _backend.interpreted(False):
+        assert torch.equal(compiled(scores, capacity), dk.balanced_assignment(scores, capacity))
 
 
 # --- on a GPU ----------------------------------------------------------------------------------------------------------
