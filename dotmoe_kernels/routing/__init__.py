@@ -88,9 +88,10 @@ def route_top_k(router_logits: Tensor, top_k: int, *, weights: str = "unit", mas
     """
     require_float(router_logits, "router_logits", 2, "[T, E]")
     E = router_logits.shape[1]
-    require(isinstance(top_k, int) and not isinstance(top_k, bool), "top_k", repr(top_k), f"an integer from 1 to E = {E}")
-    require(1 <= top_k <= E, "top_k", top_k, f"an integer from 1 to E = {E}")
-    require(weights in _WEIGHTS, "weights", repr(weights), " | ".join(_WEIGHTS))
+    if type(top_k) is not int or not 1 <= top_k <= E:
+        require(False, "top_k", repr(top_k), f"an integer from 1 to E = {E}")
+    if weights not in _WEIGHTS:
+        require(False, "weights", repr(weights), " | ".join(_WEIGHTS))
     valid = _check_mask(mask, router_logits)
     if _on_chip(router_logits):
         chosen, indices, probs, load, losses, _ = route_top_k_op(router_logits, valid, top_k, weights)
@@ -99,7 +100,7 @@ def route_top_k(router_logits: Tensor, top_k: int, *, weights: str = "unit", mas
     require_finite(router_logits, "router_logits")
     device = router_logits.device.type
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        z = router_logits.to(compute_dtype(router_logits))
+        z = router_logits if router_logits.dtype == torch.float32 else router_logits.to(compute_dtype(router_logits))
         if z.requires_grad and torch.is_grad_enabled():
             return Routing(*RouteTopK.apply(z, valid, top_k, weights))
         return Routing(*route(z, valid, top_k, weights)[0])
