@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 
 from .._checks import require, require_range
 from ..alignment.config import AlignmentConfig
+from ..conversion.recipes import Recipe, load_recipe
+from .parser import SEQUENCE_LENGTH
 
 _HELD_OUT = 64  # most sequences that convert keeps back to measure on
 
@@ -74,7 +76,57 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def _fill_in(args: argparse.Namespace) -> tuple[Recipe, AlignmentConfig, dict[str, Any]]:
+    """The recipe, the training options and the topology of convert: a flag goes before the recipe, and that before the default."""
+    recipe = Recipe("") if args.recipe is None else load_recipe(args.recipe)
+    flags = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(AlignmentConfig)}
+    options = AlignmentConfig(**(recipe.alignment | {name: value for name, value in flags.items() if value is not None}))
+    topology = recipe.topology
+    for names in (("expert_size", "num_experts"), ("active_fraction", "top_k"), ("router",)):  # one of a pair replaces the other
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        if given:
+            topology = {name: value for name, value in topology.items() if name not in names} | given
+    args.dtype, args.seed = args.dtype or recipe.dtype, options.seed
+    if args.sequence_length is None:
+        args.sequence_length = recipe.sequence_length or SEQUENCE_LENGTH
+    return recipe, options, topology
+
+
+def _dry_run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, topology: dict[str, Any]) -> int:
+    require(args.sequence_length >= 2, "--sequence-length", args.sequence_length, "at least 2")
+    import torch
+
+    from ..conversion import DotMoeConfig
+    from ..conversion.dryrun import dense_config, predict_run, run_lines
+
+    dense = dense_config(args.model, recipe)
+    report = predict_run(
+        dense,
+        DotMoeConfig.for_dense(dense.get_text_config(), **topology),
+        options,
+        sequence_length=args.sequence_length,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        learned=args.method == "dot",
+    )
+    if args.json:
+        print(json.dumps({"model": args.model or recipe.model, "recipe": args.recipe, **report}, indent=2))
+        return 0
+    if recipe.description:
+        print(f"{args.recipe}: {recipe.description}")
+    for line in run_lines(report):
+        print(line)
+    return 0
+
+
 def _convert(args: argparse.Namespace) -> int:
+    recipe, options, topology = _fill_in(args)
+    if args.dry_run:
+        return _dry_run(args, recipe, options, topology)
+    require(not args.json, "--json", "given", "together with --dry-run")
+    args.model = args.model or recipe.model
+    missing = [name for name, value in (("MODEL", args.model), ("--data", args.data), ("--output", args.output)) if not value]
+    if missing:
+        raise ValueError(f"the following arguments are required: {', '.join(missing)}")
     output = Path(args.output).expanduser()
     run = output.with_name(output.name + ".run")
     require(args.overwrite or not output.exists(), "--output", f"{output}, which exists", "a new folder, or --overwrite")
@@ -88,9 +140,6 @@ def _convert(args: argparse.Namespace) -> int:
         "--output",
         f"{output}, with an interrupted run in {run}",
         "--resume to continue it, or --overwrite to start anew",
-    )
-    options = AlignmentConfig(
-        **{f.name: getattr(args, f.name) for f in dataclasses.fields(AlignmentConfig) if hasattr(args, f.name)}
     )
     _require_model_folder(args.model)
     device = _device(args.device)
@@ -110,14 +159,7 @@ def _convert(args: argparse.Namespace) -> int:
     require(not lacking, "MODEL", f"{args.model}, without the tensor {', '.join(lacking[:4])}", "a complete causal LM")
     dense = dense.to(device)
     find_ffns(dense)  # a model that cannot be converted ends here, before the data is read
-    config = DotMoeConfig.for_dense(
-        dense.config.get_text_config(),
-        expert_size=args.expert_size,
-        num_experts=args.num_experts,
-        active_fraction=args.active_fraction,
-        top_k=args.top_k,
-        router=args.router,
-    )
+    config = DotMoeConfig.for_dense(dense.config.get_text_config(), **topology)
     tokenizer = _tokenizer(args.model)
     tokens = load_tokens(
         args.data,

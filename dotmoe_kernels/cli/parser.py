@@ -7,10 +7,12 @@ from typing import Any
 
 from .. import __version__
 from ..alignment.config import INITS, AlignmentConfig
+from ..conversion.recipes import recipe_names
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _ROUTERS = ("top_k", "soft")
 _PATHS = ("auto", "grouped", "decode", "masked")
+SEQUENCE_LENGTH = 2048  # tokens a sequence of convert, where neither a flag nor a recipe says it
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,7 +30,8 @@ def _add_data(parser: argparse.ArgumentParser, *, required: bool, sequence_lengt
         help="text: .txt .md .py .jsonl .parquet files, folders of them, or a Hugging Face dataset NAME[:CONFIG][:SPLIT]",
     )
     parser.add_argument("--text-field", default="text", help="field of a JSONL, parquet or dataset row (default: %(default)s)")
-    parser.add_argument("--sequence-length", type=int, default=sequence_length, help="tokens a sequence (default: %(default)s)")
+    default = sequence_length if required else None  # a recipe may say it
+    parser.add_argument("--sequence-length", type=int, default=default, help=f"tokens a sequence (default: {sequence_length})")
     parser.add_argument("--max-tokens", type=int, help="read no more than this")
 
 
@@ -72,14 +75,27 @@ def build_parser() -> argparse.ArgumentParser:
         "convert",
         "Convert a dense causal LM: align, materialise, check, measure, save.",
         "dotmoe convert ./llama --data corpus.jsonl --output ./llama-moe\n"
+        "dotmoe convert ./llama --recipe llama3-8b --data corpus.jsonl --output ./llama-moe\n"
+        "dotmoe convert --recipe llama3-8b-e128 --dry-run      # what it would take; needs no model, no data and no GPU\n"
         "dotmoe convert ./llama --data a.txt b.txt --expert-size 128 --active-fraction 0.25 --steps 500 --output ./llama-moe\n"
         "dotmoe convert ./llama --data corpus.parquet --output ./llama-moe --resume      # after an interruption\n"
         "dotmoe convert ./llama --data corpus.jsonl --router soft --cap 1.5 --output ./llama-soft\n"
         "dotmoe convert ./llama --data corpus.jsonl --method kmeans --output ./baseline",
     )
-    convert.add_argument("model", metavar="MODEL", help="a Hugging Face model folder, or a name")
-    convert.add_argument("--output", required=True, metavar="DIR", help="where the converted model goes")
-    _add_data(convert, required=True, sequence_length=2048)
+    convert.add_argument("model", nargs="?", metavar="MODEL", help="a Hugging Face model folder, or a name (default: the recipe's)")
+    convert.add_argument("--output", metavar="DIR", help="where the converted model goes")
+    convert.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help=f"topology and options: {', '.join(recipe_names())}, or a .toml file of your own; flags go before what it says",
+    )
+    convert.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only print topology, parameters, tokens, and the memory and time predicted, from the config alone",
+    )
+    convert.add_argument("--json", action="store_true", help="print JSON, with --dry-run")
+    _add_data(convert, required=False, sequence_length=SEQUENCE_LENGTH)
     topology = convert.add_argument_group("topology")
     size = topology.add_mutually_exclusive_group()
     size.add_argument("--expert-size", type=int, help="s, neurons an expert (default: 128)")
@@ -87,12 +103,10 @@ def build_parser() -> argparse.ArgumentParser:
     share = topology.add_mutually_exclusive_group()
     share.add_argument("--active-fraction", type=float, help="share of the FFN a token uses (default: 0.25)")
     share.add_argument("--top-k", type=int, help="K, experts a token")
-    topology.add_argument(
-        "--router", choices=_ROUTERS, default="top_k", help="soft: weights that sum to K in the mean (default: %(default)s)"
-    )
+    topology.add_argument("--router", choices=_ROUTERS, help="soft: weights that sum to K in the mean (default: top_k)")
     train = convert.add_argument_group("alignment")
     train.add_argument("--method", choices=("dot", "random", "kmeans", "activation"), default="dot", help="(default: %(default)s)")
-    train.add_argument("--init", choices=INITS, default="noise", help='what "dot" starts from (default: %(default)s)')
+    train.add_argument("--init", choices=INITS, help=f'what "dot" starts from (default: {AlignmentConfig.init})')
     for name, kind in (
         ("steps", int),
         ("batch-size", int),
@@ -110,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("checkpoint-every", int),
     ):
         default = getattr(AlignmentConfig, name.replace("-", "_"))
-        train.add_argument(f"--{name}", type=kind, default=default, help=f"(default: {default})")
+        train.add_argument(f"--{name}", type=kind, help=f"(default: {default})")
     convert.add_argument("--resume", action="store_true", help="continue from the last checkpoint in DIR.run")
     convert.add_argument("--overwrite", action="store_true", help="replace DIR and DIR.run")
     convert.add_argument("--no-progress", action="store_true", help="no bar")
