@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a function of these is differentiated."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 class _Refuse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,5 +1,7 @@
 """The Triton kernels of expert_ffn's decode path: interpreted on a CPU, and on a GPU at the sizes of real models."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from checks import compare, error
@@ -10,6 +12,9 @@ import dotmoe_kernels as dk
 from dotmoe_kernels import _backend, _tiles
 from dotmoe_kernels.experts import activations
 from dotmoe_kernels.experts.operators_decode import decode_op
+
+if _backend.HAS_TRITON:
+    from dotmoe_kernels.experts.gpu.decode import product_options
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -208,12 +213,30 @@ def test_repeatable_and_written_everywhere(T):
     assert all(torch.equal(before[n], t) for n, t in tensors.items())
 
 
-def test_indices_beyond_the_experts_count_as_empty():
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("E", [5, 9], ids=["a program an expert", "a program a pair"])
+def test_indices_beyond_the_experts_count_as_empty(E):
     """What a GPU tensor may hold, since it is not checked."""
-    tensors = problem(2, 5, 3, 8, 24, seed=46, dtype=torch.float32)
+    tensors = problem(2, E, 3, 8, 24, seed=46, dtype=torch.float32)
     assert torch.equal(
-        decode(tensors, torch.tensor([[-1, 2, 99], [3, 7, 1]])), decode(tensors, torch.tensor([[5, 2, 5], [3, 5, 1]]))
+        decode(tensors, torch.tensor([[-1, 2, 99], [3, 2**32, 1]])), decode(tensors, torch.tensor([[E, 2, E], [3, E, 1]]))
     )
+
+
+def test_float32_multiplies_as_pytorch_is_told_to():
+    """By either of its settings: each refuses to be read after the other."""
+    on_a_gpu, matmul = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda")), torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            matmul.fp32_precision = precision
+            assert product_options(on_a_gpu)["PRECISION"] == precision
+        matmul.fp32_precision = before
+        for allowed in (True, False):
+            matmul.allow_tf32 = allowed
+            assert product_options(on_a_gpu)["PRECISION"] == ("tf32" if allowed else "ieee")
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_float64_takes_the_other_implementation():

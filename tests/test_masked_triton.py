@@ -143,6 +143,22 @@ def test_a_second_derivative_is_refused(how):
         second_derivative(lambda x: ours(expert_of, indices)(x, **tensors), x, how)
 
 
+@DTYPES
+def test_what_the_mask_drops_may_overflow(dtype):
+    """Neurons of an expert that a token did not choose: neither its output nor its gradients to gate and up depend on them."""
+    gate, up = (normal(2, 4, seed=31 + i, dtype=dtype).to(DEVICE) for i in range(2))
+    r, expert_of = torch.tensor([[1.0, 0.0], [0.0, 0.5]], dtype=dtype, device=DEVICE), torch.tensor([0, 1, 0, 1], device=DEVICE)
+    gate[0, 1], up[1, 0], gate[1, 2] = torch.inf, -torch.inf, torch.nan
+    mask = r[:, expert_of]
+    hidden = operators_masked.masked_hidden_op(gate, up, r, expert_of, None, None, "silu")
+    expected = torch.where(mask != 0, torch.nn.functional.silu(gate) * up * mask, 0)
+    assert error(hidden, expected) < 1e-3
+    arguments = (torch.ones_like(gate), gate, up, r, expert_of, "linear")
+    dgate, dup, _, _ = operators_masked.masked_hidden_backward_op(*arguments, True, False, False)
+    assert error(dgate, torch.where(mask != 0, up * mask, 0)) < 1e-3
+    assert error(dup, torch.where(mask != 0, gate * mask, 0)) < 1e-3
+
+
 # --- the routed FFN ----------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,9 @@ from .._checks import compute_dtype
 from .activations import find_activation
 
 
-def decode_ffn(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor, activation: str) -> Tensor:
+def decode_ffn(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor | None, activation: str
+) -> Tensor:
     """x [T, H] -> [T, H]; the arguments of ``expert_ffn``, checked there."""
     if use_triton(x) and x.dtype != torch.float64:
         from .operators_decode import decode_op
@@ -27,7 +29,7 @@ def decode_ffn(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tens
     chosen: dict[int, list[tuple[int, int]]] = {}
     for t, row in enumerate(indices.tolist()):
         for j, e in enumerate(row):
-            if e < E:
+            if 0 <= e < E:
                 chosen.setdefault(e, []).append((t, j))
     if not chosen:
         return y.to(x.dtype)
@@ -41,11 +43,15 @@ def decode_ffn(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tens
         rows = x.new_empty(len(experts), x.shape[1])
         for n, e in enumerate(experts):
             torch.mv(down_proj[e], products[n], out=rows[n])
-        w = torch.stack([weights[0, [j for _, j in chosen[e]]].sum() for e in experts]).to(y.dtype)
+        if weights is None:
+            w = torch.tensor([len(chosen[e]) for e in experts], dtype=y.dtype, device=x.device)
+        else:
+            w = torch.stack([weights[0, [j for _, j in chosen[e]]].sum() for e in experts]).to(y.dtype)
         return (w @ rows.to(y.dtype))[None].to(x.dtype)
     for e in sorted(chosen):
         tokens, places = (torch.tensor(column, device=x.device) for column in zip(*chosen[e], strict=True))
         gate, up = (x[tokens] @ gate_up_proj[e].T).chunk(2, -1)
         out = act(gate).mul_(up) @ down_proj[e].T  # [n, H]
-        y.index_add_(0, tokens, out.to(y.dtype) * weights[tokens, places][:, None].to(y.dtype))
+        rows = out.to(y.dtype)
+        y.index_add_(0, tokens, rows if weights is None else rows * weights[tokens, places][:, None].to(y.dtype))
     return y.to(x.dtype)

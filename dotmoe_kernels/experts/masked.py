@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .._autograd import first_order
+from .._autograd import first_order, wants_gradient
 from .._backend import use_triton
 from .._checks import compute_dtype, require, require_float, require_indices, require_range, require_same, require_shape
 from .activations import find_activation
@@ -33,11 +33,10 @@ def _expert_mask(indices: Tensor, weights: Tensor | None, num_experts: int, dtyp
 
 
 def masked_view_ffn(
-    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor, activation: str
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor | None, activation: str
 ) -> Tensor:
     """x [T, H] -> [T, H]; the arguments of ``expert_ffn``, checked there. A ``down_proj`` without ``has_dense_view`` is copied."""
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up_proj, down_proj, weights))
-    if use_triton(x) and x.dtype != torch.float64 and not needs_grad:
+    if use_triton(x) and x.dtype != torch.float64 and not wants_gradient(x, gate_up_proj, down_proj, weights):
         from .operators_masked import masked_view
 
         return masked_view(x, gate_up_proj, down_proj, indices, weights, activation)
@@ -45,7 +44,7 @@ def masked_view_ffn(
     r = _expert_mask(indices, weights, E, x.dtype)
     gate, up = functional.linear(x, gate_up_proj.reshape(-1, H)).view(-1, E, 2, width // 2).unbind(2)  # [T, E, s] each
     hidden = find_activation(activation).forward(gate)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up_proj, weights)):
+    if wants_gradient(x, gate_up_proj, weights):
         hidden = hidden * up * r[:, :, None]
     else:
         hidden.mul_(up).mul_(r[:, :, None])

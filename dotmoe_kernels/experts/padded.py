@@ -20,13 +20,14 @@ from ..dispatch import Slots
 def run_lengths(slots: Slots, down_proj: Tensor) -> tuple[Tensor, int]:
     """(rows that every expert is padded to [E], experts a run), or (empty, 0) where padding would waste too much."""
     count = slots.offsets.diff().long()  # [E]
-    if down_proj.stride(0) < down_proj[0].numel():  # [H, E, s]: a batched product copies each expert's weights out first
+    E, H, s = down_proj.shape
+    if E == 0 or down_proj.stride(0) < H * s:  # [H, E, s]: a batched product copies each expert's weights out first
         return count[:0], 0
-    E, most = count.numel(), int(count.max())
+    most = int(count.max())
     run = padded_experts(E, most)
     padded = functional.pad(count, (0, -E % run)).view(-1, run).amax(1).repeat_interleave(run)[:E]
     used, total, idle = int(slots.offsets[-1]), int(padded.sum()), int((count == 0).sum())
-    return (padded, run) if worth_padding(used, total, most, idle / E, down_proj.shape[2]) else (count[:0], 0)
+    return (padded, run) if worth_padding(used, total, most, idle / E, s) else (count[:0], 0)
 
 
 def worth_padding(used: int, total: int, most: int, idle: float, width: int) -> bool:

@@ -77,10 +77,12 @@ def _masked_hidden_bwd_kernel(
                 product, one_hot = product.to(tl.float32), one_hot.to(tl.float32)
             dr = tl.dot(product, one_hot, dr, input_precision=PRECISION)
         if NEEDS_GATE:
-            d *= tl.load(r_ptr + t[:, None] * E + expert[None, :], mask=inside, other=0.0).to(tl.float32)
+            r = tl.load(r_ptr + t[:, None] * E + expert[None, :], mask=inside, other=0.0).to(tl.float32)
+            d *= r
             out = t[:, None] * F + at
-            tl.store(dup_ptr + out, (d * a).to(dup_ptr.dtype.element_ty), mask=inside)
-            dgate = d * up * activate_derivative(gate, ACTIVATION)
+            dup = tl.where(r != 0, d * a, 0.0)  # whatever a neuron of another expert gives
+            tl.store(dup_ptr + out, dup.to(dup_ptr.dtype.element_ty), mask=inside)
+            dgate = tl.where(r != 0, d * up * activate_derivative(gate, ACTIVATION), 0.0)
             tl.store(dgate_ptr + out, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
     if NEEDS_R:
         out = (split.to(tl.int64) * T + t)[:, None] * E + e[None, :]

@@ -68,9 +68,9 @@ def _list_chosen(indices_ptr, list_ptr, T, K, E, stride_it, stride_ik, BLOCK_E: 
         pair = start + tl.arange(0, BLOCK_P)
         t = pair // K
         at = t.to(tl.int64) * stride_it + (pair - t * K).to(tl.int64) * stride_ik
-        e = tl.load(indices_ptr + at, mask=pair < T * K, other=-1).to(tl.int32)
+        e = tl.load(indices_ptr + at, mask=pair < T * K, other=-1)
         used = (e >= 0) & (e < E)
-        count += tl.histogram(tl.where(used, e, 0), BLOCK_E, mask=used)
+        count += tl.histogram(tl.where(used, e, 0).to(tl.int32), BLOCK_E, mask=used)
     chosen = (count > 0).to(tl.int32)
     place = tl.cumsum(chosen, 0)
     tl.store(list_ptr + place, tl.arange(0, BLOCK_E), mask=chosen != 0)
@@ -121,9 +121,10 @@ def _decode_up_kernel(
     if BY_PAIR:
         token = place // K
         pair_ptr = indices_ptr + token.to(tl.int64) * stride_it + (place - token * K).to(tl.int64) * stride_ik
-        expert = tl.load(pair_ptr).to(tl.int32)
-        if (expert < 0) | (expert >= E):
+        index = tl.load(pair_ptr)
+        if (index < 0) | (index >= E):
             return
+        expert = index.to(tl.int32)
     else:
         expert = place
     weight, count, first = _routing_of(
@@ -241,7 +242,8 @@ def _decode_sum_kernel(partial_ptr, y_ptr, numel, SPLITS: tl.constexpr, BLOCK: t
 
 def product_options(x: Tensor) -> dict[str, object]:
     """How ``tl.dot`` multiplies tensors like ``x``: float32 as such unless PyTorch may use TF32."""
-    tf32 = x.dtype == torch.float32 and x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    # read so, since ``allow_tf32`` raises once somebody has set the precision by its new name
+    tf32 = x.dtype == torch.float32 and x.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {"UPCAST": x.device.type == "cpu" and x.dtype == torch.bfloat16, "PRECISION": "tf32" if tf32 else "ieee"}
 
 

@@ -95,7 +95,7 @@ def _masked_hidden_kernel(
         read = inside
     gate = tl.load(gate_ptr + t[:, None] * stride_gt + at_gate[None, :] * stride_gf, mask=read, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + t[:, None] * stride_ut + at_up[None, :] * stride_uf, mask=read, other=0.0).to(tl.float32)
-    hidden = activate(gate, ACTIVATION) * up * r
+    hidden = tl.where(r != 0, activate(gate, ACTIVATION) * up * r, 0.0)  # whatever a neuron of another expert gives
     tl.store(hidden_ptr + t[:, None] * F + f[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
 
 
