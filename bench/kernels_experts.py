@@ -14,17 +14,20 @@ from dotmoe_kernels import _tiles
 _TOKENS = (512, 8192)
 _SHAPES = (shapes.L3, shapes.Q25, shapes.COARSE, shapes.MID)
 _GPU = "dotmoe_kernels.experts.gpu"
-_TYPES = {"token_ptr": "*i64", "source_ptr": "*i64", "offsets_ptr": "*i32", "weights_ptr": "*fp32"}
+_TYPES = {"token_ptr": "*i64", "source_ptr": "*i64", "offsets_ptr": "*i32", "weights_ptr": "*fp32", "dweights_ptr": "*fp32"}
+_KEPT = {"token_ptr": "*i32", "source_ptr": "*i32"}  # the routing between the passes
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _WIDTH = 128  # s of the variants
 _EXPERTS = 112
 _ROWS = (2048, 64, 32, 16)  # rows an expert: one for each tile
+_TRAINING = ("backward:_grouped_hidden_bwd_kernel", "down:_grouped_weight_kernel")
 
 
 def _variant(function: str, name: str, dtype: str, constexprs: dict[str, Any], options: dict[str, Any]) -> Variant:
     names = Kernel("", f"{_GPU}.{function}", lambda _: []).load().arg_names
     constexprs = {n: v for n, v in {"UPCAST": False, "PRECISION": "ieee", **constexprs}.items() if n in names}
-    signature = {n: _TYPES.get(n, f"*{dtype}" if n.endswith("_ptr") else "i32") for n in names if n not in constexprs}
+    types = _TYPES | _KEPT if function in _TRAINING else _TYPES
+    signature = {n: types.get(n, f"*{dtype}" if n.endswith("_ptr") else "i32") for n in names if n not in constexprs}
     integers = tuple(n for n in signature if n.startswith("stride") or n in ("H", "s", "Kdim", "N"))
     return Variant(name, signature, constexprs, options, integers)
 
@@ -62,12 +65,35 @@ def _mm(backend: str) -> list[Variant]:
     return found
 
 
+def _hidden_bwd(backend: str) -> list[Variant]:
+    found = []
+    for dtype, rows in [*(("bf16", rows) for rows in _ROWS), ("fp16", 2048), ("fp32", 2048), ("fp32", 16)]:
+        tile = _tiles.grouped_hidden_bwd_tile(rows * _EXPERTS, _EXPERTS, _WIDTH, _DTYPES[dtype], backend)
+        base = {"stride_dh": 1, "ACTIVATION": "silu", "PRODUCT": True, "EVEN": True, "EVEN_N": True, "BLOCK_E": 128}
+        forms: list[tuple[str, dict[str, Any]]] = [("", {**base, "stride_wh": 1})]
+        if rows == 2048:
+            forms.append((" of contiguous down_proj", {**base, "stride_ws": 1}))
+            forms.append((" odd", {**base, "stride_wh": 1, "EVEN": False, "EVEN_N": False, "ACTIVATION": "gelu"}))
+            forms.append((" frozen experts", {**base, "stride_wh": 1, "h_ptr": None}))
+            forms.append((" router only", {**base, "stride_wh": 1, "h_ptr": None, "dz_ptr": None}))
+            forms.append((" down_proj only", {**base, "PRODUCT": False, "dz_ptr": None, "dweights_ptr": None}))
+        for form, constexprs in forms:
+            name = f"{dtype} rows<={rows}{form}"
+            found.append(_variant("backward:_grouped_hidden_bwd_kernel", name, dtype, {**constexprs, **tile.block}, tile.options))
+    return found
+
+
 def _weight(backend: str) -> list[Variant]:
     found = []
     for dtype in _DTYPES:
         block, options = _tiles.grouped_weight_tile(_DTYPES[dtype], backend)
         last = {"stride_ak": 1, "stride_gn": 1, "stride_bn": 1}
-        found.append(_variant("down:_grouped_weight_kernel", dtype, dtype, {**last, **block}, options))
+        found.append(_variant("down:_grouped_weight_kernel", dtype, dtype, {**last, "token_ptr": None, **block}, options))
+        found.append(_variant("down:_grouped_weight_kernel", f"{dtype} gathered", dtype, {**last, **block}, options))
+        last = {"stride_ak": 1, "stride_gn": 1, "stride_bk": 1}
+        found.append(
+            _variant("down:_grouped_weight_kernel", f"{dtype} gathered, of contiguous down_proj", dtype, {**last, **block}, options)
+        )
     return found
 
 
@@ -94,6 +120,13 @@ EXPERTS = (
         f"{_GPU}.down:_grouped_mm_kernel",
         _mm,
         _costs(lambda S, c: 2 * (c.F * c.H + S * c.s + S * c.H), 2),
+        _WGMMA,
+    ),
+    Kernel(
+        "grouped_hidden_bwd",
+        f"{_GPU}.backward:_grouped_hidden_bwd_kernel",
+        _hidden_bwd,
+        _costs(lambda S, c: 2 * (c.F * c.H + S * c.H + 5 * S * c.s), 2),
         _WGMMA,
     ),
     Kernel(

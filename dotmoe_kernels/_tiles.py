@@ -242,6 +242,10 @@ _GROUPED_MM = {  # rows: (BLOCK_N, BLOCK_K, warps, stages)
     "cuda": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3)},
     "hip": {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 8, 2)},
 }
+_GROUPED_HIDDEN_BWD = {
+    "cuda": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
+    "hip": {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 8, 2)},
+}
 
 
 def _grouped_tile(table: dict[int, tuple[int, int, int, int]], rows: float, width: int, narrow: bool) -> GroupedTile:
@@ -273,6 +277,13 @@ def grouped_up_tile(
     return tile
 
 
+def grouped_hidden_bwd_tile(
+    S: int, E: int, s: int, dtype: torch.dtype, backend: str = BACKEND, *, early: bool = False
+) -> GroupedTile:
+    """Of S slots and E experts of width s; one tile of columns leaves the routing weights' gradient as a plain store."""
+    return _grouped_tile(_GROUPED_HIDDEN_BWD[backend], S / max(E, 1), s, dtype == torch.float32)
+
+
 def grouped_mm_tile(S: int, E: int, Kdim: int, N: int, dtype: torch.dtype, backend: str = BACKEND) -> GroupedTile:
     return _grouped_tile(_GROUPED_MM[backend], S / max(E, 1), N, dtype == torch.float32)
 
@@ -291,6 +302,10 @@ def reduction(E: int, s: int, K: int, T: int, dtype: torch.dtype, backend: str =
     each, which eats what the cache saves, and the dense product costs 4 times the flops; so "rows" until a GPU says otherwise."""
     return "rows"
 
+
+# bytes of the rows [S, columns] that a training pass sums to y and to dx: at L3 and T = 8192 the whole [S, H] takes 1.9 GB, and
+# every part reads the hidden rows [S, 2s] again, 117 MB
+SUM_WORKSPACE = 512 * 2**20
 
 REDUCTION_CHUNK = (2048, 256)  # tokens, columns: at K = 28 a scratch of 29 MB in 16 bits, of 50 MB of L2
 

@@ -115,9 +115,16 @@ def test_special_routings(kind, reduction, few_tokens_a_chunk, nan_filled):
         check(tensors, indices.int(), reduction=reduction)
 
 
-@pytest.mark.parametrize("reduction", ["rows", "chunks", "atomics"])
-def test_an_expert_named_twice(reduction, few_tokens_a_chunk):
-    check(problem(7, 4, 3, 8, 16, dtype=torch.float32), torch.randint(0, 5, (7, 3), generator=generator(5)), reduction=reduction)
+@pytest.mark.parametrize("weighted", [True, False], ids=["weights", "unit"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_an_expert_named_twice(reduction, weighted, few_tokens_a_chunk):
+    tensors, indices = problem(7, 4, 3, 8, 16, dtype=torch.float32), torch.randint(0, 5, (7, 3), generator=generator(5))
+    assert any(len(set(row)) < 3 for row in indices.tolist())
+    if weighted:
+        check(tensors, indices, reduction=reduction)
+        return
+    exact = plain(indices)(**{n: torch.ones(7, 3).double() if n == "weights" else t.double() for n, t in tensors.items()})
+    assert error(run(tensors | {"weights": None}, indices, reduction=reduction), exact) < 2e-6
 
 
 @given(st.integers(1, 20), st.integers(1, 6), st.integers(0, 10**6))

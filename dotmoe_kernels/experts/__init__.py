@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+
+from torch import Tensor, autocast
 from torch.utils.checkpoint import checkpoint
 
+from .._autograd import wants_gradient
 from .._checks import require, require_float, require_indices, require_range, require_same, require_shape
 from .._tiles import pick_path
 from ..permutation import has_dense_view
@@ -16,7 +18,7 @@ from .masked import masked_ffn, masked_view_ffn
 
 __all__ = ["expert_ffn", "grouped_mm", "masked_ffn"]
 
-_PATHS = {"grouped": grouped_ffn, "decode": decode_ffn, "masked": masked_view_ffn}
+_PATHS: dict[str, Callable[..., Tensor]] = {"grouped": grouped_ffn, "decode": decode_ffn, "masked": masked_view_ffn}
 
 
 def expert_ffn(
@@ -29,6 +31,7 @@ def expert_ffn(
     activation: str = "silu",
     path: str = "auto",
     recompute: bool = False,
+    workspace: int | None = None,
 ) -> Tensor:
     """Routed FFN: y_t = sum_j weights_tj Down_e (act(Gate_e x_t) * (Up_e x_t)) with e = indices[t, j].
 
@@ -37,7 +40,8 @@ def expert_ffn(
         gate_up_proj: [E, 2s, H], each expert's gate rows above its up rows, in the dtype of ``x``.
         down_proj: [E, H, s], any strides. As the transpose of a contiguous [E, s, H] it is the dense FFN as well, which
             ``path="masked"`` uses without a copy.
-        indices: [T, K] int64 or int32 in [0, E]; E marks an empty slot.
+        indices: [T, K] int64 or int32 in [0, E], T K < 2^31; E marks an empty slot. An expert that a token names twice counts
+            twice.
         weights: [T, K] floating point. None: 1.
         activation: an ACT2FN name.
         path: "grouped" sorts the tokens by expert (prefill, training), "decode" reads only the chosen experts (1-16 tokens; where
@@ -45,12 +49,15 @@ def expert_ffn(
             shape. All on the same tensors.
         recompute: where a gradient is needed, keep only x and the routing for the backward pass, which computes the hidden layer
             again, instead of gate and up (the grouped path: [T K, 2s]; the masked path: [T, 2F] and more).
+        workspace: bytes, at least 1, that the grouped path's kernels may take for the rows [T K, H] which they sum to y and, in the
+            backward pass, to dx: as many columns at a time as fit, but at least 128. No bit depends on it. None: 512 MB.
 
     Returns:
         y [T, H] in the dtype of ``x``, combined in float32.
 
     Raises:
-        ValueError: a wrong rank, shape, dtype or device, an unknown activation or path; on CPU indices outside [0, E].
+        ValueError: a wrong rank, shape, dtype or device, too many slots, an unknown activation or path, workspace < 1; on
+            CPU indices outside [0, E].
 
     Gradient: to x, both weights and the routing weights. A second derivative is refused.
 
@@ -66,6 +73,7 @@ def expert_ffn(
     require_shape(down_proj, "down_proj", (E, H, width // 2), "[E, H, s]")
     require_indices(indices, "indices", 2, "[T, K]")
     require(indices.shape[0] == T, "indices", f"of shape {list(indices.shape)}", f"[T, K] with T = {T}")
+    require(indices.numel() < 2**31, "indices", f"of shape {list(indices.shape)}", "fewer than 2^31 entries: offsets are int32")
     for name, tensor, dtype in (
         ("gate_up_proj", gate_up_proj, True),
         ("down_proj", down_proj, True),
@@ -73,24 +81,23 @@ def expert_ffn(
     ):
         require_same(tensor, name, x, "x", dtype=dtype)
     require_range(indices, "indices", 0, E)
-    if weights is None:
-        weights = torch.ones(indices.shape, dtype=torch.float32, device=x.device)
-    else:
+    if weights is not None:
         require_float(weights, "weights", 2, "[T, K]")
         require_shape(weights, "weights", tuple(indices.shape), "[T, K]")
         require_same(weights, "weights", x, "x", dtype=False)
     find_activation(activation)
     require(path in ("auto", *_PATHS), "path", repr(path), "auto | " + " | ".join(_PATHS))
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up_proj, down_proj, weights))
+    require(workspace is None or workspace >= 1, "workspace", workspace, "None or at least 1 byte")
+    needs_grad = wants_gradient(x, gate_up_proj, down_proj, weights)
     if path == "auto":
-        K, view = indices.shape[1], has_dense_view(down_proj)
+        K, view = indices.shape[1], has_dense_view(down_proj) and gate_up_proj.is_contiguous()
         path = pick_path(T, E, width // 2, K, H, x.dtype, x.device.type, dense_view=view, needs_grad=needs_grad).path
-    if path == "decode" and needs_grad:
+    if (path == "decode" and needs_grad) or gate_up_proj.numel() == 0:
         path = "grouped"
-    with torch.autocast(x.device.type, enabled=False):
+    arguments = (x, gate_up_proj, down_proj, indices, weights, activation)
+    with autocast(x.device.type, enabled=False):
         if path == "grouped":
-            return grouped_ffn(x, gate_up_proj, down_proj, indices, weights, activation, recompute)
+            return grouped_ffn(*arguments, recompute, workspace)
         if recompute and needs_grad:
-            arguments = (x, gate_up_proj, down_proj, indices, weights, activation)
             return checkpoint(_PATHS[path], *arguments, use_reentrant=False, preserve_rng_state=False)
-        return _PATHS[path](x, gate_up_proj, down_proj, indices, weights, activation)
+        return _PATHS[path](*arguments)

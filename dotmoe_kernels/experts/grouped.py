@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from .._autograd import first_order
+from .._autograd import first_order, wants_gradient
 from .._backend import use_triton
 from .._checks import compute_dtype, require, require_float, require_offsets, require_same
 from .._tiles import expert_by_expert
-from ..dispatch import Slots, fits_bags, gather_tokens, scatter_tokens, sort_slots, sum_bags
+from ..dispatch import Slots, fits_bags, gather_tokens, sort_slots, sum_bags
+from . import training_gpu
 from .activations import find_activation
 from .operators import grouped_ffn_op, grouped_mm_backward_op, grouped_mm_op
 from .padded import padded_ffn, run_lengths
@@ -121,28 +121,27 @@ def _expert_by_expert(
     return y.to(x.dtype)
 
 
-def _step_by_step(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, weights: Tensor, slots: Slots, activation: str) -> Tensor:
-    """Scatter, product, activation, product, gather: each with its own gradient."""
-    gate, up = grouped_mm(scatter_tokens(x, slots), gate_up_proj.transpose(1, 2), slots.offsets).chunk(2, -1)  # [S, s] each
-    ys = grouped_mm(find_activation(activation).forward(gate) * up, down_proj.transpose(1, 2), slots.offsets)
-    return gather_tokens(ys, slots, weights)
-
-
 def grouped_ffn(
     x: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
     indices: Tensor,
-    weights: Tensor,
+    weights: Tensor | None,
     activation: str,
     recompute: bool = False,
+    workspace: int | None = None,
 ) -> Tensor:
     """x [T, H] -> [T, H] over the expert-sorted slots; the arguments of ``expert_ffn``, checked there."""
     E = gate_up_proj.shape[0]
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up_proj, down_proj, weights))
-    if _use_kernels(x) and not needs_grad:
-        return grouped_ffn_op(x, gate_up_proj, down_proj, indices, weights, activation)
+    needs_grad = wants_gradient(x, gate_up_proj, down_proj, weights)
+    if _use_kernels(x):
+        arguments = (x, gate_up_proj, down_proj, indices, weights, activation)
+        if needs_grad:
+            return training_gpu.training_ffn(*arguments, recompute, workspace)
+        return grouped_ffn_op(*arguments, "", workspace)
     slots, act = sort_slots(indices, E), find_activation(activation).forward
+    if weights is None:
+        weights = torch.ones(indices.shape, dtype=torch.float32, device=x.device)
     if not needs_grad:
         if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
             padded, run = run_lengths(slots, down_proj)
@@ -155,9 +154,4 @@ def grouped_ffn(
         if indices.numel() > 0 and fits_bags(ys, weights):
             return sum_bags(ys, weights, slots.source, int(slots.offsets[-1]), len(x))
         return gather_tokens(ys, slots, weights)
-    if not _use_kernels(x):
-        return training_ffn(x, gate_up_proj, down_proj, weights, slots, activation, recompute)
-    arguments = (x, gate_up_proj, down_proj, weights, slots, activation)
-    if recompute:
-        return checkpoint(_step_by_step, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return _step_by_step(*arguments)
+    return training_ffn(x, gate_up_proj, down_proj, weights, slots, activation, recompute)

@@ -20,11 +20,14 @@ def grouped_ffn_op(
     weights: Tensor | None,
     activation: str,
     reduction: str = "",
+    workspace: int | None = None,
 ) -> Tensor:
-    """indices [T, K]; weights [T, K], None: 1. ``reduction``: "rows", "chunks", "dense" or "atomics"; empty: that of ``_tiles``."""
+    """indices [T, K]; weights [T, K], None: 1. ``reduction``: "rows", "chunks", "dense" or "atomics"; empty: that of ``_tiles``.
+
+    workspace: bytes for the rows [S, columns] of "rows"."""
     from .gpu.forward import grouped_ffn
 
-    return grouped_ffn(x, gate_up_proj, down_proj, indices, weights, activation, reduction)
+    return grouped_ffn(x, gate_up_proj, down_proj, indices, weights, activation, reduction, workspace)
 
 
 @grouped_ffn_op.register_fake
@@ -36,6 +39,7 @@ def _(
     weights: Tensor | None,
     activation: str,
     reduction: str = "",
+    workspace: int | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape)
 

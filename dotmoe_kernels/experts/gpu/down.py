@@ -5,7 +5,8 @@
 
 a [S, Kdim], B [E, Kdim, N] and grad [S, N] of any strides, out [S, N], dB in the storage of B. Accumulated in float32, each
 expert's rows in their order. Rows of ``out`` from offsets[E] on are zeroed where asked, else left as they are. On demand
-weights[source[p]] out[p] is added to y[token[p]] in float32 by atomics, whose order, and so the last bits, vary from call to call.
+weights[source[p]] out[p] is added to y[token[p]] in float32 by atomics, whose order, and so the last bits, vary from call to call,
+and the rows of grad are gathered while they are loaded: grad[token[p]].
 Cost: 2 S Kdim N flops.
 """
 
@@ -99,7 +100,8 @@ def _grouped_mm_kernel(
 @triton.jit
 def _grouped_weight_kernel(
     a_ptr,  # [S, Kdim]
-    grad_ptr,  # [S, N]
+    grad_ptr,  # [S, N], or [T, N] with token
+    token_ptr,  # [S], or None: row p of grad is its own
     offsets_ptr,  # [E + 1]
     db_ptr,  # [E, Kdim, N]
     Kdim,
@@ -135,12 +137,16 @@ def _grouped_weight_kernel(
     for first in range(begin, end, BLOCK_S):
         inside = first + r < end
         a = tl.load(a_at, mask=inside[None, :] & (k < Kdim)[:, None], other=0.0)  # [BLOCK_K, BLOCK_S]
+        if token_ptr is not None:
+            token = tl.load(token_ptr + first + r, mask=inside, other=0).to(tl.int64)
+            g_at = grad_ptr + token[:, None] * stride_gs + n.to(tl.int64)[None, :] * stride_gn
         g = tl.load(g_at, mask=inside[:, None] & (n < N)[None, :], other=0.0)
         if UPCAST:
             a, g = a.to(tl.float32), g.to(tl.float32)
         acc = tl.dot(a, g, acc, input_precision=PRECISION)
         a_at += step_a
-        g_at += step_g
+        if token_ptr is None:
+            g_at += step_g
     at = db_ptr + expert.to(tl.int64) * stride_be + k.to(tl.int64)[:, None] * stride_bk + n.to(tl.int64)[None, :] * stride_bn
     tl.store(at, acc.to(db_ptr.dtype.element_ty), mask=(k < Kdim)[:, None] & (n < N)[None, :])
 
@@ -205,8 +211,8 @@ def add_product(h: Tensor, down: Tensor, offsets: Tensor, y: Tensor, token: Tens
     _launch(h, down.transpose(1, 2), offsets, y, None, False, token, source, weights)
 
 
-def weight_gradient(a: Tensor, grad: Tensor, offsets: Tensor, like: Tensor) -> Tensor:
-    """dB [E, Kdim, N] in the storage of ``like``."""
+def weight_gradient(a: Tensor, grad: Tensor, offsets: Tensor, like: Tensor, token: Tensor | None = None) -> Tensor:
+    """dB [E, Kdim, N] in the storage of ``like``. With ``token`` [S] the rows of grad are grad[token]."""
     E, Kdim, N = like.shape
     db = torch.empty_like(like)
     if db.numel() == 0:
@@ -216,6 +222,7 @@ def weight_gradient(a: Tensor, grad: Tensor, offsets: Tensor, like: Tensor) -> T
         _grouped_weight_kernel[triton.cdiv(Kdim, block["BLOCK_K"]) * triton.cdiv(N, block["BLOCK_N"]), E](
             a,
             grad,
+            token,
             offsets.contiguous(),
             db,
             Kdim,

@@ -8,15 +8,17 @@ Routing weights are applied in float32: with the sums, to the hidden before it i
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
-from ..._tiles import REDUCTION_CHUNK
+from ..._tiles import REDUCTION_CHUNK, SUM_WORKSPACE
 from ..._tiles import reduction as pick_reduction
 from ...dispatch.gpu import gather_rows
 from ...dispatch.operators import sort_slots_op
 from ...permutation import has_dense_view
 from .down import add_product, grouped_product
 from .grouped import up_product
+from .masked import expert_mask
 
 
 def dense_down(down_proj: Tensor) -> Tensor:
@@ -27,8 +29,34 @@ def dense_down(down_proj: Tensor) -> Tensor:
     return down_proj.transpose(0, 1).view(H, E * s).T
 
 
+def token_sums(a: Tensor, b: Tensor, weights: Tensor | None, slot_of: Tensor, offsets: Tensor, workspace: int | None) -> Tensor:
+    """y_t = sum over the slots p of t of w_p a[p] B_e; a [S, Kdim], b [E, Kdim, H] -> [T, H].
+
+    The rows a[p] B_e take at most ``workspace`` bytes at a time (None: a default), but at least 128 columns."""
+    S, H = a.shape[0], b.shape[2]
+    space = SUM_WORKSPACE if workspace is None else workspace
+    most = max(1, space // (128 * S * a.element_size()))  # blocks of 128 columns at a time
+    blocks = triton.cdiv(H, 128)
+    columns = 128 * triton.cdiv(blocks, triton.cdiv(blocks, most))
+    if columns >= H:
+        return gather_rows(grouped_product(a, b, offsets, zero=False), weights, slot_of, offsets)
+    y = a.new_empty(slot_of.shape[0], H)
+    for left in range(0, H, columns):
+        rows = grouped_product(a, b[:, :, left : left + columns], offsets, zero=False)
+        y[:, left : left + columns] = gather_rows(rows, weights, slot_of, offsets)
+        del rows  # before the next ones are made
+    return y
+
+
 def grouped_ffn(
-    x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor | None, activation: str, reduction: str = ""
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    indices: Tensor,
+    weights: Tensor | None,
+    activation: str,
+    reduction: str = "",
+    workspace: int | None = None,
 ) -> Tensor:
     """x [T, H] -> y [T, H]; the arguments of the operator."""
     (T, H), (E, width), K = x.shape, gate_up.shape[:2], indices.shape[1]
@@ -41,15 +69,17 @@ def grouped_ffn(
         return _in_chunks(x, gate_up, down, indices, weights, activation)
     token, source, offsets, slot_of = sort_slots_op(indices, E)
     if how == "dense":
-        h, _ = up_product(x, gate_up, token, offsets, activation, dense=True, source=source, weights=weights)
+        # an expert that a token names twice has one place in h: both slots write the sum of its weights there
+        r = expert_mask(indices, weights, E, torch.float32)  # [T, E]
+        entry = token * E + indices.reshape(-1)[source]
+        h, _ = up_product(x, gate_up, token, offsets, activation, dense=True, source=entry, weights=r)
         return h @ dense_down(down)
     h, _ = up_product(x, gate_up, token, offsets, activation)
     if how == "atomics":
         y = torch.zeros(T, H, dtype=torch.float32, device=x.device)
         add_product(h, down, offsets, y, token, source, weights)
         return y.to(x.dtype)
-    ys = grouped_product(h, down.transpose(1, 2), offsets, zero=False)  # [S, H]
-    return gather_rows(ys, weights, slot_of, offsets)
+    return token_sums(h, down.transpose(1, 2), weights, slot_of, offsets, workspace)
 
 
 def _in_chunks(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor | None, activation: str) -> Tensor:

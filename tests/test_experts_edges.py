@@ -1,0 +1,98 @@
+"""expert_ffn where a size is zero, weights are left out, or there are too many slots: by every path."""
+
+import pytest
+import torch
+from checks import DEVICES, assert_same, value_and_gradients
+from shapes import PATHS, expert_weights, normal, routed_indices, uniform
+
+import dotmoe_kernels as dk
+from dotmoe_kernels import _backend, _tiles
+
+
+@pytest.fixture(params=["pytorch", "triton"])
+def implementation(request):
+    with _backend.interpreted(request.param == "triton"):
+        yield
+
+
+def problem(T, E, K, s, H, dtype=torch.float32):
+    gate_up, down = expert_weights(E, s, max(H, 1), seed=0, dtype=dtype)
+    x = normal(T, H, seed=1, dtype=dtype)
+    return {"x": x, "gate_up_proj": gate_up[..., :H].contiguous(), "down_proj": down[:, :H]}
+
+
+def ours(indices, **options):
+    def function(x, gate_up_proj, down_proj, weights=None):
+        return dk.expert_ffn(x, gate_up_proj, down_proj, indices, weights, **options)
+
+    return function
+
+
+SIZES = [(0, 4, 2, 8, 16), (3, 0, 2, 8, 16), (1, 0, 2, 8, 16), (3, 4, 0, 8, 16), (3, 4, 2, 8, 0), (0, 0, 0, 8, 0)]  # T, E, K, s, H
+
+
+@pytest.mark.usefixtures("implementation", "nan_filled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("T", "E", "K", "s", "H"), SIZES)
+def test_a_size_of_zero(T, E, K, s, H, path, dtype):
+    tensors = problem(T, E, K, s, H, dtype) | {"weights": uniform(T, K, seed=2, dtype=torch.float32)}
+    indices = torch.zeros(T, K, dtype=torch.int64)  # with E = 0, empty slots
+    with torch.no_grad():
+        y = ours(indices, path=path)(**tensors)
+    results = value_and_gradients(ours(indices, path=path), tensors)
+    for value in (y, *results.values()):
+        assert (value == 0).all()
+    assert y.shape == (T, H)
+    assert y.dtype == dtype
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("path", PATHS)
+def test_experts_without_neurons(path):
+    x, gate_up, down = normal(3, 6, seed=3, dtype=torch.float32), torch.zeros(4, 0, 6), torch.zeros(4, 0, 6).transpose(1, 2)
+    assert (dk.expert_ffn(x, gate_up, down, torch.zeros(3, 2, dtype=torch.int64), path=path) == 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T", [1, 5, 200])
+@pytest.mark.parametrize("path", PATHS)
+def test_no_weights_are_unit_weights(path, T, dtype, device):
+    tensors = {n: t.to(device) for n, t in problem(T, 7, 3, 8, 16, dtype).items()}
+    indices = routed_indices(T, 3, 7, seed=4, empty=0.2).to(device)
+    indices[0] = torch.tensor([2, 5, 2], device=device)  # an expert twice
+    ones = torch.ones(T, 3, device=device)
+    with torch.no_grad():
+        assert torch.equal(ours(indices, path=path)(**tensors), ours(indices, path=path)(**tensors, weights=ones))
+    unit = value_and_gradients(lambda **t: ours(indices, path=path)(**t, weights=ones), tensors)
+    assert_same(value_and_gradients(ours(indices, path=path), tensors), unit)
+
+
+def test_decoding_without_weights_makes_none(monkeypatch):
+    made = []
+    monkeypatch.setitem(dk.experts._PATHS, "decode", lambda x, *arguments: (made.append(arguments[3]), x)[1])
+    tensors, indices = problem(1, 7, 3, 8, 16), routed_indices(1, 3, 7, seed=5)
+    with torch.no_grad():
+        ours(indices)(**tensors)
+    assert made == [None]
+
+
+def test_weights_that_would_be_copied_are_no_dense_view(monkeypatch):
+    """The masked path takes gate_up_proj as one matrix [2F, H]: auto does not pick it where that is a copy of all the weights."""
+    views, pick = [], _tiles.pick_path
+    monkeypatch.setattr(
+        dk.experts, "pick_path", lambda *a, dense_view, **o: (views.append(dense_view), pick(*a, dense_view=dense_view, **o))[1]
+    )
+    tensors, indices = problem(3, 7, 2, 8, 16), routed_indices(3, 2, 7, seed=6)
+    expected = ours(indices)(**tensors)
+    tensors["gate_up_proj"] = tensors["gate_up_proj"].transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(ours(indices)(**tensors), expected)
+    assert views == [True, False]
+
+
+def test_more_slots_than_offsets_count():
+    x, gate_up, down = torch.zeros(2**16, 1), torch.zeros(1, 2, 1), torch.zeros(1, 1, 1)
+    indices = torch.zeros(1, 1, dtype=torch.int32).expand(2**16, 2**15)
+    with pytest.raises(ValueError, match=r"indices is .* fewer than 2\^31"):
+        dk.expert_ffn(x, gate_up, down, indices)
