@@ -1,0 +1,392 @@
+"""Recipes are valid and true to the published models; a dry run counts what a conversion gives, from the config alone."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import dense_model, sparse_model
+
+from dotmoe_kernels import cli
+from dotmoe_kernels.alignment.config import AlignmentConfig
+from dotmoe_kernels.alignment.transport import Transport
+from dotmoe_kernels.conversion import DotMoeConfig, count_parameters, find_ffns, pipeline
+from dotmoe_kernels.conversion.dryrun import dense_config, predict_run, run_lines
+from dotmoe_kernels.conversion.recipes import load_recipe, recipe_names
+
+# E, s, K; parameters as published, in billions
+PAPER = {
+    "llama2-7b": (86, 128, 22, 6.74),
+    "llama3-8b": (112, 128, 28, 8.03),
+    "qwen2.5-7b": (148, 128, 37, 7.62),
+}
+OTHERS = {
+    "llama2-7b-e32": (32, 344, 8, 6.74),
+    "llama3-8b-e128": (128, 112, 32, 8.03),
+    "qwen2.5-7b-e64": (64, 296, 16, 7.62),
+    "qwen2.5-0.5b": (38, 128, 10, 0.494),
+    "smollm2-135m": (24, 64, 6, 0.1345),
+}
+
+
+def predict(name, **changes):
+    recipe = load_recipe(name)
+    dense = dense_config(None, recipe)
+    options = AlignmentConfig(**(recipe.alignment | changes))
+    sparse = DotMoeConfig.for_dense(dense, **recipe.topology)
+    return predict_run(dense, sparse, options, sequence_length=recipe.sequence_length, dtype=getattr(torch, recipe.dtype))
+
+
+def call(capsys, *arguments):
+    """(status, stdout, stderr)"""
+    capsys.readouterr()
+    try:
+        status = cli.main(list(map(str, arguments)))
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def write(folder, text):
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return str(path)
+
+
+# --- the recipes of the package -------------------------------------------------------------------------------------------
+
+
+def test_every_recipe_is_tested_here():
+    assert recipe_names() == sorted(PAPER | OTHERS)
+
+
+@pytest.mark.filterwarnings("error")  # an expert size that kernels refuse warns
+@pytest.mark.parametrize("name", PAPER | OTHERS)
+def test_topology_and_parameters_of(name):
+    E, s, K, billions = (PAPER | OTHERS)[name]
+    report = predict(name)
+    assert (report["num_experts"], report["expert_size"], report["top_k"]) == (E, s, K)
+    digits = len(str(billions).split(".")[1])
+    assert round(report["dense_parameters"] / 1e9, digits) == billions
+    assert report["total_parameters"] == report["dense_parameters"] + report["layers"] * E * report["hidden_size"]
+    if "-e" in name:  # E and K powers of two, beside the same model and options
+        assert E & (E - 1) == K & (K - 1) == 0
+        base, ours = load_recipe(name.rpartition("-e")[0]), load_recipe(name)
+        assert (ours.backbone, ours.alignment, ours.model) == (base.backbone, base.alignment, base.model)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_options_of_the_paper(name):
+    recipe = load_recipe(name)
+    options = AlignmentConfig(**recipe.alignment)
+    assert (options.steps, options.batch_size, recipe.sequence_length, options.num_iters) == (3500, 64, 2048, 50)
+    assert (options.affinity_lr, options.router_lr, options.weight_decay, options.clip) == (5e-4, 5e-4, 1e-4, 1.0)
+    assert (options.kl, options.ce, options.z, options.balance, options.init_std) == (2.0, 1.0, 1e-3, 1e-2, 0.01)
+    assert [options.tau(step) for step in (0, 350, 700, 3499)] == pytest.approx([1.0, 0.55, 0.1, 0.1])
+    report = predict(name)
+    assert report["tokens"] == 458_752_000
+    assert 0.43 < report["active_share"] < 0.53  # 25 % of the FFN is about half of all
+    assert report["memory_gb"]["total"] < 70  # an 80 GB GPU has about 78
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "smollm2-135m"])
+def test_small_models_take_minutes_with_the_rates_of_a_short_run(name):
+    recipe = load_recipe(name)
+    assert (recipe.alignment["affinity_lr"], recipe.alignment["router_lr"]) == (2e-2, 2e-3)
+    report = predict(name)
+    assert report["predicted_seconds"] < 600
+    assert report["memory_gb"]["total"] < 16
+
+
+def test_recipes_are_package_data():
+    """The globs of pyproject.toml find every recipe."""
+    patterns = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = resources.files("dotmoe_kernels.conversion")
+    found = {path.stem for pattern in patterns["dotmoe_kernels.conversion"] for path in Path(str(folder)).glob(pattern)}
+    assert found == set(recipe_names())
+
+
+# --- what a dry run counts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_those_of_the_converted_model(kind, tied):
+    dense = dense_model(kind, tie_word_embeddings=tied)
+    expected_dense = sum(p.numel() for p in dense.parameters())
+    sparse = sparse_model(kind, tie_word_embeddings=tied)
+    report = predict_run(
+        dense.config, DotMoeConfig.for_dense(dense.config, num_experts=8, top_k=2), AlignmentConfig(), sequence_length=8
+    )
+    assert report["dense_parameters"] == expected_dense
+    assert (report["total_parameters"], report["active_parameters"]) == count_parameters(sparse)
+
+
+def kept_bytes(num_layers, top_k, **fields):
+    """What autograd keeps of one aligned pass through the layers, a token; weights and what all layers share left out."""
+    dense = dense_model("llama", num_hidden_layers=num_layers, dtype=torch.bfloat16, **fields)
+    options = AlignmentConfig(batch_size=2)
+    config = DotMoeConfig.for_dense(dense.config, num_experts=16, top_k=top_k)
+    layers = pipeline._build_layers(dense.requires_grad_(False), find_ffns(dense), config, "dot", options, None)
+    Transport(layers, options).refresh(1.0)
+    ours = [*dense.parameters(), *dense.buffers()]
+    for layer in layers.values():
+        ours += [layer.gate_proj, layer.up_proj, layer.down_proj, layer.router_weight, layer.affinity, layer.plan, layer.expert_of]
+    known = {t.untyped_storage().data_ptr() for t in ours}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage  # kept alive, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        dense.model(input_ids=torch.randint(3, 64, (2, 64)), use_cache=False)
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in known) / 128
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_activations_are_what_autograd_keeps(kv_heads):
+    fields = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": kv_heads}
+    measured = kept_bytes(3, 6, **fields) - kept_bytes(2, 6, **fields)
+    config = dense_model("llama", num_hidden_layers=1, **fields).config
+    sparse = DotMoeConfig.for_dense(config, num_experts=16, top_k=6)
+    options = AlignmentConfig(batch_size=1000)  # T = 64,000
+    report = predict_run(config, sparse, options, sequence_length=64, dtype=torch.bfloat16)
+    one_layer = report["memory_gb"]["activations"] * 1e9 / 64000 - 4 * 2 * 128  # without the hidden of the layer at work
+    assert one_layer == pytest.approx(measured, rel=0.03)  # log-sums of attention and norms, a few bytes a head, are left out
+
+
+def test_memory_and_time_grow_with_what_they_depend_on():
+    small, large = predict("smollm2-135m", micro_batch_size=4), predict("smollm2-135m", micro_batch_size=16)
+    assert large["memory_gb"]["activations"] == pytest.approx(4 * small["memory_gb"]["activations"], rel=1e-3)
+    assert large["memory_gb"]["weights"] == small["memory_gb"]["weights"] == round(2 * 134_515_008 / 1e9, 3)
+    assert large["predicted_seconds"] == small["predicted_seconds"]
+    assert predict("smollm2-135m", steps=2000)["predicted_seconds"] == pytest.approx(2 * small["predicted_seconds"], rel=1e-3)
+
+
+def test_flops_of_a_token_by_hand():
+    """Products of 2 H (q + v) + 3 F H weights a layer and of the head, causal attention, routers, the plan's gradient."""
+    L, H, F, E, V, S, q, v = 30, 576, 1536, 24, 49152, 1024, 576, 192
+    products, attention = L * (2 * H * (q + v) + 3 * F * H) + H * V, L * 2 * S * q
+    forward, backward = 2 * products + attention, 2 * products + 2.5 * attention
+    router, plan = L * 2 * E * H, L * 2 * F * E
+    report = predict("smollm2-135m")
+    assert report["flops"] / report["tokens"] == pytest.approx(2 * forward + backward + 3 * router + plan, rel=1e-9)
+
+
+def test_a_fixed_assignment_trains_the_router_alone():
+    recipe = load_recipe("smollm2-135m")
+    dense = dense_config(None, recipe)
+    sparse, options = DotMoeConfig.for_dense(dense, **recipe.topology), AlignmentConfig(**recipe.alignment)
+    report = predict_run(dense, sparse, options, sequence_length=1024, learned=False)
+    assert report["memory_gb"]["transport"] == 0
+    assert report["memory_gb"]["trained"] == round(16 * 30 * 24 * 576 / 1e9, 3)
+
+
+def test_lines_say_what_is_predicted():
+    lines = run_lines(predict("qwen2.5-7b"))
+    assert lines[0].startswith("topology: 28 layers of F = 18944 = E 148 x s 128, K 37 (25.0% of the FFN)")
+    figures = [line for line in lines if " GB" in line or "H200" in line]
+    assert len(figures) == 2
+    assert all(line.startswith("predicted ") for line in figures)
+    assert "nobody measured it" in lines[-1]
+
+
+# --- a file of one's own --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_ones_own(tmp_path):
+    recipe = load_recipe(
+        write(tmp_path, "sequence_length = 64\n[topology]\ntop_k = 3\n[alignment]\nwarmup = 0\nmicro_batch_size = 2\n")
+    )
+    assert (recipe.sequence_length, recipe.topology, recipe.model) == (64, {"top_k": 3}, None)
+    assert AlignmentConfig(**recipe.alignment) == AlignmentConfig(warmup=0, micro_batch_size=2)
+    assert load_recipe(write(tmp_path, "")).alignment == {}
+
+
+BAD = {
+    "unknown key": (
+        "sequence_lenght = 4",
+        "a key in recipe {0} is 'sequence_lenght'; allowed: description, model, dtype, sequence_length",
+    ),
+    "unknown option": (
+        "[alignment]\nlr = 1.0",
+        "a key in recipe {0} is 'alignment.lr'; allowed: alignment.steps, alignment.batch_size",
+    ),
+    "unknown size": ("[backbone]\nhiden_size = 8", "a key in recipe {0} is 'backbone.hiden_size'; allowed: backbone.model_type"),
+    "both of a pair": (
+        "[topology]\nnum_experts = 8\nexpert_size = 8",
+        "topology in recipe {0} is with both expert_size and num_experts; allowed: one of them",
+    ),
+    "a string": ('[alignment]\nsteps = "many"', "alignment.steps in recipe {0} is 'many'; allowed: an integer"),
+    "true": ("[topology]\ntop_k = true", "topology.top_k in recipe {0} is True; allowed: an integer"),
+    "a fraction": ("[alignment]\nbatch_size = 1.5", "alignment.batch_size in recipe {0} is 1.5; allowed: an integer"),
+    "out of range": ("[alignment]\nwarmup = 2.0", "alignment in recipe {0}: warmup is 2.0; allowed: a share from 0 to 1"),
+    "no number": ("[alignment]\nclip = nan", "alignment in recipe {0}: clip is nan; allowed: a positive number"),
+    "router": ('[topology]\nrouter = "hard"', "topology.router in recipe {0} is 'hard'; allowed: top_k | soft"),
+    "dtype": ('dtype = "int8"', "dtype in recipe {0} is 'int8'; allowed: float32 | bfloat16 | float16"),
+    "length": ("sequence_length = 1", "sequence_length in recipe {0} is 1; allowed: at least 2 tokens"),
+    "no table": ("topology = 3", "topology in recipe {0} is 3; allowed: a table"),
+    "no TOML": ("steps == 3", "recipe {0} is no TOML file ("),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_recipe(tmp_path, case):
+    text, message = BAD[case]
+    path = write(tmp_path, text)
+    with pytest.raises(ValueError) as error:
+        load_recipe(path)
+    assert str(error.value).startswith(message.format(path))
+
+
+def test_bad_bytes_and_bad_names(tmp_path):
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="is no TOML file"):
+        load_recipe(str(tmp_path / "bytes.toml"))
+    with pytest.raises(ValueError, match=r"recipe is .*no-such.toml, which is no file; allowed: the path of a TOML file"):
+        load_recipe(str(tmp_path / "no-such.toml"))
+    with pytest.raises(ValueError, match=r"recipe is 'llama'; allowed: llama2-7b, .*smollm2-135m, or the path of a .toml file"):
+        load_recipe("llama")
+
+
+# --- the command line -----------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_needs_no_model_no_data_and_no_network(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "none")}
+    command = [sys.executable, "-m", "dotmoe_kernels", "convert", "--recipe", "llama3-8b", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("llama3-8b: LLaMA-3-8B, the paper's topology and options")
+    assert "\n".join(run_lines(predict("llama3-8b"))) in done.stdout
+
+
+def test_flags_go_before_the_recipe(capsys):
+    status, out, err = call(capsys, "convert", "--recipe", "llama3-8b", "--dry-run", "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert (report["model"], report["recipe"]) == ("meta-llama/Meta-Llama-3-8B", "llama3-8b")
+    assert predict("llama3-8b").items() <= report.items()
+    flags = (
+        "--expert-size",
+        "256",
+        "--top-k",
+        "5",
+        "--steps",
+        "7",
+        "--sequence-length",
+        "512",
+        "--dtype",
+        "float32",
+        "--router",
+        "soft",
+    )
+    status, out, err = call(capsys, "convert", "--recipe", "llama3-8b", "--dry-run", "--json", *flags)
+    assert (status, err) == (0, "")
+    changed = json.loads(out)
+    assert (changed["num_experts"], changed["expert_size"], changed["top_k"], changed["router"]) == (56, 256, 5, "soft")
+    assert (changed["tokens"], changed["dtype"]) == (7 * 64 * 512, "float32")
+    assert changed["memory_gb"]["weights"] == pytest.approx(2 * report["memory_gb"]["weights"], abs=2e-3)
+    status, out, _ = call(capsys, "convert", "--recipe", "llama3-8b", "--dry-run", "--json", "--num-experts", "64")
+    assert json.loads(out)["top_k"] == 16  # the recipe's share of another number of experts
+
+
+def test_dry_run_of_a_folder_reads_its_config_alone(capsys, tmp_path):
+    dense = dense_model("qwen2")
+    dense.config.save_pretrained(tmp_path / "dense")
+    before = sorted(path.name for path in (tmp_path / "dense").iterdir())
+    arguments = ("convert", tmp_path / "dense", "--dry-run", "--json", "--num-experts", "8", "--batch-size", "4")
+    status, out, err = call(capsys, *arguments, "--sequence-length", "32")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert report["dense_parameters"] == dense.num_parameters()
+    assert (report["hidden_size"], report["ffn_width"], report["top_k"], report["tokens_a_pass"]) == (32, 64, 2, 128)
+    assert sorted(path.name for path in (tmp_path / "dense").iterdir()) == before
+
+
+def test_a_run_takes_the_recipe(capsys, tmp_path, monkeypatch):
+    """Every value reaches ``convert``; nothing is trained here."""
+    seen = {}
+
+    class Stop(ValueError):
+        pass
+
+    def record(model, config, *, data, alignment, **kwargs):
+        seen.update(config=config, alignment=alignment, dtype=model.dtype, length=data.shape[1])
+        raise Stop("seen")
+
+    from transformers import AutoTokenizer
+
+    from dotmoe_kernels import conversion
+    from dotmoe_kernels.conversion.demo import train_tokenizer
+
+    text = "one token after another " * 40
+    dense_model("llama", vocab_size=300).save_pretrained(tmp_path / "dense")
+    train_tokenizer([text], vocab_size=300).save_pretrained(tmp_path / "dense")
+    assert AutoTokenizer.from_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(text)
+    monkeypatch.setattr(conversion, "convert", record)
+    recipe = write(
+        tmp_path,
+        f'model = "{tmp_path / "dense"}"\ndtype = "bfloat16"\nsequence_length = 8\n[topology]\nnum_experts = 8\ntop_k = 3\n'
+        "[alignment]\nsteps = 5\nweight_decay = 0.5\nseed = 3\n",
+    )
+    common = ("convert", "--recipe", recipe, "--data", tmp_path / "text.txt", "--output", tmp_path / "moe")
+    status, _, err = call(capsys, *common, "--seed", "4")
+    assert (status, err) == (2, "dotmoe convert: error: seen\n")
+    assert (seen["config"].num_experts, seen["config"].top_k, seen["config"].router) == (8, 3, "top_k")
+    assert seen["alignment"] == AlignmentConfig(steps=5, weight_decay=0.5, seed=4)
+    assert (seen["dtype"], seen["length"]) == (torch.bfloat16, 8)
+
+
+WRONG = {
+    "no recipe of that name": (("--recipe", "llama", "--dry-run"), "recipe is 'llama'; allowed: llama2-7b, "),
+    "nothing to dry-run": (("--dry-run",), "MODEL is missing; allowed: a model folder, a name, or a recipe"),
+    "a folder without config": ((".", "--dry-run"), "MODEL is ., without config.json; allowed: a model folder"),
+    "a topology that does not fit": (
+        ("--recipe", "smollm2-135m", "--dry-run", "--num-experts", "7"),
+        "num_experts is 7; allowed: a divisor",
+    ),
+    "a short sequence": (
+        ("--recipe", "smollm2-135m", "--dry-run", "--sequence-length", "1"),
+        "--sequence-length is 1; allowed: at least 2",
+    ),
+    "JSON of a run": (("model", "--json"), "--json is given; allowed: together with --dry-run"),
+    "a run without data": (("--recipe", "smollm2-135m"), "the following arguments are required: --data, --output"),
+    "a run of nothing": ((), "the following arguments are required: MODEL, --data, --output"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_end_with_one_line(capsys, tmp_path, monkeypatch, case):
+    arguments, message = WRONG[case]
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call(capsys, "convert", *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"dotmoe convert: error: {message}")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_backbone_that_transformers_does_not_know(capsys, tmp_path):
+    for text, message in (
+        ('[backbone]\nmodel_type = "lama"\n', "is 'lama'; allowed: one of transformers"),
+        ("[backbone]\nhidden_size = 8\n", 'is without model_type; allowed: a model type, such as "llama"'),
+    ):
+        status, _, err = call(capsys, "convert", "--recipe", write(tmp_path, text), "--dry-run")
+        assert status == 2
+        assert message in err
+
+
+def test_help_names_the_recipes(capsys):
+    status, out, _ = call(capsys, "convert", "--help")
+    assert status == 0
+    assert all(name in out.replace("\n", "").replace(" ", "") for name in recipe_names())
