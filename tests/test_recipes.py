@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -390,3 +391,14 @@ def test_help_names_the_recipes(capsys):
     status, out, _ = call(capsys, "convert", "--help")
     assert status == 0
     assert all(name in out.replace("\n", "").replace(" ", "") for name in recipe_names())
+
+
+def test_commands_of_the_readme(capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    commands = [line for line in readme.splitlines() if line.startswith("dotmoe convert") and "--recipe" in line]
+    assert len(commands) >= 2
+    for command in commands:
+        dry = [*shlex.split(command)[1:], *([] if "--dry-run" in command else ["--dry-run"])]
+        status, out, err = call(capsys, *dry)
+        assert (status, err) == (0, ""), command
+        assert "predicted time: " in out
