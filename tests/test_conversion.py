@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import os
 import pickle
 import subprocess
@@ -109,6 +110,22 @@ def test_generate_with_cache_equals_without(kind):
     cached = model.generate(x, use_cache=True, **options)
     assert cached.shape == (2, 15)
     assert torch.equal(cached, model.generate(x, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+@pytest.mark.filterwarnings("error")
+def test_nothing_warns(kind):
+    """Not of an argument that was given under the name of another version of transformers, for one."""
+    model, x = sparse_model(kind), tokens()
+    once = model(x, attention_mask=torch.ones_like(x))
+    left = set(once.keys()) - set(model.config.keys_to_ignore_at_inference)
+    assert left == {"logits"}, "what the Trainer gathers in an evaluation"
+    further, names = tokens(length=1, seed=3), inspect.signature(type(model.backbone).forward).parameters
+    name = next(n for n in ("cache", "past_key_values") if n in names)
+    after = model(further, **{name: once[name]}).logits
+    assert relative(after, logits(model, torch.cat([x, further], 1))[:, -1:]) < 1e-5
+    model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=3, do_sample=False)
+    model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=3, do_sample=False, use_cache=False)
 
 
 @pytest.mark.parametrize("tie", [True, False])

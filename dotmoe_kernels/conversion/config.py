@@ -49,6 +49,7 @@ class DotMoeConfig(PreTrainedConfig):
             below which an expert is off; the most experts of a token over k_l, at least 1. None: what ``convert`` trains with.
         dense_config: the dense model's config, as an object or as its dictionary with ``model_type``.
         assignment: where the partition came from (method, seed, steps, ...), a plain JSON dictionary.
+        stages: by training stage, what it trained on and what it reached, plain JSON dictionaries.
         format_version: of the checkpoint format; newer ones than ``FORMAT_VERSION`` are refused.
 
     Raises:
@@ -62,7 +63,7 @@ class DotMoeConfig(PreTrainedConfig):
     model_type = "dotmoe"
     attribute_map = {"top_k": "num_experts_per_tok"}  # noqa: RUF012 (class-level in every config of transformers)
     sub_configs = {"dense_config": AutoConfig}  # noqa: RUF012
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (one object, by its older and its newer name)
 
     num_experts: int = 16
     num_experts_per_tok: int = 4
@@ -74,6 +75,7 @@ class DotMoeConfig(PreTrainedConfig):
     router_cap: Any = None
     dense_config: Any = None
     assignment: dict[str, Any] | None = None
+    stages: dict[str, Any] | None = None
     format_version: int = 1
     if TYPE_CHECKING:  # the alias, for the type checker: at run time it is no field
         top_k: int = 4

@@ -167,14 +167,18 @@ class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The dense model's forward: input_ids [B, N] -> logits [B, N, V], and the loss when ``labels`` are given."""
+        """The dense model's forward: input_ids [B, N] -> logits [B, N, V], and the loss when ``labels`` are given. ``cache`` is what
+        newer versions of transformers call ``past_key_values``."""
+        for name, value in (("past_key_values", past_key_values), ("cache", cache)):
+            if value is not None:  # naming the one that this version does not take would warn
+                kwargs[name] = value
         return self._backbone.forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
