@@ -13,6 +13,16 @@ from bench import machine
 from bench.paired import Group, Recorder, play
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backward", action="store_true", help="only the benches of backward passes: time and memory")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("backward"):
+        config.hook.pytest_deselected(items=[item for item in items if "-backward" not in item.name])
+        items[:] = [item for item in items if "-backward" in item.name]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.manual_seed(0)
     config.stash[_LOAD] = [round(x, 2) for x in os.getloadavg()]

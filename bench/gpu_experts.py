@@ -10,7 +10,6 @@ Not here: triton_kernels, whose fused SwiGLU is another function (interleaved, u
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -21,8 +20,23 @@ from torch.nn import functional
 
 import dotmoe_kernels as dk
 from bench import shapes
-from bench.bench_experts import _dense, _dense_out_of_place, _error, _info, _masked_dense, _reference, _stock_experts, layouts
-from bench.paired import OURS, Case, Group, missing
+from bench.experts import (
+    LIBRARIES,
+    dense,
+    dense_merged,
+    dense_out_of_place,
+    ends,
+    ffn_info,
+    layouts,
+    library_call,
+    masked_dense,
+    reference_rows,
+    relative_error,
+    silu_and_mul,
+    stock_experts,
+    without_transformers,
+)
+from bench.paired import OURS, Case, Group
 from bench.shapes import Shape
 from dotmoe_kernels import reference
 from dotmoe_kernels._backend import use_triton
@@ -38,7 +52,6 @@ FEW, MOST_MASKED, MANY = 64, 2048, 1024  # tokens: of "decode" and graphs; of "m
 _REDUCTIONS = ("rows", "chunks", "dense", "atomics")
 _TRANSFORMERS = ("eager", "grouped_mm", "batched_mm", "sonicmoe")
 _MOST_GATHERED = 8e9  # bytes of expert weights that batched_mm may copy
-_INT32 = 2**31  # elements; beyond, a peer's 32-bit addresses would take the whole process down
 _DENSE = ("dense", "dense-merged", "dense-merged-graph")
 
 
@@ -58,12 +71,6 @@ def weights(shape: Shape, device: str) -> dict[str, Tensor]:
     gate_up = draw(shape.E, 2 * shape.s, shape.H, seed=0, device=device, scale=shape.H**-0.5)
     down = draw(shape.E, shape.s, shape.H, seed=1, device=device, scale=shape.s**-0.5)
     return layouts(shape, gate_up, down.transpose(1, 2))
-
-
-def silu_and_mul(product: Tensor) -> Tensor:
-    """[T, 2F] -> [T, F]"""
-    gate, up = product.chunk(2, -1)
-    return functional.silu(gate) * up
 
 
 def compiled_silu_and_mul() -> Callable[[Tensor], Tensor]:
@@ -90,77 +97,17 @@ def replayed(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
-def _ends(T: int) -> list[int]:
-    """The first two and the last two tokens."""
-    return sorted({0, min(1, T - 1), max(T - 2, 0), T - 1})
-
-
 def _judge(x: Tensor, w: dict[str, Tensor], indices: Tensor) -> Callable[[str, Any], float]:
-    rows = _ends(len(x))
+    rows = ends(len(x))
     everyone = torch.arange(w["gate_up"].shape[0], device=x.device).expand(len(rows), -1)
-    sparse, dense = (_reference(x[rows], w, chosen) for chosen in (indices[rows], everyone))
+    sparse, full = (reference_rows(x[rows], w, chosen) for chosen in (indices[rows], everyone))
 
     def error(name: str, found: Tensor) -> float:
         if not bool(found.isfinite().all()):
             return float("inf")
-        return _error(found[rows], dense if name in _DENSE else sparse)
+        return relative_error(found[rows], full if name in _DENSE else sparse)
 
     return error
-
-
-# --- the other libraries -----------------------------------------------------------------------------------------------
-
-Peer = Callable[[Tensor, dict[str, Tensor], Tensor, Tensor], Callable[[], Tensor]]
-
-
-def _liger(x: Tensor, w: dict[str, Tensor], indices: Tensor, ones: Tensor) -> Callable[[], Tensor]:
-    apply = importlib.import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction.apply
-    return partial(apply, x, w["gate_up"], w["down_stock"], indices.int(), ones)
-
-
-def _vllm(x: Tensor, w: dict[str, Tensor], indices: Tensor, ones: Tensor) -> Callable[[], Tensor]:
-    fused_experts = importlib.import_module("vllm.model_executor.layers.fused_moe").fused_experts
-    return partial(fused_experts, x, w["gate_up"], w["down_stock"], topk_weights=ones, topk_ids=indices.int())
-
-
-def _scattermoe(x: Tensor, w: dict[str, Tensor], indices: Tensor, ones: Tensor) -> Callable[[], Tensor]:
-    """Its GLU block; gate before up, as the weights are stored here."""
-    library = importlib.import_module("scattermoe.parallel_experts")
-    E, K, gates = w["gate_up"].shape[0], indices.shape[1], ones.to(x.dtype)
-    up_weight, down_weight = w["gate_up"].transpose(1, 2), w["down_stock"].transpose(1, 2)
-
-    def call() -> Tensor:
-        order = library.flatten_sort_count(indices, E)
-        gate, up = library.parallel_linear(x, up_weight, K, *order, grouped_out=True).chunk(2, -1)
-        return library.parallel_linear(functional.silu(gate) * up, down_weight, 1, *order, grouped_in=True, gates=gates)
-
-    return call
-
-
-LIBRARIES: dict[str, tuple[str, Peer]] = {
-    "liger": ("liger_kernel", _liger),
-    "scattermoe": ("scattermoe", _scattermoe),
-    "vllm": ("vllm", _vllm),
-}
-
-
-def _transformers(name: str, shape: Shape, T: int) -> str | None:
-    """The reason to skip an implementation of transformers, or None."""
-    if reason := missing("transformers"):
-        return reason
-    gathered = T * shape.K * 3 * shape.s * shape.H * 2
-    if name == "batched_mm" and gathered > _MOST_GATHERED:
-        return f"copies the weights of every slot: {gathered / 1e9:.0f} GB"
-    if name == "eager":
-        return None
-    if name not in importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS:
-        return f"not registered in transformers {importlib.import_module('transformers').__version__}"
-    if name == "sonicmoe":
-        try:
-            importlib.import_module("transformers.integrations.sonicmoe").load_sonicmoe_kernel()
-        except Exception as problem:
-            return f"cannot be loaded: {(str(problem).splitlines() or [''])[0][:120]}"
-    return None
 
 
 # --- the op ------------------------------------------------------------------------------------------------------------
@@ -191,8 +138,7 @@ def _masked_triton_up(x: Tensor, w: dict[str, Tensor], indices: Tensor) -> Tenso
 
 
 def _dense_merged(w: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    fused = compiled_silu_and_mul()
-    return lambda x: functional.linear(fused(functional.linear(x, w["dense_gate_up"])), w["dense_down"])
+    return partial(dense_merged, w=w, swiglu=compiled_silu_and_mul())
 
 
 def _without_gradient(case: Case) -> Case:
@@ -205,16 +151,16 @@ def _forward(shape: Shape, T: int, device: str) -> Case:
     x, indices = draw(T, shape.H, seed=3, device=device), draw_indices(T, shape, device)
     ones = torch.ones(T, shape.K, device=device)
     ffn = partial(dk.expert_ffn, x, w["gate_up"], w["down"], indices, ones)
-    dense_merged = _dense_merged(w)
+    merged = _dense_merged(w)
     run: dict[str, Callable[[], Any]] = {
         OURS: ffn,
         "ours-graph": replayed(ffn),
         **{f"ours-{path}": partial(ffn, path=path) for path in ("decode", "masked", "grouped")},
         "ours-masked-triton-up": lambda: _masked_triton_up(x, w, indices),
-        "dense": lambda: _dense(x, w),
-        "dense-merged": lambda: dense_merged(x),
-        "dense-merged-graph": replayed(lambda: dense_merged(x)),
-        "eager-masked-dense": lambda: _masked_dense(x, w, indices, shape.E),
+        "dense": lambda: dense(x, w),
+        "dense-merged": lambda: merged(x),
+        "dense-merged-graph": replayed(lambda: merged(x)),
+        "eager-masked-dense": lambda: masked_dense(x, w, indices, shape.E),
     }
     for how in _REDUCTIONS:
         run[f"ours-grouped-{how}"] = partial(grouped_ffn_op, x, w["gate_up"], w["down"], indices, ones, "silu", how)
@@ -225,20 +171,16 @@ def _forward(shape: Shape, T: int, device: str) -> Case:
         elif name.startswith(("ours-masked-triton", "ours-grouped-")) and not use_triton(x):
             skipped[name] = "needs Triton's kernels"
     for name in _TRANSFORMERS:
-        if reason := _transformers(name, shape, T):
+        if reason := without_transformers(name, shape, T, _MOST_GATHERED):
             skipped[f"transformers-{name}"] = reason
         else:
-            run[f"transformers-{name}"] = partial(_stock_experts(shape, w, name), x, indices, ones.to(x.dtype))
-    for name, (package, peer) in LIBRARIES.items():
-        if reason := missing(package):
-            skipped[name] = reason
-        elif T * shape.K * shape.H >= _INT32:
-            skipped[name] = "its rows [T K, H] may be beyond 32-bit addresses"
+            run[f"transformers-{name}"] = partial(stock_experts(shape, w, name), x, indices, ones.to(x.dtype))
+    for name in LIBRARIES:
+        call = library_call(name, x, w, indices, ones)
+        if isinstance(call, str):
+            skipped[name] = call
         else:
-            try:
-                run[name] = peer(x, w, indices, ones)
-            except Exception as problem:
-                skipped[name] = f"cannot be loaded: {type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:120]}"
+            run[name] = call
     return _without_gradient(Case({name: run[name] for name in impls if name in run}, _judge(x, w, indices), 2e-2, skipped=skipped))
 
 
@@ -254,7 +196,7 @@ def _block(shape: Shape, T: int, device: str) -> Case:
     """Router product, top K, experts. The dense FFN needs no router."""
     w = weights(shape, device)
     x, router = draw(T, shape.H, seed=3, device=device), draw(shape.E, shape.H, seed=5, device=device, scale=shape.H**-0.5)
-    dense_merged = _dense_merged(w)
+    merged = _dense_merged(w)
 
     def ours() -> Tensor:
         routing = dk.route_top_k(functional.linear(x, router), shape.K)
@@ -263,15 +205,15 @@ def _block(shape: Shape, T: int, device: str) -> Case:
     run: dict[str, Callable[[], Any]] = {
         OURS: ours,
         "ours-graph": replayed(ours),
-        "dense-merged": lambda: dense_merged(x),
-        "dense-merged-graph": replayed(lambda: dense_merged(x)),
+        "dense-merged": lambda: merged(x),
+        "dense-merged-graph": replayed(lambda: merged(x)),
     }
     skipped = {} if device == "cuda" else {name: "needs a GPU" for name in block_impls(T) if name.endswith("-graph")}
     stock = "transformers-grouped_mm"
-    if reason := _transformers("grouped_mm", shape, T):
+    if reason := without_transformers("grouped_mm", shape, T, _MOST_GATHERED):
         skipped[stock] = reason
     else:
-        experts = _stock_experts(shape, w, "grouped_mm")
+        experts = stock_experts(shape, w, "grouped_mm")
 
         def with_stock_router() -> Tensor:
             """Softmax in float32 and top K as Qwen3-MoE has them, the selected experts with weight 1."""
@@ -296,7 +238,9 @@ def expert_groups(
     for first, counts in zip((True, False), tokens, strict=True):
         for shape in sizes:
             groups += [
-                Group(f"experts {shape.name} T {T}", forward_impls(T), partial(_forward, shape, T, device), _info(shape, T, DTYPE))
+                Group(
+                    f"experts {shape.name} T {T}", forward_impls(T), partial(_forward, shape, T, device), ffn_info(shape, T, DTYPE)
+                )
                 for T in counts
             ]
             if first:
@@ -308,7 +252,7 @@ def expert_groups(
 
 
 def _block_info(shape: Shape, T: int) -> dict[str, Any]:
-    info = _info(shape, T, DTYPE)
+    info = ffn_info(shape, T, DTYPE)
     return {**info, "flops": info["flops"] + 2 * T * shape.H * shape.E, "bytes": info["bytes"] + 2 * shape.H * shape.E}
 
 
@@ -339,22 +283,22 @@ def _alignment(shape: Shape, T: int, device: str) -> Case:
 
     def frozen(*inputs: Tensor) -> Any:
         a, g, u, d, grad = inputs
-        return torch.autograd.grad(_dense_out_of_place(a, g, u, d), [a], grad)
+        return torch.autograd.grad(dense_out_of_place(a, g, u, d), [a], grad)
 
     # the plan's gradient is a sum over all tokens, so the reference takes them all, in float32
     wide = [t.detach().float() for t in (x, plan, probs, gate, up, down, dy)]
     for leaf in wide[:3]:
         leaf.requires_grad_()
     expected = eager(*wide)
-    rows = _ends(T)
+    rows = ends(T)
     few = wide[0].detach()[rows].requires_grad_()
     expected_dense = frozen(few, *wide[3:6], wide[6][rows])
     del wide, few
 
     def error(name: str, found: Any) -> float:
         if name == "frozen-dense":
-            return _error(found[0][rows], expected_dense[0])
-        distance = max(_error(a, b) for a, b in zip(found, expected, strict=True))
+            return relative_error(found[0][rows], expected_dense[0])
+        distance = max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
         return distance if distance == distance else float("inf")
 
     run: dict[str, Callable[[], Any]] = {

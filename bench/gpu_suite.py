@@ -34,8 +34,9 @@ import torch
 from bench import machine
 from bench.compile_report import table
 from bench.gpu_dispatch import dispatch_groups
-from bench.gpu_experts import alignment_groups, expert_groups
+from bench.gpu_experts import TELLING, TOKENS, alignment_groups, expert_groups
 from bench.gpu_routing import routing_groups
+from bench.gpu_training import training_groups
 from bench.gpu_transport import transport_groups
 from bench.paired import OURS, Case, Group, Series, extra_info
 from bench.report import factor, seconds, size
@@ -66,7 +67,7 @@ PARTS: dict[str, Part] = {
             "tests/test_decode_triton.py",
             "tests/test_experts_training.py",
         ),
-        expert_groups,
+        lambda: expert_groups(tokens=(TELLING, ())) + training_groups() + expert_groups(tokens=((), TOKENS)),
     ),
     "alignment": Part(("tests/test_masked.py", "tests/test_masked_triton.py"), alignment_groups),
     "routing": Part(
@@ -151,7 +152,7 @@ def _check(case: Case, name: str, meter: Meter) -> Series | str:
         same = error <= case.tolerance
         if not same and name not in case.may_differ:
             return f"wrong: error {error:.3g}, allowed {case.tolerance:.3g}"
-        extra = {**case.extra.get(name, {}), "peak_bytes": meter.peak(case.run[name])}
+        extra = {**case.remarks(name), "peak_bytes": meter.peak(case.run[name])}
         return Series([], [], 1, error, "same" if same else "differs", extra=extra)
     except torch.OutOfMemoryError:
         return "out of memory"
@@ -282,7 +283,8 @@ def summary(data: dict[str, Any]) -> str:
         info, stats = one["extra_info"], one["stats"]
         limit = f"{info['times_limit']:.2f}" if info["times_limit"] else ""
         ratio = "1" if info["impl"] == OURS else factor(info["ratio"])
-        status = "" if info["status"] == "same" else f"differs {info['error']:.1g}"
+        status = f"keeps {size(info['kept_bytes'])}" if "kept_bytes" in info else ""
+        status = status if info["status"] == "same" else f"differs {info['error']:.1g}"
         rows.append([one["group"], info["impl"], seconds(stats["median"]), ratio, limit, size(info.get("peak_bytes", 0)), status])
     for group, reasons in data["skipped"].items():
         rows += [[group, name, "-", "", "", "", reason[:60]] for name, reason in reasons.items()]

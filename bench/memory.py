@@ -6,6 +6,8 @@ The module's ``memory_call(NAME)`` builds the inputs, warms the libraries up on 
 is the high-water mark of the resident set (VmHWM, set back before the call through /proc/self/clear_refs; without it ru_maxrss).
 It counts everything, the scratch of the math libraries and the outputs included, and not only what one allocator reports.
 glibc is told to map every block above 64 KiB, so that freed blocks leave the resident set and the mark follows the live bytes.
+
+What autograd keeps between forward and backward is counted instead, storage by storage.
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from bench.machine import ROOT
 
@@ -62,6 +68,22 @@ def peak_extra_bytes(module: str, name: str) -> int:
     if done.returncode:
         raise RuntimeError(f"bench.memory {module} {name} failed:\n{done.stderr}")
     return int(done.stdout.split()[-1])
+
+
+def kept_bytes(forward: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps of a call for its backward pass, beyond those of ``held`` (the inputs) and of the output."""
+    kept: dict[int, int] = {}
+
+    def weigh(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(weigh, lambda tensor: tensor):
+        output = forward()
+    for tensor in (*held, output):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
 
 
 if __name__ == "__main__":

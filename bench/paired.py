@@ -35,6 +35,10 @@ class Case:
     may_differ: frozenset[str] = frozenset()  # marked, not refused, when beyond the tolerance
     skipped: dict[str, str] = field(default_factory=dict)  # impl -> reason
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # impl -> more extra_info
+    kept: dict[str, Callable[[], int]] = field(default_factory=dict)  # impl -> weighs what it keeps for the backward pass, in bytes
+
+    def remarks(self, name: str) -> dict[str, Any]:
+        return {**self.extra.get(name, {}), **({"kept_bytes": self.kept[name]()} if name in self.kept else {})}
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def measure(group: Group) -> Result:
         seconds = _clock(case.run[name], 1)
         calls = 1 if seconds >= _MIN_SECONDS else math.ceil(_MIN_SECONDS / max(seconds, 1e-7))
         turns[name] = _turns(seconds * calls, group.rounds, group.budget)
-        series[name] = Series([], [], calls, error, status, extra=case.extra.get(name, {}))
+        series[name] = Series([], [], calls, error, status, extra=case.remarks(name))
     turns[OURS] = set().union(*turns.values())  # ours runs in every round that anybody runs in
     collecting = gc.isenabled()
     gc.collect()

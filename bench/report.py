@@ -49,8 +49,19 @@ def groups_of(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return groups
 
 
-def _peak_of_ours(entries: list[dict[str, Any]]) -> float | None:
-    return next((one["extra_info"].get("peak_bytes") for one in entries if one["extra_info"]["impl"] == OURS), None)
+_MEMORY = {"peak_bytes": "peak extra memory", "kept_bytes": "kept for backward"}
+
+
+def _memory_of_ours(entries: list[dict[str, Any]]) -> dict[str, float]:
+    info: dict[str, Any] = next((one["extra_info"] for one in entries if one["extra_info"]["impl"] == OURS), {})
+    return {key: info[key] for key in _MEMORY if key in info}
+
+
+def _memory_cell(value: float | None, ours: float) -> str:
+    """Bytes, and the ratio to those of ours."""
+    if value is None:
+        return ""
+    return size(value) + (f" ({factor(value / ours)})" if ours else "")
 
 
 def _remarks(info: dict[str, Any]) -> str:
@@ -87,17 +98,16 @@ def table(result: dict[str, Any]) -> str:
     ]
     for name, entries in groups_of(result).items():
         info = entries[0]["extra_info"]
-        peak = _peak_of_ours(entries)
-        lines += ["", f"## {name}", "", f"{info.get('shape', '')}, {info.get('dtype', '')}", ""]
-        lines.append(f"| impl | median | min | ratio | GFLOP/s | {'peak extra memory | ' if peak else ''}rounds | remarks |")
-        lines.append(f"|---|--:|--:|--:|--:|{'--:|' if peak else ''}--:|---|")
+        weighed = _memory_of_ours(entries)
+        gradients = f"; gradients, part of every peak: {size(info['gradient_bytes'])}" if "gradient_bytes" in info else ""
+        lines += ["", f"## {name}", "", f"{info.get('shape', '')}, {info.get('dtype', '')}{gradients}", ""]
+        columns = "".join(f"{_MEMORY[key]} | " for key in weighed)
+        lines.append(f"| impl | median | min | ratio | GFLOP/s | {columns}rounds | remarks |")
+        lines.append(f"|---|--:|--:|--:|--:|{'--:|' * len(weighed)}--:|---|")
         for one in entries:
             info, stats = one["extra_info"], one["stats"]
             low, high = info["ratio_quartiles"]
-            memory = ""
-            if peak:
-                own = info.get("peak_bytes")
-                memory = f"{size(own)} ({factor(own / peak)}) | " if own is not None else " | "
+            memory = "".join(f"{_memory_cell(info.get(key), ours)} | " for key, ours in weighed.items())
             ratio = "1" if info["impl"] == OURS else f"**{factor(info['ratio'])}** [{low:.3g}, {high:.3g}]"
             lines.append(
                 f"| {info['impl']} | {seconds(stats['median'])} | {seconds(stats['min'])} | {ratio} | "

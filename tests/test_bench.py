@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed with the package
 
-from bench import curves, machine, memory, paired, report
+from bench import __main__ as record
+from bench import curves, experts, machine, memory, paired, report, shapes, training
+from tests.shapes import expert_weights, normal, routed_indices, uniform
 
 pytest_plugins = ["pytester"]
 
@@ -193,6 +196,20 @@ def test_curves_take_the_faster_dense_form(synthetic):
     assert written[2].read_bytes().startswith(b"\x89PNG")
 
 
+def test_table_has_a_column_for_each_kind_of_memory(synthetic):
+    result = json.loads(synthetic.read_text())
+    result["benchmarks"] = [
+        entry("step", "ours", 1.0, kept_bytes=0, peak_bytes=3e7, gradient_bytes=2e7),
+        entry("step", "eager", 2.0, kept_bytes=5e7, peak_bytes=9e7),
+        entry("plan", "ours", 1.0),
+    ]
+    step, plan = report.table(result).split("## ")[1:]
+    assert "gradients, part of every peak: 20 MB" in step
+    assert "| peak extra memory | kept for backward | rounds |" in step
+    assert "| 90 MB (3.00x) | 50 MB | 9 |" in step
+    assert "memory" not in plan
+
+
 def test_report_refuses_an_empty_result(tmp_path):
     path = tmp_path / "empty.json"
     path.write_text(json.dumps({"benchmarks": []}))
@@ -209,8 +226,6 @@ def test_machine_has_a_neutral_name_and_no_host():
 
 
 def test_peak_memory_counts_the_live_bytes_of_the_call(monkeypatch):
-    import torch
-
     numel = 25_000_000  # 100 MB
 
     class Module:
@@ -220,3 +235,90 @@ def test_peak_memory_counts_the_live_bytes_of_the_call(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "a_bench", Module)
     assert memory.measure_here("a_bench", "2") == pytest.approx(2 * 4 * numel, rel=0.1)
+
+
+def test_kept_memory_is_what_the_backward_pass_needs_beyond_the_inputs():
+    x, w = torch.ones(3, 4), torch.ones(4, 5, requires_grad=True)
+    assert memory.kept_bytes(lambda: (x @ w).exp(), [x, w]) == 0  # x and w are held, exp keeps its output
+    assert memory.kept_bytes(lambda: (x @ w).sin(), [x, w]) == 3 * 5 * 4
+    assert memory.kept_bytes(lambda: (x @ w).sin().sin(), [x, w]) == 2 * 3 * 5 * 4
+
+
+# --- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_quick_variants_run_only_where_asked_for():
+    everything = str(machine.ROOT / "bench")
+    assert record.chosen([]) == [everything, "-k", "not quick"]
+    assert record.chosen(["-k", "quick"])[-2:] == ["-k", "quick"]  # pytest takes the last
+    assert record.chosen(["bench/bench_experts.py::test_experts", "--backward"])[0] == "-k"
+    assert everything in record.chosen(["--backward"])
+
+
+def test_parts_of_one_commit_join_in_one_file(tmp_path):
+    path, draft = tmp_path / "a.json", tmp_path / "a.part"
+    for entries in ([entry("plan", "ours", 1.0), entry("step", "ours", 1.0)], [entry("step", "ours", 7.0)]):
+        draft.write_text(json.dumps({"benchmarks": entries}))
+        record.join(path, draft)
+        assert not draft.exists()
+    found = [(one["group"], one["extra_info"]["ratio"]) for one in json.loads(path.read_text())["benchmarks"]]
+    assert found == [("plan", 1.0), ("step", 7.0)]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--backward"]])
+def test_backward_selects_the_backward_passes(pytestconfig, arguments):
+    from bench import bench_experts, conftest
+
+    class Item:
+        def __init__(self, name):
+            self.name = name
+
+    class Config:
+        hook = type("Hook", (), {"pytest_deselected": staticmethod(lambda items: dropped.extend(items))})
+        getoption = staticmethod(lambda name: f"--{name}" in arguments)
+
+    dropped = []
+    items = [Item(f"test_experts[{group.name}-ours]") for group in bench_experts._groups()]
+    everything = list(items)
+    conftest.pytest_collection_modifyitems(Config, items)
+    assert [item for item in everything if item in items or item in dropped] == everything
+    assert bool(dropped) == bool(arguments)
+    assert any("backward" in item.name for item in items)
+    assert not any("backward" in item.name for item in dropped)
+
+
+# --- forward and backward of the experts -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def step():
+    """(weights, inputs, judge) of a small routed FFN in float32."""
+    shape, T = shapes.Shape("small", 12, 6, 4, 2), 9
+    w = experts.layouts(shape, *expert_weights(shape.E, shape.s, shape.H, seed=0, dtype=torch.float32))
+    x, dy = (normal(T, shape.H, seed=seed, dtype=torch.float32) for seed in (3, 5))
+    routing = uniform(T, shape.K, seed=6, dtype=torch.float32)
+    inputs = training.Inputs(x, dy, routed_indices(T, shape.K, shape.E, seed=4), routing)
+    return shape, w, inputs, training.judge(w, inputs)
+
+
+@pytest.mark.parametrize(
+    "impl", ["ours", "ours-recompute", "transformers-eager", "transformers-grouped_mm", "dense", "dense-merged"]
+)
+def test_a_wrong_gradient_is_found(step, impl):
+    """Each output of a step in turn, wrong in its last row or not finite in one place."""
+    shape, w, inputs, error = step
+    found, skipped = training.steps(shape, w, inputs)
+    assert impl not in skipped
+    right = [t.detach() for t in found[impl](inputs.dy)]
+    assert error(impl, right) < 1e-5
+    for n, tensor in enumerate(right):
+        for spoil in (lambda t: t.select(0, -1).mul_(1.1), lambda t: t.flatten()[0].fill_(float("nan"))):
+            wrong = [t.clone(memory_format=torch.contiguous_format) for t in right]
+            spoil(wrong[n])
+            assert error(impl, wrong) > 1e-3, (n, tensor.shape)
+
+
+def test_the_dense_step_is_not_the_sparse_one(step):
+    shape, w, inputs, error = step
+    found, _ = training.steps(shape, w, inputs, ("ours", "dense"))
+    assert error("dense", [found["ours"](inputs.dy)[0], *found["dense"](inputs.dy)[1:]]) > 0.1

@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed with the package
 
-from bench import gpu_dispatch, gpu_experts, gpu_routing, gpu_suite, gpu_transport, report, shapes
+from bench import experts, gpu_dispatch, gpu_experts, gpu_routing, gpu_suite, gpu_training, gpu_transport, report, shapes, training
 from bench.paired import Case, Group
 from dotmoe_kernels._backend import interpreted
 
@@ -295,11 +295,21 @@ def test_the_alignment_benches_are_right(measured):
     assert impls_of(data, "alignment thin T 5") == list(gpu_experts.ALIGNMENT)
 
 
+def test_the_training_benches_are_right(measured):
+    data = measured(gpu_training.training_groups("cpu", (THIN,), (5,)))
+    found = impls_of(data, "training thin T 5")
+    assert {"ours", "ours-recompute", "dense", "dense-merged"} <= set(found)
+    assert set(found) | set(data["skipped"]["training thin T 5"]) == set(training.IMPLS)
+    kept = {name: one["extra_info"]["kept_bytes"] for name, one in by_impl(data).items()}
+    assert kept["ours-recompute"] < kept["ours"]
+    assert "keeps" in gpu_suite.summary(data)
+
+
 def test_a_dense_answer_is_not_a_sparse_one():
     w = gpu_experts.weights(THIN, "cpu")
     x, indices = gpu_experts.draw(6, THIN.H, seed=3, device="cpu"), gpu_experts.draw_indices(6, THIN, "cpu")
     error = gpu_experts._judge(x, w, indices)
-    dense = gpu_experts._dense(x, w)
+    dense = experts.dense(x, w)
     assert error("dense", dense) < 2e-2
     assert error("ours", dense) > 0.1
     dense[3, 0] = float("nan")  # of a token that is not compared
@@ -310,11 +320,16 @@ def test_the_telling_groups_come_first():
     names = [one.name for one in gpu_experts.expert_groups()]
     assert names[:3] == ["experts L3 T 1", "experts L3 T 4", "experts L3 T 8192"]
     assert len(set(names)) == len(names) == 4 * (11 + 3)
+    whole = [one.name for one in gpu_suite.PARTS["experts"].groups()]
+    assert whole[:24] == names[:24]
+    assert whole[24] == "training L3 T 8192"
+    assert sorted(whole) == sorted(names + [one.name for one in gpu_training.training_groups()])
     assert gpu_experts.alignment_groups()[0].name == "alignment L3 T 8192"
 
 
-def test_one_size_first_and_the_rest_later(suite):
+def test_one_size_first_and_the_rest_later(suite, monkeypatch):
     """--only, then the same file without it: what is there is not measured again."""
+    monkeypatch.setattr(gpu_suite, "free_memory", lambda: None)
     groups = gpu_experts.expert_groups()
     clocks = [Clock(), Clock()]
 
