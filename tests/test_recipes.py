@@ -313,6 +313,13 @@ def test_dry_run_of_a_folder_reads_its_config_alone(capsys, tmp_path):
     assert sorted(path.name for path in (tmp_path / "dense").iterdir()) == before
 
 
+def test_a_converted_model_is_refused(capsys, tmp_path):
+    sparse_model("llama").config.save_pretrained(tmp_path / "moe")
+    status, out, err = call(capsys, "convert", tmp_path / "moe", "--dry-run")
+    assert (status, out) == (2, "")
+    assert err == f"dotmoe convert: error: MODEL is {tmp_path / 'moe'}, which is already converted; allowed: a dense model\n"
+
+
 def test_a_run_takes_the_recipe(capsys, tmp_path, monkeypatch):
     """Every value reaches ``convert``; nothing is trained here."""
     seen = {}
@@ -351,7 +358,8 @@ def test_a_run_takes_the_recipe(capsys, tmp_path, monkeypatch):
 WRONG = {
     "no recipe of that name": (("--recipe", "llama", "--dry-run"), "recipe is 'llama'; allowed: llama2-7b, "),
     "nothing to dry-run": (("--dry-run",), "MODEL is missing; allowed: a model folder, a name, or a recipe"),
-    "a folder without config": ((".", "--dry-run"), "MODEL is ., without config.json; allowed: a model folder"),
+    "a folder without config": ((".", "--dry-run"), "MODEL is ., without config.json; allowed: a Hugging Face model folder"),
+    "no folder": (("./none", "--dry-run"), "MODEL is ./none, which is no folder; allowed: a Hugging Face model folder, or a name"),
     "a topology that does not fit": (
         ("--recipe", "smollm2-135m", "--dry-run", "--num-experts", "7"),
         "num_experts is 7; allowed: a divisor",

@@ -44,13 +44,13 @@ def _tokenizer(folder: str) -> Any:
         raise ValueError(f"{folder} has no tokenizer that can be read ({str(error).splitlines()[0]})") from None
 
 
-def _require_model_folder(name: str) -> None:
-    """A local folder must hold a config and weights; another name is left to transformers."""
+def _require_model_folder(name: str, *, weights: bool = True) -> None:
+    """A local folder must hold a config, and weights unless told otherwise; another name is left to transformers."""
     path = Path(name).expanduser()
     if path.is_dir():
         require((path / "config.json").is_file(), "MODEL", f"{name}, without config.json", "a Hugging Face model folder")
-        weights = [f for pattern in ("*.safetensors", "*.bin", "*.index.json") for f in path.glob(pattern)]
-        require(bool(weights), "MODEL", f"{name}, without weights", "a folder with safetensors files")
+        files = [f for pattern in ("*.safetensors", "*.bin", "*.index.json") for f in path.glob(pattern)]
+        require(bool(files) or not weights, "MODEL", f"{name}, without weights", "a folder with safetensors files")
     else:
         local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
         require(not local, "MODEL", f"{name}, which is no folder", "a Hugging Face model folder, or a name")
@@ -94,6 +94,8 @@ def _fill_in(args: argparse.Namespace) -> tuple[Recipe, AlignmentConfig, dict[st
 
 def _dry_run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, topology: dict[str, Any]) -> int:
     require(args.sequence_length >= 2, "--sequence-length", args.sequence_length, "at least 2")
+    if args.model is not None:
+        _require_model_folder(args.model, weights=False)
     import torch
 
     from ..conversion import DotMoeConfig

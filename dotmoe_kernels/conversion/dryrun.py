@@ -29,7 +29,6 @@ The share is an estimate: the paper's 3 hours on 8 H100 for LLaMA-3-8B would be 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ def dense_config(model: str | None, recipe: Recipe | None) -> PreTrainedConfig:
     """The dense config: that of ``model``, or the recipe's ``backbone``, or that of the recipe's ``model``.
 
     Raises:
-        ValueError: there is none, or transformers does not know it.
+        ValueError: there is none, transformers does not know it, or it is already converted.
     """
     if model is None and recipe is not None and recipe.backbone:
         values = dict(recipe.backbone)
@@ -67,9 +66,9 @@ def dense_config(model: str | None, recipe: Recipe | None) -> PreTrainedConfig:
     name = model or (recipe.model if recipe is not None else None)
     if name is None:
         raise ValueError("MODEL is missing; allowed: a model folder, a name, or a recipe with a backbone or a model")
-    path = Path(name).expanduser()
-    require(not path.is_dir() or (path / "config.json").is_file(), "MODEL", f"{name}, without config.json", "a model folder")
-    return AutoConfig.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name)
+    require(config.model_type != DotMoeConfig.model_type, "MODEL", f"{name}, which is already converted", "a dense model")
+    return config
 
 
 def predict_run(
@@ -147,7 +146,7 @@ def predict_run(
         "sequence_length": S,
         "tokens": tokens,
         "flops": float(tokens * flops),
-        "predicted_seconds": round(seconds, 1),
+        "predicted_seconds": round(seconds, 3),
         "predicted_for": f"one H200 at {_SHARE:.0%} [estimate] of {_RATE / 1e12:.0f} TFLOP/s in bfloat16; nobody measured it",
     }
 
@@ -156,7 +155,7 @@ def _duration(seconds: float) -> str:
     for size, name in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {name}"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.3g} seconds"
 
 
 def run_lines(report: dict[str, Any]) -> list[str]:
