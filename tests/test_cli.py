@@ -627,6 +627,17 @@ def test_missing_arguments(capsys):
         assert ": error: " in err
 
 
+def test_output_never_replaces_the_model(capsys, here, tmp_path):
+    shutil.copytree(here / "dense", tmp_path / "dense")
+    before = contents(tmp_path)
+    (tmp_path / "link").symlink_to("dense")
+    for output in (tmp_path / "dense", tmp_path / "link"):
+        status, _, err = call(capsys, *convert_arguments(here, output, "--overwrite", model=tmp_path / "dense"))
+        assert_one_line(status, err, "convert", f"--output is {output}, which would replace MODEL; allowed: another folder")
+    (tmp_path / "link").unlink()
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("kind", ["a model", "something else", "empty", "a file"])
 def test_output_that_exists(capsys, here, converted, tmp_path, kind):
     output = tmp_path / "moe"

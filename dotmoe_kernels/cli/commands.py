@@ -132,6 +132,9 @@ def _convert(args: argparse.Namespace) -> int:
     output = Path(args.output).expanduser()
     run = output.with_name(output.name + ".run")
     require(args.overwrite or not output.exists(), "--output", f"{output}, which exists", "a new folder, or --overwrite")
+    source = Path(args.model).expanduser().resolve()
+    inside = source.is_dir() and output.resolve() in (source, *source.parents)
+    require(not inside, "--output", f"{output}, which would replace MODEL", "another folder")
     replaceable = not output.exists() or (output.is_dir() and ((output / "config.json").is_file() or not any(output.iterdir())))
     require(
         replaceable, "--output", f"{output}, which holds something else than a model", "a new folder, or one with a config.json"
