@@ -627,6 +627,22 @@ def test_missing_arguments(capsys):
         assert ": error: " in err
 
 
+@pytest.mark.parametrize("kind", ["in a file", "no permission"])
+def test_output_that_cannot_be_made_ends_before_the_model_is_loaded(capsys, here, tmp_path, monkeypatch, kind):
+    parent = tmp_path / "parent"
+    if kind == "in a file":
+        parent.write_text("mine")
+    else:
+        parent.mkdir()
+        real = os.access  # the superuser, who may run these tests, can write anywhere
+        monkeypatch.setattr(os, "access", lambda path, mode: path != parent and real(path, mode))
+    output = parent / "new" / "moe"
+    status, out, err = call(capsys, *convert_arguments(here, output))
+    assert out == ""
+    message = f"--output is {output}, and {parent} cannot be written to; allowed: a folder that can be made"
+    assert_one_line(status, err, "convert", message)
+
+
 def test_output_never_replaces_the_model(capsys, here, tmp_path):
     shutil.copytree(here / "dense", tmp_path / "dense")
     before = contents(tmp_path)

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -135,6 +136,9 @@ def _convert(args: argparse.Namespace) -> int:
     source = Path(args.model).expanduser().resolve()
     inside = source.is_dir() and output.resolve() in (source, *source.parents)
     require(not inside, "--output", f"{output}, which would replace MODEL", "another folder")
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+    require(writable, "--output", f"{output}, and {parent} cannot be written to", "a folder that can be made")
     replaceable = not output.exists() or (output.is_dir() and ((output / "config.json").is_file() or not any(output.iterdir())))
     require(
         replaceable, "--output", f"{output}, which holds something else than a model", "a new folder, or one with a config.json"
