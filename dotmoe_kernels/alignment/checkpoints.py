@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._files import write_file
 
 _KEEP = 2  # the newest checkpoints that are kept
+
+
+def weights_checksum(weights: Iterable[Tensor]) -> int:
+    """Of the bits of all of them, whatever the order of the sum: marks the model that a run was started from."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return sum(int(w.detach().view(bits[w.element_size()]).sum()) for w in weights)
+
+
+def tokens_checksum(tokens: Tensor) -> int:
+    """Of token ids and their places: marks the text of a run."""
+    return int((tokens.flatten() * (torch.arange(tokens.numel()) % 1009 + 1)).sum())
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -46,6 +59,11 @@ def load_checkpoint(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
         if theirs.get(key) != ours:
             raise ValueError(f"checkpoint {path} was written with {key} = {theirs.get(key)!r}; this run has {ours!r}")
     return state
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The steps of a run, those before a resumption too."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def truncate_log(path: Path, step: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .block import moe_blocks
@@ -22,6 +22,17 @@ def _cell(value: Any) -> str:
 def _table(rows: Mapping[str, Any], heads: tuple[str, str]) -> str:
     lines = [f"| {heads[0]} | {heads[1]} |", "|---|---|"]
     return "\n".join(lines + [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()])
+
+
+def _stage_rows(figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A stage's figures, a row each: of a pair how it began and how it ended."""
+    for key, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from _stage_rows({f"{key} of {name}": v for name, v in value.items()})
+        elif isinstance(value, list | tuple):
+            yield key, " -> ".join(map(_cell, value))
+        else:
+            yield key, value
 
 
 def router_facts(config: DotMoeConfig) -> dict[str, Any]:
@@ -67,11 +78,15 @@ def model_card(model: DotMoeForCausalLM, title: str, figures: Mapping[str, Any])
     if config.router == "soft":
         structure["experts a token"] = f"{mean:.4g} nominal, the sum of their weights; at most {max(r.max_active for r in soft)}"
         structure["active a token"] += " at that nominal number"
+    stages = config.stages or {}
+    with_all = "with every expert active it equals the dense model"
+    if "finetune" in stages:
+        with_all = "its weights were fine-tuned afterwards, so that with every expert active it is not the dense model any more"
     parts = [
         "\n".join(head),
         f"# {title}",
         "A dense language model whose feed-forward neurons were partitioned into experts; no neuron was copied or removed, and "
-        "with every expert active it equals the dense model.",
+        f"{with_all}.",
         _table(structure, ("structure", "")),
     ]
     if config.router == "soft":
@@ -83,6 +98,8 @@ def model_card(model: DotMoeForCausalLM, title: str, figures: Mapping[str, Any])
         ]
     if config.assignment:
         parts += ["## Assignment", _table(config.assignment, ("setting", "value"))]
+    for stage, measured in stages.items():
+        parts += [f"## Stage: {stage}", _table(dict(_stage_rows(measured)), ("figure", "value"))]
     flat = {key: value for key, value in figures.items() if not isinstance(value, Mapping)}
     if flat:
         parts += ["## Measured", _table(flat, ("figure", "value"))]

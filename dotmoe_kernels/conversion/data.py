@@ -12,10 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import require
+from .._checks import require, require_indices
 
 _WHOLE = (".txt", ".md", ".py")
 _SHUFFLE_BUFFER = 10_000
+
+
+def as_tokens(data: Tensor | Iterable[Tensor], argument: str = "data") -> Tensor:
+    """Packed sequences [N, S] int64 on the CPU, of a tensor or of its rows one by one.
+
+    Raises:
+        ValueError: no sequence, sequences of different lengths or below 2 tokens, another dtype; names ``argument``.
+    """
+    if isinstance(data, Tensor):
+        tokens = data
+    else:
+        rows = [torch.as_tensor(row) for row in data]
+        lengths = sorted({row.numel() for row in rows})
+        require(bool(rows), argument, "empty", "sequences of at least 2 tokens")
+        require(len(lengths) == 1, argument, f"of sequences of {lengths[0]} to {lengths[-1]} tokens", "sequences of one length")
+        tokens = torch.stack(rows)
+    require_indices(tokens, argument, 2, "[N, S]")
+    require(
+        tokens.shape[0] >= 1 and tokens.shape[1] >= 2, argument, f"of shape {list(tokens.shape)}", "sequences of at least 2 tokens"
+    )
+    return tokens.long().cpu()
 
 
 def _missing_extra(package: str, source: str) -> ImportError:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._checks import require, require_indices, require_range
+from .._checks import require, require_range
+from ..alignment.checkpoints import read_log, tokens_checksum, weights_checksum
 from ..alignment.config import AlignmentConfig
 from ..alignment.loop import align
 from ..alignment.module import AlignmentFFN, collect_inputs
+from ..alignment.reconstruct import reconstruct
+from ..alignment.schedule import ends
 from ..alignment.transport import Transport
 from ..partitions import (
     PARTITIONS,
@@ -27,27 +31,13 @@ from ..partitions import (
     start_affinity,
 )
 from .config import DotMoeConfig
+from .data import as_tokens
 from .modeling import DotMoeForCausalLM, dense_class, materialize
 from .surgery import DenseFFN, find_ffns, swap_ffn
 
 METHODS = ("dot", *PARTITIONS)
+STAGES = ("reconstruct", "align")
 _CALIBRATION_TOKENS = 2048  # that the activation partition clusters on
-
-
-def _as_tokens(data: Tensor | Iterable[Tensor]) -> Tensor:
-    if isinstance(data, Tensor):
-        tokens = data
-    else:
-        rows = [torch.as_tensor(row) for row in data]
-        lengths = sorted({row.numel() for row in rows})
-        require(bool(rows), "data", "empty", "sequences of at least 2 tokens")
-        require(len(lengths) == 1, "data", f"of sequences of {lengths[0]} to {lengths[-1]} tokens", "sequences of one length")
-        tokens = torch.stack(rows)
-    require_indices(tokens, "data", 2, "[N, S]")
-    require(
-        tokens.shape[0] >= 1 and tokens.shape[1] >= 2, "data", f"of shape {list(tokens.shape)}", "sequences of at least 2 tokens"
-    )
-    return tokens.long().cpu()
 
 
 def _check_model(model: PreTrainedModel, config: DotMoeConfig, ffns: dict[str, DenseFFN]) -> None:
@@ -70,13 +60,6 @@ def _soft_options(options: AlignmentConfig, config: DotMoeConfig) -> AlignmentCo
     return dataclasses.replace(options, **{name: value for name, value in fields.items() if value is not None})
 
 
-def _checksum(ffns: dict[str, DenseFFN]) -> int:
-    """Of the bits of the FFNs' weights, whatever the order of the sum."""
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    weights = [w.detach() for ffn in ffns.values() for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)]
-    return sum(int(w.view(bits[w.element_size()]).sum()) for w in weights)
-
-
 def _partition(kind: str, ffn: DenseFFN, inputs: Tensor | None, num_experts: int, generator: torch.Generator) -> Partition | None:
     F, H = ffn.gate_proj.shape
     gate, up, down = (w.detach() for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
@@ -88,6 +71,14 @@ def _partition(kind: str, ffn: DenseFFN, inputs: Tensor | None, num_experts: int
         assert inputs is not None
         return activation_partition(inputs, gate, up, down, num_experts, ffn.activation, generator)
     return None
+
+
+def _ordered(stages: Sequence[str]) -> list[str]:
+    """``stages`` in the order of ``STAGES``, each once."""
+    allowed = f"one or both of {' '.join(STAGES)}"
+    given = [stages] if isinstance(stages, str) else list(stages)
+    require(bool(given) and set(given) <= set(STAGES), "stages", " ".join(map(str, given)) or "empty", allowed)
+    return [stage for stage in STAGES if stage in given]
 
 
 def _build_layers(
@@ -136,6 +127,8 @@ def convert(
     data: Tensor | Iterable[Tensor] | None = None,
     init: str | None = None,
     alignment: AlignmentConfig | None = None,
+    stages: Sequence[str] = ("align",),
+    reconstruct_steps: int = 100,
     folder: str | Path | None = None,
     resume: bool = False,
     progress: bool = False,
@@ -154,16 +147,20 @@ def convert(
         init: what "dot" starts A and the router from: "noise", or the partition "kmeans" or "activation". None: as ``alignment``
             says.
         alignment: the training options. None: AlignmentConfig().
+        stages: "align" trains all layers together against the dense model's output; "reconstruct" trains one layer after the other
+            against its dense FFN's, which is cheaper and, given first, is what "align" starts from.
+        reconstruct_steps: of each layer.
         folder: where checkpoints and the log of the training go. None: nowhere.
         resume: continue from the newest checkpoint in ``folder``, bit for bit on CPU.
         progress: show a bar.
 
     Returns:
-        DotMoeForCausalLM in eval mode: with every expert on it equals the dense model.
+        DotMoeForCausalLM in eval mode: with every expert on it equals the dense model. ``config.stages`` says what each stage
+            reached.
 
     Raises:
-        ValueError: an unknown method, a topology that does not fit, a model without recognisable FFNs or already sparse, data of
-            a wrong shape or with token ids outside the vocabulary, "activation" without data.
+        ValueError: an unknown method or stage, a topology that does not fit, a model without recognisable FFNs or already sparse,
+            data of a wrong shape or with token ids outside the vocabulary, "activation" without data.
         FloatingPointError: a non-finite loss; names the step, the layer and the last good checkpoint.
 
     Source: DOT-MoE (arXiv 2606.01666).
@@ -177,7 +174,14 @@ def convert(
     config = copy.deepcopy(config)
     _check_model(model, config, ffns)
     options = _soft_options(options, config)
-    tokens = None if data is None else _as_tokens(data)
+    stages = _ordered(stages)
+    require(
+        isinstance(reconstruct_steps, int) and reconstruct_steps >= 0,
+        "reconstruct_steps",
+        reconstruct_steps,
+        "an integer of at least 0",
+    )
+    tokens = None if data is None else as_tokens(data)
     if tokens is not None:
         vocabulary = model.config.get_text_config().vocab_size
         require_range(tokens, "data", 0, vocabulary - 1)
@@ -196,28 +200,30 @@ def convert(
     try:
         model.eval().requires_grad_(False)
         layers = _build_layers(model, ffns, config, method, options, tokens)
-        steps, budgets = 0, None
-        if tokens is not None and options.steps > 0:
+        steps, budgets, figures = 0, None, {}
+        if tokens is not None:
+            early = reconstruct_steps if "reconstruct" in stages else 0
             fingerprint = {
                 "method": method,
                 "topology": [config.num_experts, config.num_experts_per_tok, *(["soft"] if config.router == "soft" else [])],
                 "model": [type(model).__name__, model.num_parameters()],
-                "weights": _checksum(ffns),
-                "tokens": int((tokens.flatten() * (torch.arange(tokens.numel()) % 1009 + 1)).sum()),
+                "weights": weights_checksum(w for ffn in ffns.values() for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)),
+                "tokens": tokens_checksum(tokens),
+                "reconstruct_steps": early,
             }
-            result = align(
-                model,
-                layers,
-                tokens,
-                options,
-                folder=folder,
-                resume=resume,
-                progress=progress,
-                label=method,
-                fingerprint=fingerprint,
-            )
-            steps, budgets = result.steps, result.budgets
-        elif method == "dot":
+            run: dict[str, Any] = {"resume": resume, "progress": progress, "fingerprint": fingerprint}
+            if early:
+                place = None if folder is None else Path(folder) / "reconstruct"
+                begun = reconstruct(model, layers, tokens, dataclasses.replace(options, steps=early), folder=place, **run)
+                errors = {name: list(pair) for name, pair in begun.errors.items()}  # a config is JSON
+                figures["reconstruct"] = {"steps": begun.steps, "tokens": begun.tokens, "relative_error": errors}
+            if "align" in stages and options.steps:
+                result = align(model, layers, tokens, options, folder=folder, label=method, **run)
+                steps, budgets = result.steps, result.budgets
+                log = result.log if folder is None else read_log(Path(folder) / "log.jsonl")
+                curves = {name: ends([entry[name] for entry in log]) for name in ("loss", "kl", "ce")}
+                figures["align"] = {"steps": steps, "tokens": steps * options.batch_size * tokens.shape[1], **curves}
+        if method == "dot" and not figures:
             Transport(layers, options).refresh(options.tau_end)
     except BaseException:
         for name, dense in before.items():
@@ -243,4 +249,5 @@ def convert(
         "seed": options.seed,
         "tokens": 0 if tokens is None else steps * options.batch_size * tokens.shape[1],
     }
+    config.stages = figures or None
     return materialize(model, config, learned, ffns=ffns).eval()  # type: ignore[arg-type]

@@ -1,0 +1,209 @@
+"""A cheap start for the alignment: A and the router of one layer at a time, against the dense FFN's own output.
+
+    minimise  mean |Y^ - Y|^2 / mean |Y|^2 + z mean(logsumexp(Z)^2) + balance E <load, mean Q>
+
+over X, what enters the FFN in the dense model; Y the dense output and Y^ the masked one (eq. 4), with the straight-through
+gradients of the alignment. Nothing passes through the rest of the model, so that a step costs one FFN, not all layers and the head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .._checks import require, require_indices
+from ..evaluation import reconstruction_error
+from .checkpoints import last_checkpoint, load_checkpoint, save_checkpoint
+from .config import SOFT_OPTIONS, AlignmentConfig
+from .module import AlignmentFFN, all_experts, collect_inputs
+from .schedule import learning_rate, shuffled_rows
+from .soft import SoftRouting
+from .transport import Transport
+
+_MEMORY = 1 << 30  # bytes of inputs that are held at a time, but for one layer's, which always are
+_ROWS = 4096  # tokens of a pass without gradients
+_UNREAD = ("steps", "micro_batch_size", "kl", "ce", "budget_lr", "checkpoint_every")  # of AlignmentConfig
+
+
+class ReconstructionResult(NamedTuple):
+    """What a run leaves besides the layers' own parameters and assignments."""
+
+    steps: int  # of each layer
+    tokens: int  # that it trained on
+    seconds: float
+    errors: dict[str, tuple[float, float]]  # |Y^ - Y| / |Y| before and after, by layer, on tokens held out
+
+
+@torch.no_grad()
+def _outputs(layer: AlignmentFFN, x: Tensor) -> Tensor:
+    return torch.cat([layer(rows) for rows in x.split(_ROWS)])
+
+
+def _dense_outputs(name: str, layer: AlignmentFFN, x: Tensor) -> Tensor:
+    with all_experts({name: layer}):
+        return _outputs(layer, x)
+
+
+def _inputs(model: nn.Module, layers: dict[str, AlignmentFFN], names: list[str], tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(name, [T, H]) of the layers in ``names``, collected for as many of them at a time as ``_MEMORY`` holds."""
+    batch_size = max(1, _ROWS // tokens.shape[1])
+    todo = list(names)
+    while todo:
+        weight = layers[todo[0]].gate_proj
+        count = max(1, _MEMORY // (tokens.numel() * weight.shape[1] * weight.element_size()))
+        group, todo = todo[:count], todo[count:]
+        with all_experts(layers):
+            found = collect_inputs(model, {name: layers[name] for name in group}, tokens, batch_size=batch_size)
+        for name in group:
+            yield name, found.pop(name)
+
+
+def _fit(
+    name: str, layer: AlignmentFFN, x: Tensor, held: Tensor, config: AlignmentConfig, batch_tokens: int, bar: Any
+) -> tuple[float, float]:
+    """Trains one layer on x [T, H]; its relative error on ``held`` before and after."""
+    y, y_held = _dense_outputs(name, layer, x), _dense_outputs(name, layer, held)
+    scale = y.float().square().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    alone = {name: layer}
+    transport = Transport(alone, config)
+    soft = SoftRouting(alone, config) if layer.router == "soft" else None  # one layer's share of the budget is all of it: k = K
+    groups = [{"params": [layer.router_weight.requires_grad_()], "lr": 0.0, "peak": config.router_lr}]
+    if layer.affinity is not None:
+        groups.append({"params": [layer.affinity.requires_grad_()], "lr": 0.0, "peak": config.affinity_lr})
+    trained = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+
+    def refresh(step: int) -> None:
+        transport.refresh(config.tau(step))
+        if soft is not None:
+            soft.refresh(step)
+
+    def error() -> float:
+        return reconstruction_error(y_held, _outputs(layer, held))
+
+    rows = torch.arange(len(x), device=x.device)
+    refresh(0)
+    before = error()
+    for step in range(config.steps):
+        refresh(step)
+        share = learning_rate(step, config.steps, config.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["peak"]
+        optimizer.zero_grad(set_to_none=True)
+        batch = shuffled_rows(rows, step, batch_tokens, config.seed)
+        loss = (layer(x[batch]).float() - y[batch].float()).square().mean() / scale
+        assert layer.routing is not None
+        (loss + config.z * layer.routing.z_loss + config.balance * layer.routing.balance_loss).backward()
+        transport.backward()
+        norm = nn.utils.clip_grad_norm_(trained, config.clip)
+        values = (float(loss.detach()), float(norm))
+        if not all(map(math.isfinite, values)):
+            raise FloatingPointError(
+                f"non-finite loss or gradient at step {step + 1} of the reconstruction in layer {name} (loss {values[0]:.4g}, "
+                f"norm {values[1]:.4g}); the layers before it are kept"
+            )
+        optimizer.step()
+        bar.set_postfix(layer=name, error=f"{math.sqrt(values[0]):.3f}", refresh=False)
+        bar.update()
+    refresh(max(config.steps - 1, 0))  # the assignment after the last update
+    after = error()
+    optimizer.zero_grad(set_to_none=True)
+    layer.plan = layer.routing = layer.finite = None
+    return before, after
+
+
+def reconstruct(
+    model: nn.Module,
+    layers: dict[str, AlignmentFFN],
+    data: Tensor,
+    config: AlignmentConfig,
+    *,
+    tokens: int = 65536,
+    batch_tokens: int = 1024,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    label: str = "reconstruct",
+    fingerprint: dict[str, Any] | None = None,
+) -> ReconstructionResult:
+    """Trains the affinity and the router of one layer after the other in place, and leaves the assignments in ``expert_of``.
+
+    Args:
+        model: a causal LM whose FFNs are ``layers``; called as model(input_ids=..., use_cache=False). Put into eval mode.
+        layers: the FFNs by name. A layer without an affinity keeps its assignment and trains its router alone.
+        data: [N, S] int64 packed token sequences.
+        config: the options; ``steps`` are those of each layer, and what the joint training alone needs is not read.
+        tokens: the most that are collected, from the beginning of ``data``; a sixteenth of them, at least one sequence where there
+            are two, is held out for the errors. The inputs of all layers are never held at once.
+        batch_tokens: tokens a step.
+        folder: where a layer that is done goes, one file each. None: nowhere.
+        resume: take over the layers that are done in ``folder``.
+        progress: show a bar.
+        fingerprint: what else must agree with a layer that is taken over.
+
+    Returns:
+        ReconstructionResult.
+
+    Raises:
+        ValueError: data of a wrong shape or dtype, tokens or batch_tokens below 1, a layer of a run with other options.
+        FloatingPointError: a non-finite loss or gradient; names the step and the layer.
+    """
+    require_indices(data, "data", 2, "[N, S]")
+    require(data.shape[0] >= 1 and data.shape[1] >= 1, "data", f"of shape {list(data.shape)}", "at least one token")
+    require(len(layers) >= 1, "layers", "empty", "at least one FFN")
+    for name, value in (("tokens", tokens), ("batch_tokens", batch_tokens)):
+        require(isinstance(value, int) and value >= 1, name, value, "an integer of at least 1")
+    model.eval().requires_grad_(False)
+    device = next(iter(layers.values())).router_weight.device
+    sequences = data[: max(1, tokens // data.shape[1])].to(device)
+    keep = max(1, len(sequences) // 16) if len(sequences) > 1 else 0
+    cut = (len(sequences) - keep) * data.shape[1]
+
+    soft = any(layer.router == "soft" for layer in layers.values())
+    unread = _UNREAD + (() if soft else SOFT_OPTIONS)
+    options = {key: value for key, value in dataclasses.asdict(config).items() if key not in unread}
+    marks = {"reconstruct_steps": config.steps, **options, "batch_tokens": batch_tokens, "layers": list(layers)}
+    marks = json.loads(json.dumps({**marks, "sequences": list(sequences.shape), **(fingerprint or {})}))
+    folders = {name: None if folder is None else Path(folder) / f"layer-{n:04d}" for n, name in enumerate(layers)}
+
+    errors: dict[str, tuple[float, float]] = {}
+    for name, layer in layers.items():
+        place = folders[name]
+        found = last_checkpoint(place) if resume and place is not None else None
+        if found is not None:
+            state = load_checkpoint(found, marks)
+            with torch.no_grad():
+                layer.router_weight.copy_(state["router_weight"])
+                if layer.affinity is not None:
+                    layer.affinity.copy_(state["affinity"])
+            layer.expert_of = state["expert_of"].to(device)
+            errors[name] = tuple(state["errors"])
+
+    begin = time.monotonic()
+    todo = [name for name in layers if name not in errors]
+    total = len(layers) * config.steps
+    with tqdm(total=total, initial=len(errors) * config.steps, desc=label, disable=not progress, dynamic_ncols=True) as bar:
+        for name, x in _inputs(model, layers, todo, sequences):
+            layer, place = layers[name], folders[name]
+            errors[name] = _fit(name, layer, x[:cut] if keep else x, x[cut:] if keep else x, config, batch_tokens, bar)
+            if place is not None:
+                state = {
+                    "fingerprint": marks,
+                    "router_weight": layer.router_weight.detach(),
+                    "affinity": None if layer.affinity is None else layer.affinity.detach(),
+                    "expert_of": layer.expert_of,
+                    "errors": errors[name],
+                }
+                save_checkpoint(place, config.steps, state)
+    return ReconstructionResult(
+        config.steps, cut if keep else sequences.numel(), time.monotonic() - begin, {n: errors[n] for n in layers}
+    )

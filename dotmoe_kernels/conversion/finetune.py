@@ -1,0 +1,315 @@
+"""Fine-tuning of a converted model: next-token cross-entropy and the routers' two losses, in a plain loop that can be resumed.
+
+All weights train, or with ``lora_rank`` adapters on the attention's projections (by peft) and the routers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .._checks import require, require_range
+from ..alignment.checkpoints import (
+    last_checkpoint,
+    load_checkpoint,
+    read_log,
+    save_checkpoint,
+    tokens_checksum,
+    truncate_log,
+    weights_checksum,
+)
+from ..alignment.module import route_soft
+from ..alignment.schedule import ends, learning_rate, shuffled_rows
+from ..evaluation import perplexity
+from ..routing import route_top_k
+from .block import DotMoeRouter, moe_blocks
+from .data import as_tokens
+from .modeling import DotMoeForCausalLM
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """How a converted model is fine-tuned.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: sequences a step.
+        micro_batch_size: sequences a forward pass; the gradients of a step's passes are summed. None: ``batch_size``.
+        lr: peak learning rate of AdamW.
+        weight_decay, clip: of AdamW (matrices alone decay), and the largest gradient norm.
+        warmup: share of the steps over which the learning rate rises; then it falls as a cosine to zero.
+        z, balance: weights of the routers' losses, beside 1 for the cross-entropy.
+        lora_rank: rank of the adapters on the attention's projections; 0 trains every weight.
+        lora_alpha: their scale, times 1 / rank; None: twice the rank.
+        seed: of the order of the data, of the adapters and of dropout.
+        checkpoint_every: steps between checkpoints; 0 writes only the last.
+    """
+
+    steps: int = 300
+    batch_size: int = 8
+    micro_batch_size: int | None = None
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    warmup: float = 0.05
+    z: float = 1e-3
+    balance: float = 1e-2
+    lora_rank: int = 0
+    lora_alpha: float | None = None
+    seed: int = 0
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "checkpoint_every", "lora_rank"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 0, name, value, "an integer of at least 0")
+        require(
+            isinstance(self.batch_size, int) and self.batch_size >= 1, "batch_size", self.batch_size, "an integer of at least 1"
+        )
+        micro = self.micro_batch_size
+        require(micro is None or 1 <= micro <= self.batch_size, "micro_batch_size", micro, f"1 to batch_size = {self.batch_size}")
+        for name in ("lr", "clip"):
+            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
+        for name in ("weight_decay", "z", "balance"):
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a number of at least 0")
+        require(0 <= self.warmup <= 1, "warmup", self.warmup, "a share from 0 to 1")
+        alpha = self.lora_alpha
+        require(alpha is None or 0 < alpha < math.inf, "lora_alpha", alpha, "a positive number, or None")
+
+
+@contextmanager
+def _router_losses(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Inside, every pass appends (z, balance) of each router to the list."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def hook(gate: DotMoeRouter, args: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        routing = route_top_k(output[0], gate.top_k) if gate.soft is None else route_soft(output[0], gate.soft)
+        found.append((routing.z_loss, routing.balance_loss))
+
+    handles = [block.gate.register_forward_hook(hook) for block in moe_blocks(model).values()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _in_float32(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Inside, these are float32: a small step would be lost in a 16-bit weight. Their strides stay."""
+    narrow = [(p, p.dtype) for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
+    try:
+        for parameter, _ in narrow:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, dtype in narrow:
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+
+
+def require_lora() -> Any:
+    """The module peft.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise ValueError(
+            "lora_rank needs peft, which is not installed; allowed: 0, or pip install 'dotmoe_kernels[lora]'"
+        ) from None
+    return peft
+
+
+@contextmanager
+def _adapters(model: DotMoeForCausalLM, config: FinetuneConfig) -> Iterator[None]:
+    """Inside, the attention's projections carry adapters, and these and the routers alone train; then they are merged."""
+    if not config.lora_rank:
+        yield
+        return
+    peft = require_lora()
+    blocks, head = tuple(f"{name}." for name in moe_blocks(model)), model.get_output_embeddings()
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and not name.startswith(blocks)
+    ]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    options = peft.LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=targets)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        wrapped = peft.get_peft_model(model, options)
+    for block in moe_blocks(model).values():
+        block.gate.weight.requires_grad_()
+    merge = False
+    try:
+        yield
+        merge = True
+    finally:
+        (wrapped.merge_and_unload if merge else wrapped.unload)()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def finetune(
+    model: DotMoeForCausalLM,
+    data: Tensor | Iterable[Tensor],
+    config: FinetuneConfig | None = None,
+    *,
+    held_out: Tensor | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+    on_step: Callable[[int], None] | None = None,
+) -> DotMoeForCausalLM:
+    """Train a converted model on text: CE(next token) + z mean(logsumexp(Z)^2) + balance E <load, mean Q>.
+
+    Args:
+        model: as ``convert`` or ``load`` gives it, on any device; trained in place (after an error, load it again). Parameters that
+            do not require a gradient stay as they are. Those that train are float32 meanwhile; a model in bfloat16 computes in
+            bfloat16.
+        data: [N, S] int64 packed token sequences, or an iterable of [S].
+        config: the options. None: FinetuneConfig().
+        held_out: [M, S] token sequences to measure the perplexity on, before and after.
+        folder: where checkpoints (``checkpoints/``) and the log (``log.jsonl``, a line a step) go. None: nowhere.
+        resume: continue from the newest checkpoint in ``folder``, bit for bit on CPU.
+        progress: show a bar.
+        on_step: called with the number of steps done after each.
+
+    Returns:
+        The model, in eval mode, with the figures in ``config.stages["finetune"]``. With every expert on it is no longer the dense
+        model it was made from.
+
+    Raises:
+        ValueError: another kind of model, data of a wrong shape or with token ids outside the vocabulary, a checkpoint of another
+            run, ``lora_rank`` without peft.
+        FloatingPointError: a non-finite loss or gradient; names the step and the last good checkpoint.
+    """
+    require(isinstance(model, DotMoeForCausalLM), "model", f"a {type(model).__name__}", "a DotMoeForCausalLM")
+    options = FinetuneConfig() if config is None else config
+    tokens = as_tokens(data)
+    vocabulary = model.config.get_text_config().vocab_size
+    require_range(tokens, "data", 0, vocabulary - 1)
+    figures: dict[str, Any] = {"steps": options.steps, "tokens": options.steps * options.batch_size * tokens.shape[1]}
+    if options.lora_rank:
+        require_lora()
+        figures["lora_rank"] = options.lora_rank
+    if held_out is not None:
+        held_out = as_tokens(held_out, "held_out")
+        require_range(held_out, "held_out", 0, vocabulary - 1)
+        before = perplexity(model.eval(), held_out, batch_size=1)
+    marks = {
+        **dataclasses.asdict(options),
+        "data": list(tokens.shape),
+        "weights": weights_checksum(model.parameters()),
+        "tokens": tokens_checksum(tokens),
+    }
+    log_path = None if folder is None else Path(folder) / "log.jsonl"
+    half = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    with _adapters(model, options):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        require(bool(trained), "model", "without a parameter that requires a gradient", "at least one")
+        # float16 would need its loss scaled: all of it is float32 instead
+        wide = trained + [p for p in model.parameters() if p.dtype == torch.float16 and not p.requires_grad]
+        with _in_float32(wide):
+            log = _train(model.train(), trained, tokens, options, marks, log_path, half, resume, progress, on_step)
+    model.eval()
+    if options.steps:
+        figures["loss"] = ends([entry["ce"] for entry in (log if log_path is None else read_log(log_path))])
+    if held_out is not None:
+        figures["perplexity"] = [before, perplexity(model, held_out, batch_size=1)]
+    model.config.stages = {**(model.config.stages or {}), "finetune": figures}
+    return model
+
+
+def _train(
+    model: DotMoeForCausalLM,
+    trained: list[nn.Parameter],
+    data: Tensor,
+    config: FinetuneConfig,
+    marks: dict[str, Any],
+    log_path: Path | None,
+    half: bool,
+    resume: bool,
+    progress: bool,
+    on_step: Callable[[int], None] | None,
+) -> list[dict[str, float]]:
+    """The loop; returns the log of the steps it took."""
+    device = model.device
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0)
+    first, last_good = 0, "none"
+    checkpoints = None if log_path is None else log_path.parent / "checkpoints"
+    found = last_checkpoint(checkpoints) if resume and checkpoints is not None else None
+    if found is not None:
+        state = load_checkpoint(found, marks)
+        first, last_good = state["step"], str(found)
+        with torch.no_grad():
+            for parameter, value in zip(trained, state["parameters"], strict=True):
+                parameter.copy_(value)
+        optimizer.load_state_dict(state["optimizer"])
+    if log_path is not None:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        truncate_log(log_path, first)
+        log_path.touch()
+
+    begin, log = time.monotonic(), []
+    bar = tqdm(total=config.steps, initial=first, desc="finetune", disable=not progress, dynamic_ncols=True)
+    devices = [device] if device.type == "cuda" else []
+    with bar, _router_losses(model) as routers, torch.random.fork_rng(devices):
+        for step in range(first, config.steps):
+            torch.manual_seed(config.seed * 1_000_003 + step)  # of dropout, where the model has it
+            share = learning_rate(step, config.steps, config.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = share * config.lr
+            optimizer.zero_grad(set_to_none=True)
+            batch = shuffled_rows(data, step, config.batch_size, config.seed).to(device)
+            sums = torch.zeros(4, device=device)
+            for micro in batch.split(config.micro_batch_size or config.batch_size):
+                routers.clear()
+                with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                    ce = model(input_ids=micro, labels=micro, use_cache=False).loss.float()
+                z, balance = (torch.stack(terms).mean() for terms in zip(*routers, strict=True))
+                total, weight = ce + config.z * z + config.balance * balance, len(micro) / len(batch)
+                (total * weight).backward()
+                sums += torch.stack([term.detach().float() for term in (total, ce, z, balance)]) * weight
+            norm = nn.utils.clip_grad_norm_(trained, config.clip)
+            values = dict(zip(("loss", "ce", "z", "balance", "grad_norm"), [*sums.tolist(), float(norm)], strict=True))
+            if not all(map(math.isfinite, values.values())):
+                terms = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+                raise FloatingPointError(
+                    f"non-finite loss or gradient at step {step + 1} of the fine-tuning ({terms}); "
+                    f"last good checkpoint: {last_good}"
+                )
+            optimizer.step()
+            done = step + 1
+            entry = {"step": done, **values, "lr": share * config.lr, "seconds": time.monotonic() - begin}
+            log.append(entry)
+            if log_path is not None and checkpoints is not None:
+                with log_path.open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
+                if done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
+                    state = {"step": done, "fingerprint": marks, "parameters": [p.detach() for p in trained]}
+                    last_good = str(save_checkpoint(checkpoints, done, {**state, "optimizer": optimizer.state_dict()}))
+            bar.set_postfix(loss=f"{values['loss']:.3f}", ce=f"{values['ce']:.3f}", refresh=False)
+            bar.update()
+            if on_step is not None:
+                on_step(done)
+    optimizer.zero_grad(set_to_none=True)
+    return log
