@@ -30,7 +30,7 @@ def _variant(function: str, name: str, rows: str, constexprs: dict[str, Any], op
         return _INTEGERS.get(argument, f"*{rows}" if argument.endswith("_ptr") else "i32")
 
     signature = {n: type_of(n) for n in names if n not in constexprs}
-    divisible = tuple(n for n in ("H", "stride_xt", "stride_ys", "stride_dt") if n in signature)
+    divisible = tuple(n for n in ("H", "stride_xt", "stride_ys", "stride_dt", "stride_ot") if n in signature)
     return Variant(name, signature, constexprs, options, divisible)
 
 

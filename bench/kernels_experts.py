@@ -86,14 +86,15 @@ def _hidden_bwd(backend: str) -> list[Variant]:
 def _weight(backend: str) -> list[Variant]:
     found = []
     for dtype in _DTYPES:
-        block, options = _tiles.grouped_weight_tile(_DTYPES[dtype], backend)
-        last = {"stride_ak": 1, "stride_gn": 1, "stride_bn": 1}
-        found.append(_variant("down:_grouped_weight_kernel", dtype, dtype, {**last, "token_ptr": None, **block}, options))
-        found.append(_variant("down:_grouped_weight_kernel", f"{dtype} gathered", dtype, {**last, **block}, options))
-        last = {"stride_ak": 1, "stride_gn": 1, "stride_bk": 1}
-        found.append(
-            _variant("down:_grouped_weight_kernel", f"{dtype} gathered, of contiguous down_proj", dtype, {**last, **block}, options)
-        )
+        last = {"stride_ak": 1, "stride_gn": 1}
+        forms: list[tuple[str, dict[str, Any]]] = [
+            ("", {**last, "stride_bn": 1, "token_ptr": None}),
+            (" gathered", {**last, "stride_bn": 1}),
+            (" gathered, of contiguous down_proj", {**last, "stride_bk": 1}),
+        ]
+        for form, constexprs in forms:
+            block, options = _tiles.grouped_weight_tile(_DTYPES[dtype], backend, gathered="token_ptr" not in constexprs)
+            found.append(_variant("down:_grouped_weight_kernel", f"{dtype}{form}", dtype, {**constexprs, **block}, options))
     return found
 
 

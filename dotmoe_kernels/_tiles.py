@@ -277,9 +277,7 @@ def grouped_up_tile(
     return tile
 
 
-def grouped_hidden_bwd_tile(
-    S: int, E: int, s: int, dtype: torch.dtype, backend: str = BACKEND, *, early: bool = False
-) -> GroupedTile:
+def grouped_hidden_bwd_tile(S: int, E: int, s: int, dtype: torch.dtype, backend: str = BACKEND) -> GroupedTile:
     """Of S slots and E experts of width s; one tile of columns leaves the routing weights' gradient as a plain store."""
     return _grouped_tile(_GROUPED_HIDDEN_BWD[backend], S / max(E, 1), s, dtype == torch.float32)
 
@@ -288,11 +286,14 @@ def grouped_mm_tile(S: int, E: int, Kdim: int, N: int, dtype: torch.dtype, backe
     return _grouped_tile(_GROUPED_MM[backend], S / max(E, 1), N, dtype == torch.float32)
 
 
-def grouped_weight_tile(dtype: torch.dtype, backend: str = BACKEND) -> tuple[dict[str, int], dict[str, Any]]:
-    """A tile [BLOCK_K, BLOCK_N] of an expert's weight gradient, BLOCK_S rows at a time."""
+def grouped_weight_tile(
+    dtype: torch.dtype, backend: str = BACKEND, *, gathered: bool = False
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """A tile [BLOCK_K, BLOCK_N] of an expert's weight gradient, BLOCK_S rows at a time. ``gathered``: a stage more, since where
+    a row is must be known before it is loaded."""
     if dtype == torch.float32:
         return {"BLOCK_K": 64, "BLOCK_N": 64, "BLOCK_S": 32}, {"num_warps": 4, "num_stages": 2}
-    return {"BLOCK_K": 128, "BLOCK_N": 128, "BLOCK_S": 64}, {"num_warps": 8, "num_stages": 2 if backend == "hip" else 3}
+    return {"BLOCK_K": 128, "BLOCK_N": 128, "BLOCK_S": 64}, {"num_warps": 8, "num_stages": 2 if backend == "hip" else 3 + gathered}
 
 
 def reduction(E: int, s: int, K: int, T: int, dtype: torch.dtype, backend: str = BACKEND) -> str:
@@ -303,9 +304,9 @@ def reduction(E: int, s: int, K: int, T: int, dtype: torch.dtype, backend: str =
     return "rows"
 
 
-# bytes of the rows [S, columns] that a training pass sums to y and to dx: at L3 and T = 8192 the whole [S, H] takes 1.9 GB, and
-# every part reads the hidden rows [S, 2s] again, 117 MB
-SUM_WORKSPACE = 512 * 2**20
+# bytes of the rows [S, columns] that are summed to y and to dx: at L3 and T = 8192 the whole [S, H] takes 1.9 GB, and every part
+# of it reads the hidden rows again: [S, s] for y, 59 MB, [S, 2s] for dx
+SUM_WORKSPACE = 2**30
 
 REDUCTION_CHUNK = (2048, 256)  # tokens, columns: at K = 28 a scratch of 29 MB in 16 bits, of 50 MB of L2
 

@@ -187,6 +187,7 @@ def _gather_rows_kernel(
     stride_yh,
     stride_wt,
     stride_wk,
+    stride_ot,
     HAS_WEIGHTS: tl.constexpr,
     SUM: tl.constexpr,  # dtype of the sums
     BLOCK_H: tl.constexpr,
@@ -196,15 +197,18 @@ def _gather_rows_kernel(
     inside = h < H
     used = tl.minimum(tl.load(offsets_ptr + E), S)
     total = tl.zeros((BLOCK_H,), SUM)
+    if HAS_WEIGHTS:
+        weights_ptr += t * stride_wt
     for j in tl.range(0, K, loop_unroll_factor=4):
         slot = tl.load(slot_ptr + t * K + j)
         live = (slot >= 0) & (slot < used)
         at = ys_ptr + slot.to(tl.int64) * stride_ys + h * stride_yh
         row = tl.load(at, mask=h < tl.where(live, H, 0), other=0.0).to(SUM)
         if HAS_WEIGHTS:
-            row *= tl.load(weights_ptr + t * stride_wt + j * stride_wk, mask=live, other=0.0).to(SUM)
+            row *= tl.load(weights_ptr, mask=live, other=0.0).to(SUM)
+            weights_ptr += stride_wk
         total += row
-    tl.store(y_ptr + t * H + h, total.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + t * stride_ot + h, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["S", "K", "E", "per_program", "stride_wt"])
@@ -236,13 +240,16 @@ def _gather_rows_bwd_kernel(
     t = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * per_program
     used = tl.minimum(tl.load(offsets_ptr + E), S)
+    if HAS_WEIGHTS:
+        weights_ptr += t * stride_wt + first.to(tl.int64) * stride_wk
     for j in range(first, tl.minimum(first + per_program, K)):
         slot = tl.load(slot_ptr + t * K + j)
         there = (slot >= 0) & (slot < S)
         live = there & (slot < used)
         slot = slot.to(tl.int64)
         if HAS_WEIGHTS:
-            w = tl.load(weights_ptr + t * stride_wt + j * stride_wk, mask=live, other=0.0).to(SUM)
+            w = tl.load(weights_ptr, mask=live, other=0.0).to(SUM)
+            weights_ptr += stride_wk
         dots = tl.zeros((BLOCK_H,), SUM)
         for start in range(0, H, BLOCK_H):
             h = (start + tl.arange(0, BLOCK_H)).to(tl.int64)
@@ -318,11 +325,12 @@ def scatter_rows(x: Tensor, slot_of: Tensor, offsets: Tensor) -> Tensor:
     return xs
 
 
-def gather_rows(ys: Tensor, weights: Tensor | None, slot_of: Tensor, offsets: Tensor) -> Tensor:
+def gather_rows(ys: Tensor, weights: Tensor | None, slot_of: Tensor, offsets: Tensor, out: Tensor | None = None) -> Tensor:
+    """y [T, H]; ``out``: where to write it, some columns of a wider tensor."""
     (T, K), H = slot_of.shape, ys.shape[1]
+    y = ys.new_empty(T, H) if out is None else out
     if T * H == 0:
-        return ys.new_empty(T, H)
-    y = ys.new_empty(T, H)
+        return y
     tile, options = row_tile(H, ys.dtype)
     with device_guard(ys):
         _gather_rows_kernel[T, triton.cdiv(H, tile["BLOCK_H"])](
@@ -337,6 +345,7 @@ def gather_rows(ys: Tensor, weights: Tensor | None, slot_of: Tensor, offsets: Te
             offsets.numel() - 1,
             *ys.stride(),
             *((0, 1) if weights is None else weights.stride()),
+            y.stride(0),
             HAS_WEIGHTS=weights is not None,
             SUM=_sum_dtype(ys),
             **tile,

@@ -50,7 +50,7 @@ def expert_ffn(
         recompute: where a gradient is needed, keep only x and the routing for the backward pass, which computes the hidden layer
             again, instead of gate and up (the grouped path: [T K, 2s]; the masked path: [T, 2F] and more).
         workspace: bytes, at least 1, that the grouped path's kernels may take for the rows [T K, H] which they sum to y and, in the
-            backward pass, to dx: as many columns at a time as fit, but at least 128. No bit depends on it. None: 512 MB.
+            backward pass, to dx: as many columns at a time as fit, but at least 128. No bit depends on it. None: 1 GB.
 
     Returns:
         y [T, H] in the dtype of ``x``, combined in float32.

@@ -18,12 +18,42 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._backend import device_guard
-from ..._tiles import GroupedTile, before_hopper, grouped_hidden_bwd_tile
+from ..._tiles import GroupedTile, grouped_hidden_bwd_tile
+from .decode import product_options
 from .down import weight_gradient
 from .forward import token_sums
-from .grouped import block_of, precision, up_product
+from .grouped import block_of, up_product
 from .pointwise import activate, activate_derivative
 from .schedule import most_row_tiles, pick_tile
+
+
+@triton.jit
+def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of the columns."""
+    return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def _finish(dh, w, live, n, s, z_ptr, dz_ptr, h_ptr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr):
+    """From dh [BLOCK_M, columns n], before the routing weights w, to dz and w h; gives the sum of h dh over the columns.
+
+    Pointers are those of the first row: offsets within a tile fit 32 bits."""
+    inside = live[:, None] & (n < s)[None, :]
+    row = tl.arange(0, BLOCK_M)[:, None]
+    z_at = row * (2 * s) + n[None, :]
+    gate = tl.load(z_ptr + z_at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(z_ptr + s + z_at, mask=inside, other=0.0).to(tl.float32)
+    activated = activate(gate, ACTIVATION)
+    h = activated * up
+    dw = tl.sum(h * dh, 1)
+    if h_ptr is not None:
+        tl.store(h_ptr + (row * s + n[None, :]), (h * w[:, None]).to(h_ptr.dtype.element_ty), mask=inside)
+    if dz_ptr is not None:
+        dh *= w[:, None]
+        tl.store(dz_ptr + s + z_at, (activated * dh).to(dz_ptr.dtype.element_ty), mask=inside)
+        dgate = activate_derivative(gate, ACTIVATION) * up * dh
+        tl.store(dz_ptr + z_at, dgate.to(dz_ptr.dtype.element_ty), mask=inside)
+    return dw
 
 
 @triton.jit(do_not_specialize=["E", "pairs"])
@@ -93,28 +123,23 @@ def _grouped_hidden_bwd_kernel(
             dy_at += step_dy
             b_at += step_b
     live = p < end
-    inside = live[:, None] & (n < s)[None, :]
     slot = p.to(tl.int64)
-    z_at = slot[:, None] * (2 * s) + n[None, :]
-    gate = tl.load(z_ptr + z_at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(z_ptr + z_at + s, mask=inside, other=0.0).to(tl.float32)
-    activated = activate(gate, ACTIVATION)
+    w = tl.full([BLOCK_M], 1.0, tl.float32)
     if weights_ptr is not None:
         source = tl.load(source_ptr + slot, mask=live, other=0).to(tl.int64)
         w = tl.load(weights_ptr + source, mask=live, other=0.0).to(tl.float32)
-        if dweights_ptr is not None:
-            dw = tl.sum(activated * up * dh, 1)
-            tl.store(dweights_ptr + column.to(tl.int64) * pairs + source, dw.to(dweights_ptr.dtype.element_ty), mask=live)
-        dh *= w[:, None]
-    if h_ptr is not None:
-        h = activated * up
-        if weights_ptr is not None:
-            h *= w[:, None]
-        tl.store(h_ptr + slot[:, None] * s + n[None, :], h.to(h_ptr.dtype.element_ty), mask=inside)
+    at = start.to(tl.int64) * s
+    z_ptr += 2 * at
     if dz_ptr is not None:
-        tl.store(dz_ptr + z_at + s, (activated * dh).to(dz_ptr.dtype.element_ty), mask=inside)
-        dgate = activate_derivative(gate, ACTIVATION) * up * dh
-        tl.store(dz_ptr + z_at, dgate.to(dz_ptr.dtype.element_ty), mask=inside)
+        dz_ptr += 2 * at
+    if h_ptr is not None:
+        h_ptr += at
+    low, high = _halves(dh, BLOCK_M, BLOCK_N)
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+    dw = _finish(low, w, live, n, s, z_ptr, dz_ptr, h_ptr, ACTIVATION, BLOCK_M)
+    dw += _finish(high, w, live, n + BLOCK_N // 2, s, z_ptr, dz_ptr, h_ptr, ACTIVATION, BLOCK_M)
+    if dweights_ptr is not None:
+        tl.store(dweights_ptr + column.to(tl.int64) * pairs + source, dw.to(dweights_ptr.dtype.element_ty), mask=live)
 
 
 def hidden_backward(
@@ -136,7 +161,7 @@ def hidden_backward(
 
     Several column tiles of an expert leave one part of dweights each, added up in their order."""
     (E, H, s), S = down.shape, token.numel()
-    tile = tile or grouped_hidden_bwd_tile(S, E, s, dy.dtype, early=before_hopper(dy.device))
+    tile = tile or grouped_hidden_bwd_tile(S, E, s, dy.dtype)
     columns = triton.cdiv(s, tile.block["BLOCK_N"])
     dz = torch.empty_like(z) if needs_z else None
     h = z.new_empty(S, s) if needs_h else None
@@ -167,7 +192,7 @@ def hidden_backward(
             EVEN=H % tile.block["BLOCK_K"] == 0,
             EVEN_N=s % tile.block["BLOCK_N"] == 0,
             BLOCK_E=block_of(E),
-            **precision(dy),
+            **product_options(dy),
             **tile.block,
             **tile.options,
         )

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..._backend import device_guard
 from ..._tiles import GroupedTile, grouped_mm_tile, grouped_weight_tile
-from .grouped import block_of, precision
+from .decode import product_options
+from .grouped import block_of
 from .schedule import most_row_tiles, pick_tile
 
 
@@ -193,7 +194,7 @@ def _launch(
             EVEN=Kdim % block["BLOCK_K"] == 0,
             EVEN_N=N % block["BLOCK_N"] == 0,
             BLOCK_E=block_of(E),
-            **precision(a),
+            **product_options(a),
             **block,
             **tile.options,
         )
@@ -217,7 +218,7 @@ def weight_gradient(a: Tensor, grad: Tensor, offsets: Tensor, like: Tensor, toke
     db = torch.empty_like(like)
     if db.numel() == 0:
         return db
-    block, options = grouped_weight_tile(a.dtype)
+    block, options = grouped_weight_tile(a.dtype, gathered=token is not None)
     with device_guard(a):
         _grouped_weight_kernel[triton.cdiv(Kdim, block["BLOCK_K"]) * triton.cdiv(N, block["BLOCK_N"]), E](
             a,
@@ -230,7 +231,7 @@ def weight_gradient(a: Tensor, grad: Tensor, offsets: Tensor, like: Tensor, toke
             *a.stride(),
             *grad.stride(),
             *db.stride(),
-            **precision(a),
+            **product_options(a),
             **block,
             **options,
         )

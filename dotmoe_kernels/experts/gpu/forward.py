@@ -29,21 +29,22 @@ def dense_down(down_proj: Tensor) -> Tensor:
     return down_proj.transpose(0, 1).view(H, E * s).T
 
 
+def part_of(H: int, column: int, workspace: int) -> int:
+    """How many of H columns of ``column`` bytes fit, a multiple of 128 and at least that: the fewest parts, of even size."""
+    blocks, most = triton.cdiv(H, 128), max(1, workspace // (128 * column))
+    return 128 * triton.cdiv(blocks, triton.cdiv(blocks, most))
+
+
 def token_sums(a: Tensor, b: Tensor, weights: Tensor | None, slot_of: Tensor, offsets: Tensor, workspace: int | None) -> Tensor:
     """y_t = sum over the slots p of t of w_p a[p] B_e; a [S, Kdim], b [E, Kdim, H] -> [T, H].
 
     The rows a[p] B_e take at most ``workspace`` bytes at a time (None: a default), but at least 128 columns."""
     S, H = a.shape[0], b.shape[2]
-    space = SUM_WORKSPACE if workspace is None else workspace
-    most = max(1, space // (128 * S * a.element_size()))  # blocks of 128 columns at a time
-    blocks = triton.cdiv(H, 128)
-    columns = 128 * triton.cdiv(blocks, triton.cdiv(blocks, most))
-    if columns >= H:
-        return gather_rows(grouped_product(a, b, offsets, zero=False), weights, slot_of, offsets)
+    columns = part_of(H, S * a.element_size(), SUM_WORKSPACE if workspace is None else workspace)
     y = a.new_empty(slot_of.shape[0], H)
     for left in range(0, H, columns):
         rows = grouped_product(a, b[:, :, left : left + columns], offsets, zero=False)
-        y[:, left : left + columns] = gather_rows(rows, weights, slot_of, offsets)
+        gather_rows(rows, weights, slot_of, offsets, y[:, left : left + columns])
         del rows  # before the next ones are made
     return y
 
@@ -94,5 +95,5 @@ def _in_chunks(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weight
         w = None if weights is None else weights[part]
         for left in range(0, H, columns):
             ys = grouped_product(h, down[:, left : left + columns].transpose(1, 2), offsets, zero=False)
-            y[part, left : left + columns] = gather_rows(ys, w, slot_of, offsets)
+            gather_rows(ys, w, slot_of, offsets, y[part, left : left + columns])
     return y

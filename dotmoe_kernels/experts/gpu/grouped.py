@@ -10,21 +10,15 @@ backward pass. Rows of empty slots are left as they are and cost nothing. Cost: 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..._backend import device_guard
 from ..._tiles import GroupedTile, before_hopper, grouped_up_tile
+from .decode import product_options
 from .pointwise import activate
 from .schedule import most_row_tiles, pick_tile
-
-
-def precision(x: Tensor) -> dict[str, object]:
-    """float32 is true float32 unless the caller allowed TF32; the interpreter has no bfloat16 product."""
-    tf32 = x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    return {"UPCAST": x.device.type == "cpu" and x.dtype == torch.bfloat16, "PRECISION": "tf32" if tf32 else "ieee"}
 
 
 def block_of(E: int) -> int:
@@ -159,7 +153,7 @@ def up_product(
             DENSE=dense,
             EVEN=H % tile.block["BLOCK_K"] == 0,
             BLOCK_E=block_of(E),
-            **precision(x),
+            **product_options(x),
             **tile.block,
             **tile.options,
         )
