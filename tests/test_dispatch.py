@@ -116,6 +116,19 @@ def test_scatter_then_gather_multiplies_by_k(device):
     assert error(dk.gather_tokens(dk.scatter_tokens(x, slots), slots, num_tokens=63), 3 * x.double()) < 1e-6
 
 
+@pytest.mark.parametrize(("T", "K"), [(0, 3), (5, 0), (0, 0)])
+def test_nothing_to_move(T, K):
+    slots = dk.dispatch_tokens(torch.zeros(T, K, dtype=torch.int64), 3)
+    x, w = torch.ones(T, 4, requires_grad=True), torch.ones(T, K, requires_grad=True)
+    xs = dk.scatter_tokens(x, slots)
+    y = dk.gather_tokens(xs, slots, w)
+    assert (xs.shape, y.shape) == ((0, 4), (T, 4))
+    gradients = torch.autograd.grad(y.sum(), [x, w])
+    assert [g.shape for g in gradients] == [x.shape, w.shape]
+    assert not y.any()
+    assert not gradients[0].any()
+
+
 def test_gradients_by_finite_differences():
     slots = dk.dispatch_tokens(routed_indices(6, 3, 5, seed=8, empty=0.3), 5)
     x, ys, weights = normal(6, 4, seed=9), normal(18, 4, seed=10), normal(6, 3, seed=11)
@@ -379,6 +392,12 @@ def test_bad_offsets(offsets, function):
 
 def some_slots():
     return dk.dispatch_tokens(torch.tensor([[0, 1], [1, 2], [2, 0]]), 3)
+
+
+def test_too_many_slots():
+    many = torch.zeros(1, dtype=torch.int64).expand(2**31)
+    with pytest.raises(ValueError, match=r"slots.token is of 2147483648 slots; allowed: fewer than 2\^31"):
+        dk.scatter_tokens(torch.zeros(1, 4), dk.Slots(many, many, torch.zeros(4, dtype=torch.int32)))
 
 
 def test_scatter_needs_a_matrix():

@@ -78,6 +78,17 @@ def test_many_blocks(monkeypatch):
     check_sort(routed_indices(50, 5, 37, seed=2, empty=0.1), 37)
 
 
+@pytest.mark.parametrize("E", [5, 70000], ids=["kernels", "PyTorch"])
+def test_indices_outside_count_as_empty(E):
+    """A GPU cannot report them; here the operator is called behind the check."""
+    indices = routed_indices(9, 3, 5, seed=36)
+    indices[2, 0], indices[4, 1], indices[6, 2] = -1, E + 3, 2**40
+    found = operators.sort_slots_op(indices.to(DEVICE), E)
+    expected = operators.sort_slots_op(torch.where((indices >= 0) & (indices < E), indices, E).to(DEVICE), E)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_slot_of_is_the_inverse():
     indices = routed_indices(31, 4, 9, seed=3, empty=0.2).to(DEVICE)
     _, source, _, slot_of = operators.sort_slots_op(indices, 9)
@@ -131,6 +142,20 @@ def test_slots_made_by_hand():
     xs = dk.scatter_tokens(x, slots)
     torch.testing.assert_close(xs, reference.scatter_tokens(x, slots))
     torch.testing.assert_close(dk.gather_tokens(xs, slots, w), reference.gather_tokens(xs, slots, w))
+
+
+@pytest.mark.parametrize(("T", "K", "H"), [(0, 3, 4), (5, 0, 4), (0, 0, 4), (3, 2, 0)])
+@pytest.mark.usefixtures("nan_filled")
+def test_nothing_to_move(T, K, H):
+    slots = slots_of(torch.zeros(T, K, dtype=torch.int64), 3)
+    x, w = (torch.ones(T, n, device=DEVICE, requires_grad=True) for n in (H, K))
+    xs = dk.scatter_tokens(x, slots)
+    y = dk.gather_tokens(xs, slots, w)
+    assert (xs.shape, y.shape) == ((T * K, H), (T, H))
+    gradients = torch.autograd.grad(y.sum(), [x, w])
+    assert [g.shape for g in gradients] == [x.shape, w.shape]
+    for tensor in (y, *gradients):
+        assert not tensor.any()
 
 
 def test_empty_slots_may_hold_nan(nan_filled):

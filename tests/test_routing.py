@@ -12,6 +12,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 import dotmoe_kernels as dk
 from dotmoe_kernels import reference
+from dotmoe_kernels.routing import cpu
 
 MODES = ["unit", "softmax", "renormalized"]
 SHAPES = [(63, 7, 3), (50, 148, 37), (5, 1, 1), (1, 16, 16), (33, 8, 1)]  # T, E, K
@@ -258,6 +259,18 @@ def test_repeatable_and_written_everywhere(weights, device):
     first = run()
     assert_finite(first)
     assert_same(first, run())
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_never_waits_for_values_off_the_cpu(masked):
+    """As float64 and more experts than a kernel takes are routed on a GPU: a tensor without values cannot be asked for any."""
+    z = torch.empty(6, 600, device="meta")
+    mask = torch.empty(6, dtype=torch.bool, device="meta") if masked else None
+    for weights in MODES:
+        outputs, _ = cpu.route(z, mask, 3, weights)
+        assert outputs[3].shape == (600,)
+    routing = dk.route_soft_top_k(z, 40.0, temperature=0.5, threshold=0.1, max_active=3, mask=mask)
+    assert routing.load.shape == (600,)
 
 
 def test_autocast_leaves_the_router_in_float32():

@@ -375,9 +375,15 @@ def everything(logits):
     return *top, *soft, torch.autograd.grad(total, leaf)[0]
 
 
+EITHER_WAY = pytest.mark.parametrize(
+    ("E", "dtype"), [(112, torch.float32), (112, torch.float64), (600, torch.float32)], ids=["kernels", "float64", "wide"]
+)
+
+
 @pytest.mark.gpu
-def test_without_synchronisation():
-    logits = normal(8192, 112, seed=61, dtype=torch.float32).cuda()
+@EITHER_WAY
+def test_without_synchronisation(E, dtype):
+    logits = normal(8192, E, seed=61, dtype=dtype).cuda()
     everything(logits)  # compiles
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
@@ -389,8 +395,9 @@ def test_without_synchronisation():
 
 
 @pytest.mark.gpu
-def test_in_a_graph():
-    logits = normal(512, 112, seed=62, dtype=torch.float32).cuda()
+@EITHER_WAY
+def test_in_a_graph(E, dtype):
+    logits = normal(512, E, seed=62, dtype=dtype).cuda()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         everything(logits)
@@ -398,7 +405,7 @@ def test_in_a_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = everything(logits)
-    logits.copy_(normal(512, 112, seed=63, dtype=torch.float32))
+    logits.copy_(normal(512, E, seed=63))
     graph.replay()
     for a, b in zip(found, everything(logits), strict=True):
         assert torch.equal(a, b)

@@ -170,8 +170,8 @@ class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
         cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The dense model's forward: input_ids [B, N] -> logits [B, N, V], and the loss when ``labels`` are given. ``cache`` is what
-        newer versions of transformers call ``past_key_values``."""
+        """The dense model's forward: input_ids [B, N] -> logits [B, N, V], and the loss when ``labels`` are given. Newer versions
+        of transformers call ``past_key_values`` ``cache``."""
         for name, value in (("past_key_values", past_key_values), ("cache", cache)):
             if value is not None:  # naming the one that this version does not take would warn
                 kwargs[name] = value

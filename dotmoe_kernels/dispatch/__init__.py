@@ -13,8 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._autograd import wants_gradient
 from .._backend import use_triton
 from .._checks import (
+    refuse,
     require,
     require_float,
     require_indices,
@@ -53,8 +55,7 @@ def dispatch_tokens(indices: Tensor, num_experts: int) -> Slots:
     require_indices(indices, "indices", 2, "[T, K]")
     require(isinstance(num_experts, int) and num_experts >= 1, "num_experts", num_experts, "an integer of at least 1")
     require(indices.numel() < 2**31, "indices", f"of shape {list(indices.shape)}", "fewer than 2^31 entries: offsets are int32")
-    if not torch.compiler.is_compiling():
-        require_range(indices, "indices", 0, num_experts)
+    require_range(indices, "indices", 0, num_experts)
     return sort_slots(indices, num_experts)
 
 
@@ -65,35 +66,30 @@ def sort_slots(indices: Tensor, num_experts: int) -> Slots:
     return Slots(*cpu.sort_slots(indices, num_experts))
 
 
-def _used(slots: Slots) -> Tensor:
-    """[S, 1]: false for the slots beyond offsets[E]."""
-    return (torch.arange(slots.token.numel(), device=slots.token.device) < slots.offsets[-1])[:, None]
-
-
 def _slot_of(slots: Slots, T: int) -> Tensor:
     """[T, K] int32: the slot of a routed pair."""
-    return inverse_op(slots.source).view(T, -1 if T else 0)
+    return inverse_op(slots.source).view(T, slots.source.numel() // max(T, 1))
 
 
 def _check_slots(slots: Slots, rows: Tensor, argument: str) -> None:
     require(isinstance(slots, tuple) and len(slots) == 3, "slots", f"a {type(slots).__name__}", "Slots(token, source, offsets)")
-    require_indices(slots.token, "slots.token", 1, "[S]")
+    S = require_indices(slots.token, "slots.token", 1, "[S]").numel()
     require_indices(slots.source, "slots.source", 1, "[S]")
-    require_shape(slots.source, "slots.source", tuple(slots.token.shape), "[S]")
-    if torch.compiler.is_compiling():  # values are not at hand
-        require_indices(slots.offsets, "slots.offsets", 1, "[E + 1]")
-    else:
-        require_offsets(slots.offsets, "slots.offsets", slots.offsets.numel() - 1, slots.token.numel())
-    for name in ("token", "source", "offsets"):
-        require_same(getattr(slots, name), f"slots.{name}", rows, argument, dtype=False)
+    require_shape(slots.source, "slots.source", (S,), "[S]")
+    require(S < 2**31, "slots.token", f"of {S} slots", "fewer than 2^31: offsets are int32")
+    require_indices(slots.offsets, "slots.offsets", 1, "[E + 1]")
+    require_offsets(slots.offsets, "slots.offsets", slots.offsets.numel() - 1, S)
+    require_same(slots.token, "slots.token", rows, argument, dtype=False)
+    require_same(slots.source, "slots.source", rows, argument, dtype=False)
+    require_same(slots.offsets, "slots.offsets", rows, argument, dtype=False)
 
 
 def _check_tokens(slots: Slots, T: int, argument: str) -> None:
     """Every token has the same number of slots."""
     S = slots.token.numel()
-    require(S % T == 0 if T > 0 else S == 0, argument, f"{T} tokens", f"a number T of tokens with T K = {S} slots")
-    if not torch.compiler.is_compiling():
-        require_range(slots.token, "slots.token", 0, T - 1)
+    if S % T != 0 if T > 0 else S > 0:
+        refuse(argument, f"{T} tokens", f"a number T of tokens with T K = {S} slots")
+    require_range(slots.token, "slots.token", 0, T - 1)
 
 
 def scatter_tokens(x: Tensor, slots: Slots) -> Tensor:
@@ -117,7 +113,8 @@ def scatter_tokens(x: Tensor, slots: Slots) -> Tensor:
     _check_tokens(slots, x.shape[0], "x")
     if _as_operator(x):
         return scatter_op(x, _slot_of(slots, x.shape[0]), slots.offsets)
-    return cpu.Scatter.apply(x, slots.token, _used(slots))
+    scatter = cpu.Scatter.apply if wants_gradient(x) else cpu.scatter
+    return scatter(x, slots.token, slots.offsets)
 
 
 def gather_tokens(ys: Tensor, slots: Slots, weights: Tensor | None = None, *, num_tokens: int | None = None) -> Tensor:
@@ -156,5 +153,7 @@ def gather_tokens(ys: Tensor, slots: Slots, weights: Tensor | None = None, *, nu
         T = int(slots.token.max()) + 1 if S else 0
     _check_tokens(slots, T, "weights" if weights is not None else "num_tokens")
     if _as_operator(ys):
-        return gather_op(ys, weights, _slot_of(slots, T), slots.offsets)
-    return cpu.Gather.apply(ys, weights, slots.token, slots.source, _used(slots), T)
+        slot_of = _slot_of(slots, T) if weights is None else inverse_op(slots.source).view(weights.shape)
+        return gather_op(ys, weights, slot_of, slots.offsets)
+    gather = cpu.Gather.apply if wants_gradient(ys, weights) else cpu.gather
+    return gather(ys, weights, *slots, T)

@@ -21,7 +21,8 @@ def sort_slots(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tenso
     """(token, source, offsets) of ``Slots``, of indices [T, K] in [0, E]."""
     K = max(indices.shape[1], 1)
     if indices.device.type != "cpu" or num_experts > np.iinfo(np.uint16).max:
-        values, order = torch.sort(indices.reshape(-1), stable=True)
+        experts = indices.reshape(-1)
+        values, order = torch.sort(torch.where((experts >= 0) & (experts < num_experts), experts, num_experts), stable=True)
         bounds = torch.arange(num_experts, dtype=values.dtype, device=values.device)
         ends = torch.zeros(num_experts + 1, dtype=torch.int32, device=values.device)
         ends[1:] = torch.searchsorted(values, bounds, right=True, out_int32=True)
@@ -43,24 +44,32 @@ def inverse(source: Tensor) -> Tensor:
 # --- as autograd functions on the slots ---------------------------------------------------------------------------------
 
 
+def _clear_empty(rows: Tensor, offsets: Tensor) -> Tensor:
+    """rows [S, H] with those of the empty slots, which come last, set to zero in place."""
+    if rows.device.type == "cpu":  # their number is at hand
+        rows[int(offsets[-1]) :] = 0
+        return rows
+    return rows.masked_fill_((torch.arange(rows.shape[0], device=rows.device) >= offsets[-1])[:, None], 0)
+
+
+def scatter(x: Tensor, token: Tensor, offsets: Tensor) -> Tensor:
+    return _clear_empty(x.index_select(0, token), offsets)
+
+
 class Scatter(torch.autograd.Function):
-    """(x [T, H], token [S], used [S, 1]) -> xs [S, H]"""
+    """(x [T, H], token [S], offsets [E + 1]) -> xs [S, H]"""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, used: Tensor) -> Tensor:
-        ctx.save_for_backward(token, used)
+    def forward(ctx: Any, x: Tensor, token: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(token, offsets)
         ctx.num_tokens = x.shape[0]
-        xs = x.index_select(0, token)
-        if x.device.type == "cpu":  # the empty slots come last, and their number is at hand
-            xs[int(used.sum()) :] = 0
-            return xs
-        return xs.masked_fill_(~used, 0)
+        return scatter(x, token, offsets)
 
     @staticmethod
     @first_order("scatter_tokens")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        token, used = ctx.saved_tensors
-        rows = torch.where(used, grad, 0).to(compute_dtype(grad))
+        token, offsets = ctx.saved_tensors
+        rows = _clear_empty(grad.to(compute_dtype(grad), copy=True), offsets)
         dx = rows.new_zeros(ctx.num_tokens, grad.shape[1]).index_add_(0, token, rows)
         return dx.to(grad.dtype), None, None
 
@@ -70,12 +79,13 @@ def sum_bags(ys: Tensor, weights: Tensor | None, source: Tensor, num_used: int, 
 
     In 16 bits only for unit weights, which the bags would round to the rows' dtype."""
     S = source.numel()
-    slot_of = torch.empty_like(source)  # the inverse of source: routed pair -> slot
-    slot_of[source] = torch.arange(S)
-    bags = slot_of.view(num_tokens, -1)
+    slot_of = np.empty(S, dtype=np.int64)  # the inverse of source: routed pair -> slot
+    slot_of[source.numpy()] = np.arange(S)
     padding = None
     if num_used < S:  # the last slot is an empty one then: let it stand for all of them
-        bags, padding = torch.where(bags < num_used, bags, S - 1), S - 1
+        padding = S - 1
+        slot_of[slot_of >= num_used] = padding
+    bags = torch.from_numpy(slot_of).view(num_tokens, -1)
     w = None if weights is None or ys.dtype in (torch.bfloat16, torch.float16) else weights.to(ys.dtype)
     return functional.embedding_bag(bags, ys, per_sample_weights=w, mode="sum", padding_idx=padding)
 
@@ -87,34 +97,38 @@ def fits_bags(ys: Tensor, weights: Tensor | None) -> bool:
     return weights is None or ys.dtype in (torch.float32, torch.float64) or bool((weights == 1).all())
 
 
+def gather(ys: Tensor, weights: Tensor | None, token: Tensor, source: Tensor, offsets: Tensor, T: int) -> Tensor:
+    if source.numel() > 0 and fits_bags(ys, weights):
+        return sum_bags(ys, weights, source, int(offsets[-1]), T)
+    rows = ys.to(compute_dtype(ys), copy=True)  # [S, H]
+    if weights is not None:
+        rows.mul_(weights.reshape(-1)[source][:, None].to(rows.dtype))
+    return rows.new_zeros(T, ys.shape[1]).index_add_(0, token, _clear_empty(rows, offsets)).to(ys.dtype)
+
+
 class Gather(torch.autograd.Function):
-    """(ys [S, H], weights [T, K] or None, token [S], source [S], used [S, 1], T) -> y [T, H]"""
+    """(ys [S, H], weights [T, K] or None, token [S], source [S], offsets [E + 1], T) -> y [T, H]"""
 
     @staticmethod
-    def forward(ctx: Any, ys: Tensor, weights: Tensor | None, token: Tensor, source: Tensor, used: Tensor, T: int) -> Tensor:
-        ctx.save_for_backward(ys, weights, token, source, used)
-        if T > 0 and source.numel() > 0 and fits_bags(ys, weights):
-            return sum_bags(ys, weights, source, int(used.sum()), T)
-        rows = torch.where(used, ys, 0).to(compute_dtype(ys))  # [S, H]
-        if weights is not None:
-            rows = rows * weights.reshape(-1)[source][:, None].to(rows.dtype)
-        return rows.new_zeros(T, ys.shape[1]).index_add_(0, token, rows).to(ys.dtype)
+    def forward(ctx: Any, ys: Tensor, weights: Tensor | None, token: Tensor, source: Tensor, offsets: Tensor, T: int) -> Tensor:
+        ctx.save_for_backward(ys, weights, token, source, offsets)
+        return gather(ys, weights, token, source, offsets, T)
 
     @staticmethod
     @first_order("gather_tokens")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ys, weights, token, source, used = ctx.saved_tensors
-        rows = grad.index_select(0, token).to(compute_dtype(grad))  # [S, H]
+        ys, weights, token, source, offsets = ctx.saved_tensors
+        rows = _clear_empty(grad.index_select(0, token).to(compute_dtype(grad)), offsets)  # [S, H]
         dys = dweights = None
         if weights is not None and ctx.needs_input_grad[1]:
-            dots = (torch.where(used, ys, 0).to(rows.dtype) * torch.where(used, rows, 0)).sum(1)  # [S]
+            products = _clear_empty(ys.to(rows.dtype) * rows, offsets)  # an empty slot may hold anything
             dweights = torch.zeros(weights.numel(), dtype=rows.dtype, device=rows.device)
-            dweights[source] = dots
+            dweights[source] = products.sum(1)
             dweights = dweights.view(weights.shape).to(weights.dtype)
         if ctx.needs_input_grad[0]:
             if weights is not None:
-                rows = rows * weights.reshape(-1)[source][:, None].to(rows.dtype)
-            dys = torch.where(used, rows, 0).to(ys.dtype)
+                rows = _clear_empty(rows.mul_(weights.reshape(-1)[source][:, None].to(rows.dtype)), offsets)
+            dys = rows.to(ys.dtype)
         return dys, dweights, None, None, None, None
 
 

@@ -21,7 +21,7 @@ from .._backend import use_triton
 from .._checks import compute_dtype, require, require_finite, require_float, require_shape, require_tensor
 from ..reference import Routing
 from ..soft_topk import MOST_EXPERTS, row_values, soft_top_k
-from .cpu import RouteTopK, route, top_indices
+from .cpu import RouteTopK, count_experts, route, top_indices
 from .operators import route_soft_top_k_op, route_top_k_op
 
 _WEIGHTS = ("unit", "softmax", "renormalized")
@@ -53,8 +53,7 @@ def _finish(z: Tensor, q: Tensor, probs: Tensor, indices: Tensor, weights: Tenso
         indices = torch.where(mask[:, None], indices, E)
         weights = torch.where(mask[:, None], weights, 0)
         q = torch.where(mask[:, None], q, 0)
-    slots = indices.flatten()
-    count = slots.new_zeros(E + 1).scatter_add_(0, slots, torch.ones_like(slots))[:E].to(z.dtype)  # bincount would synchronise
+    count = count_experts(indices, E).to(z.dtype)
     load = count / count.sum().clamp(min=1)
     tokens = mask.sum().clamp(min=1) if mask is not None else max(T, 1)
     lse_squared = torch.logsumexp(z, -1) ** 2  # [T]

@@ -54,6 +54,15 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
     return indices
 
 
+def count_experts(indices: Tensor, num_experts: int) -> Tensor:
+    """[E] int64: how often each expert is named in ``indices`` [T, K]; index E counts nowhere."""
+    slots = indices.reshape(-1)
+    if slots.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.bincount(slots, minlength=num_experts + 1)[:num_experts]
+    # bincount asks for the largest index: a GPU would synchronise, and a graph does not know the answer
+    return slots.new_zeros(num_experts + 1).scatter_add_(0, slots, torch.ones_like(slots))[:num_experts]
+
+
 def _route_few(z: np.ndarray, top_k: int, mode: str) -> tuple[Any, ...]:
     """As ``route`` without a mask, of float32: its six outputs, and lse [T]."""
     T, E = z.shape
@@ -93,14 +102,14 @@ def route(z: Tensor, mask: Tensor | None, top_k: int, mode: str) -> tuple[tuple[
         weights = torch.softmax(z.gather(1, indices), -1)
     if mask is None:
         n = max(T, 1)
-        load = torch.bincount(indices.view(-1), minlength=E).to(z.dtype).div_(max(T * top_k, 1))
+        load = count_experts(indices, E).to(z.dtype).div_(max(T * top_k, 1))
         balance = torch.dot(load, q.sum(0)).mul_(E / n)
         return (indices, weights, q, load, balance, torch.dot(lse, lse).div_(n)), (lse, None)
     tokens = mask.sum().clamp(min=1)
     q_sum = torch.where(mask[:, None], q, 0).sum(0)
     weights = torch.where(mask[:, None], weights, 0)
     indices = torch.where(mask[:, None], indices, E)
-    count = torch.bincount(indices.view(-1), minlength=E + 1)[:E]
+    count = count_experts(indices, E)
     load = count.to(z.dtype) / count.sum().clamp(min=1)
     squares = torch.where(mask, lse.square(), 0).sum()
     return (indices, weights, q, load, E * torch.dot(load, q_sum) / tokens, squares / tokens), (lse, tokens)
