@@ -33,13 +33,32 @@ class Toy(nn.Module):
         self.ffns = nn.ModuleList(ffns)
         self.seen = []
 
-    def forward(self, input_ids, use_cache):
+    def base_model(self, input_ids, use_cache):
         assert use_cache is False
         self.seen.append(input_ids)
         h = self.embedding[input_ids]
         for ffn in self.ffns:
             h = h + ffn(h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt())
-        return SimpleNamespace(logits=h @ self.head)
+        return SimpleNamespace(last_hidden_state=h)
+
+    def get_output_embeddings(self):
+        return SimpleNamespace(weight=self.head.T)
+
+    def forward(self, input_ids, use_cache):
+        return SimpleNamespace(logits=self.base_model(input_ids, use_cache).last_hidden_state @ self.head)
+
+    def trained_on(self):
+        """The batches of dense and sparse passes, without the two passes that look for the head."""
+        return self.seen[2:]
+
+
+class Headless(Toy):
+    """A toy whose loss takes the whole logits."""
+
+    get_output_embeddings = None
+
+    def trained_on(self):
+        return self.seen
 
 
 def weights(layer, planted=False):
@@ -53,7 +72,7 @@ def weights(layer, planted=False):
     return gate, up, down
 
 
-def toy(*, fixed=False, planted=False, top_k=K, affinity_std=0.5, seed=0):
+def toy(kind=Toy, *, fixed=False, planted=False, top_k=K, affinity_std=0.5, seed=0):
     """(model, layers): two layers; ``fixed`` gives every layer an assignment of its own and no affinity."""
     layers = {}
     for n in range(2):
@@ -67,7 +86,7 @@ def toy(*, fixed=False, planted=False, top_k=K, affinity_std=0.5, seed=0):
             activation="silu",
             **options,
         )
-    return Toy(layers.values(), planted=planted), layers
+    return kind(layers.values(), planted=planted), layers
 
 
 def tokens(rows=5, length=7, seed=4):
@@ -178,7 +197,7 @@ def test_a_steps_gradients_are_those_of_autograd_through_the_reference(terms, mi
     options = config(steps=1, batch_size=3, micro_batch_size=micro, tau_start=0.7, tol=0.0, clip=1e9, **terms)
     before = copy.deepcopy(layers)  # a step moves the leaves
     result = run(model, layers, options, data)
-    first = model.seen[::2]
+    first = model.trained_on()[::2]
     data = torch.cat(first)  # in the order of the step
     assert [len(rows) for rows in first] == {None: [3], 1: [1, 1, 1], 2: [2, 1]}[micro]
     exact, sums, assignment = reference_gradients(before, data, options, torch.float64)
@@ -206,7 +225,7 @@ def test_the_implicit_gradient_is_the_one_of_the_fixed_point():
     before, data = copy.deepcopy(layers), tokens(rows=2)
     options = config(steps=1, num_iters=300, tol=0.0, backward="implicit", clip=1e9)
     run(model, layers, options, data)
-    exact, _, _ = reference_gradients(before, model.seen[0], options, torch.float64)
+    exact, _, _ = reference_gradients(before, model.trained_on()[0], options, torch.float64)
     for n, layer in enumerate(layers.values()):
         assert error(layer.affinity.grad, exact[f"affinity {n}"]) < 2e-5
 
@@ -326,8 +345,9 @@ def test_every_assignment_is_exactly_balanced():
 
 def rows_seen(model, per_step=1):
     """First tokens of the rows, in the order of training; teacher and student see the same."""
-    assert all(torch.equal(a, b) for a, b in zip(model.seen[::2], model.seen[1::2], strict=True))
-    return [int(row[0]) for batch in model.seen[::2] for row in batch]
+    seen = model.trained_on()
+    assert all(torch.equal(a, b) for a, b in zip(seen[::2], seen[1::2], strict=True))
+    return [int(row[0]) for batch in seen[::2] for row in batch]
 
 
 def numbered(rows):

@@ -25,6 +25,7 @@ class AlignmentConfig:
         warmup: share of the steps over which the learning rate rises; then it falls as a cosine to zero.
         tau_start, tau_end: temperature of the transport, falling linearly over the first ``tau_decay`` share of the steps.
         num_iters, tol, backward: of ``sinkhorn``, warm-started from the step before.
+        refresh_every: steps between roundings of the plan, which is new in every step: the assignment is held in between.
         router_temperature_start, router_temperature_end: LapSum's temperature of the soft router, falling as tau does.
         threshold, cap: of the soft router: an expert with p <= threshold is off, and so are those beyond ceil(k cap).
         budget_lr: peak learning rate of the layers' shares of the soft router's budget; they do not decay.
@@ -50,6 +51,7 @@ class AlignmentConfig:
     num_iters: int = 50
     tol: float = 1e-3
     backward: str = "unroll"
+    refresh_every: int = 1
     router_temperature_start: float = 0.2
     router_temperature_end: float = 0.05
     threshold: float = 0.05
@@ -69,7 +71,7 @@ class AlignmentConfig:
         for name in ("steps", "checkpoint_every"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 0, name, value, "an integer of at least 0")
-        for name in ("batch_size", "num_iters"):
+        for name in ("batch_size", "num_iters", "refresh_every"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 1, name, value, "an integer of at least 1")
         micro = self.micro_batch_size

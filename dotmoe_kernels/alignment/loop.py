@@ -1,8 +1,11 @@
 """The training loop: A and the router of all layers against the dense model's own output.
 
-A step: plans and assignments of all layers; for every micro-batch a dense pass (teacher), a sparse pass and a backward pass;
-one backward pass through Sinkhorn; AdamW. Everything else is frozen. The same seed and data give the same run, and a resumed
-run equals an uninterrupted one bit for bit on CPU.
+A step: plans and assignments of all layers; for every micro-batch a dense pass (teacher), a sparse pass and a backward pass, of
+the backbone alone where the head is a known one; one backward pass through Sinkhorn; AdamW. Everything else is frozen. The
+same seed and data give the same run, and a resumed run equals an uninterrupted one bit for bit on CPU.
+
+On a GPU a step is queued whole up to AdamW; then the host waits once, for all the numbers of the step together, so that a loss or a
+gradient that is not finite moves nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import dataclasses
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +26,14 @@ from tqdm.auto import tqdm
 from .._checks import require, require_indices
 from .checkpoints import last_checkpoint, load_checkpoint, save_checkpoint, truncate_log
 from .config import SOFT_OPTIONS, AlignmentConfig
+from .head import find_head
 from .losses import alignment_losses
 from .module import AlignmentFFN, all_experts
 from .soft import BudgetState, SoftRouting
 from .transport import Transport
+
+_TERMS = ("loss", "kl", "ce", "z", "balance", "grad_norm")
+_PROBE = 16  # tokens on which the head is compared with the model's logits
 
 
 class AlignmentResult(NamedTuple):
@@ -54,6 +62,11 @@ def _learning_rate(step: int, config: AlignmentConfig) -> float:
     if step < warm:
         return (step + 1) / (warm + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(config.steps - warm, 1)))
+
+
+def _fetch(values: dict[str, Tensor]) -> dict[str, float]:
+    """Numbers [] on the device -> on the host, in one transfer."""
+    return dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
 
 
 def _source(layers: dict[str, AlignmentFFN], loss_is_finite: bool) -> str:
@@ -85,7 +98,8 @@ def align(
     """Trains the affinities and routers of ``layers`` in place, and leaves their final assignments in ``expert_of``.
 
     Args:
-        model: a causal LM whose FFNs are ``layers``; called as model(input_ids=..., use_cache=False).logits. Put into eval mode.
+        model: a causal LM whose FFNs are ``layers``; called as model(input_ids=..., use_cache=False).logits, or in its parts (see
+            ``find_head``). Put into eval mode.
         layers: the FFNs by name. A layer without an affinity keeps its assignment and trains its router alone.
         data: [N, S] int64 packed token sequences.
         config: the options.
@@ -119,6 +133,19 @@ def align(
     if budgets:
         groups.append({"params": budgets, "lr": 0.0, "peak": config.budget_lr, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    with all_experts(layers):
+        head = find_head(model, data[:1, :_PROBE].to(device))
+    if head is None:
+        warnings.warn(
+            f"the logits of {type(model).__name__} are not its output embedding of the backbone's last hidden state, scaled or "
+            "capped as the config says: the loss takes the whole logits of both passes, which costs memory and time",
+            stacklevel=2,
+        )
+
+    def outputs(input_ids: Tensor) -> Tensor:
+        """The last hidden states [B, N, H] if the head is known, else the logits [B, N, V]."""
+        return model(input_ids=input_ids, use_cache=False).logits if head is None else head.hidden(input_ids)
+
     transport = Transport(layers, config)
     trained = [*routers, *affinities, *budgets]
 
@@ -137,6 +164,8 @@ def align(
                 parameter.copy_(value)
         optimizer.load_state_dict(state["optimizer"])
         transport.tau, transport.log_v = state["tau"], {k: v.to(device) for k, v in state["log_v"].items()}
+        for name, expert_of in state["assignment"].items():
+            layers[name].expert_of = expert_of.to(device)
     if log_path is not None:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         truncate_log(log_path, first if found is not None else 0)
@@ -150,6 +179,7 @@ def align(
             "optimizer": optimizer.state_dict(),
             "tau": transport.tau,
             "log_v": transport.log_v,
+            "assignment": {name: layer.expert_of for name, layer in layers.items() if layer.affinity is not None},
         }
         return str(save_checkpoint(checkpoints, step, state))
 
@@ -158,7 +188,7 @@ def align(
     with bar:
         for step in range(first, config.steps):
             tau = config.tau(step)
-            entry: dict[str, float] = {"step": step + 1, "tau": tau, **transport.refresh(tau)}
+            numbers = transport.refresh(tau, rounding=step % config.refresh_every == 0)
             budget = None if soft is None else soft.refresh(step)
             share = _learning_rate(step, config)
             for group in optimizer.param_groups:
@@ -166,13 +196,12 @@ def align(
             optimizer.zero_grad(set_to_none=True)
             for layer in layers.values():
                 layer.finite = None
-            batch = _sequences(data, step, config).to(device)
+            batch = _sequences(data, step, config).to(device, non_blocking=True)
             sums = torch.zeros(5, device=device)
             for micro in batch.split(config.micro_batch_size or config.batch_size):
                 with torch.no_grad(), all_experts(layers):
-                    teacher = model(input_ids=micro, use_cache=False).logits
-                logits = model(input_ids=micro, use_cache=False).logits
-                losses = alignment_losses(teacher, logits, micro, layers, config)
+                    teacher = outputs(micro)
+                losses = alignment_losses(teacher, outputs(micro), micro, layers, config, head=head)
                 weight = len(micro) / len(batch)
                 (losses.total * weight).backward()
                 if soft is not None:
@@ -182,18 +211,19 @@ def align(
             if soft is not None:
                 soft.backward()
             norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-            values = [*sums.tolist(), float(norm)]
-            if not all(map(math.isfinite, values)):
-                terms = ", ".join(f"{n} {v:.4g}" for n, v in zip(("loss", "kl", "ce", "z", "balance", "norm"), values, strict=True))
-                where = _source(layers, all(map(math.isfinite, values[:-1])))
+            numbers |= dict(zip(_TERMS, [*sums, norm], strict=True)) | ({} if soft is None else soft.log())
+            values = _fetch(numbers)
+            if not all(math.isfinite(values[name]) for name in _TERMS):
+                terms = ", ".join(f"{name.removeprefix('grad_')} {values[name]:.4g}" for name in _TERMS)
+                where = _source(layers, all(math.isfinite(values[name]) for name in _TERMS[:-1]))
                 raise FloatingPointError(
                     f"non-finite loss or gradient at step {step + 1} in {where} ({terms}); last good checkpoint: {last_good}"
                 )
             nn.utils.clip_grads_with_norm_(trained, config.clip, norm)
             optimizer.step()
-            entry |= dict(zip(("loss", "kl", "ce", "z", "balance", "grad_norm"), values, strict=True))
-            if soft is not None and budget is not None:
-                entry |= soft.log(budget)
+            entry = {"step": step + 1, "tau": tau, **values, **({} if budget is None else budget.log())}
+            if "sinkhorn_iters" in entry:
+                entry["sinkhorn_iters"] = int(entry["sinkhorn_iters"])
             entry |= {"lr": share * config.router_lr, "seconds": time.monotonic() - begin}
             log.append(entry)
             if log_path is not None:
@@ -204,7 +234,8 @@ def align(
                 done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0)
             ):
                 last_good = checkpoint(done)
-            bar.set_postfix(loss=f"{values[0]:.3f}", kl=f"{values[1]:.3f}", ce=f"{values[2]:.3f}", tau=f"{tau:.2f}", refresh=False)
+            shown = {name: f"{values[name]:.3f}" for name in ("loss", "kl", "ce")}
+            bar.set_postfix(shown, tau=f"{tau:.2f}", refresh=False)
             bar.update()
             if on_step is not None:
                 on_step(done)

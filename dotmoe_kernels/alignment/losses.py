@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .._checks import require
+from .chunked import chunked_distillation
 from .config import AlignmentConfig
+from .head import Head
 from .module import AlignmentFFN
 
 
@@ -62,16 +64,25 @@ def distillation_losses(
 
 
 def alignment_losses(
-    teacher_logits: Tensor,
-    logits: Tensor,
+    teacher: Tensor,
+    student: Tensor,
     labels: Tensor,
     layers: dict[str, AlignmentFFN],
     config: AlignmentConfig,
     mask: Tensor | None = None,
+    *,
+    head: Head | None = None,
 ) -> Losses:
-    """The four terms and their weighted sum, after a sparse pass through ``layers``."""
-    kl, ce = distillation_losses(teacher_logits, logits, labels, mask)
+    """The four terms and their weighted sum, after a sparse pass through ``layers``.
+
+    teacher, student: [B, N, H] the last hidden states, from which ``head`` makes the logits; [B, N, V] the logits with None.
+    """
+    if head is None:
+        kl, ce = distillation_losses(teacher, student, labels, mask)
+        total = config.kl * kl + config.ce * ce
+    else:
+        total, kl, ce = chunked_distillation(teacher, student, head, labels, mask, kl_weight=config.kl, ce_weight=config.ce)
     routings = [layer.routing for layer in layers.values() if layer.routing is not None]
     z = torch.stack([r.z_loss for r in routings]).mean()
     balance = torch.stack([r.balance_loss for r in routings]).mean()
-    return Losses(config.kl * kl + config.ce * ce + config.z * z + config.balance * balance, kl, ce, z, balance)
+    return Losses(total + config.z * z + config.balance * balance, kl, ce, z, balance)

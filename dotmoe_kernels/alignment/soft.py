@@ -31,6 +31,9 @@ class BudgetState(NamedTuple):
     k: list[float]
     temperature: float
 
+    def log(self) -> dict[str, float]:
+        return {"router_temperature": self.temperature, "k_min": min(self.k), "k_max": max(self.k)}
+
 
 class SoftRouting:
     """eta and the temperature of the layers, once a step."""
@@ -46,7 +49,7 @@ class SoftRouting:
         self._k: Tensor | None = None
 
     def refresh(self, step: int) -> BudgetState:
-        """New budgets and temperature for that step (0-based)."""
+        """New budgets and temperature for that step (0-based). Waits for the device: the budgets set the number of slots."""
         c = self.config
         self._k, self.active = self.budgets(), None
         state = BudgetState(self._k.detach().tolist(), c.router_temperature(step))
@@ -67,8 +70,7 @@ class SoftRouting:
         grads = [f.soft.k.grad for f in self.layers]  # type: ignore[union-attr]
         self._k.backward(torch.stack([torch.zeros_like(self._k[0]) if g is None else g for g in grads]))
 
-    def log(self, state: BudgetState) -> dict[str, float]:
-        """What there is to log of the step."""
+    def log(self) -> dict[str, Tensor]:
+        """What there is to log of the passes of the step, on the device."""
         assert self.active is not None
-        entry = {"router_temperature": state.temperature, "k_min": min(state.k), "k_max": max(state.k)}
-        return {**entry, "mean_active": float(self.active.mean())}
+        return {"mean_active": self.active.mean()}

@@ -28,8 +28,9 @@ class Transport:
         self.tau = config.tau_start
         self._plans: list[tuple[Tensor, list[AlignmentFFN]]] = []
 
-    def refresh(self, tau: float) -> dict[str, float]:
-        """New plans and assignments at ``tau``; returns what there is to log."""
+    def refresh(self, tau: float, *, rounding: bool = True) -> dict[str, Tensor]:
+        """New plans at ``tau``, and with ``rounding`` new assignments; returns what there is to log, on the device: nothing here
+        waits for it."""
         c, self._plans = self.config, []
         iterations, errors, gaps = [], [], []
         for shape, layers in self.groups.items():
@@ -39,24 +40,23 @@ class Transport:
             plan, info = sinkhorn(
                 affinity, tau=tau, num_iters=c.num_iters, tol=c.tol, init=init, backward=c.backward, return_info=True
             )
-            scores = affinity.detach() / tau + info.log_u[..., None] + info.log_v[..., None, :]
-            expert_of, gap = balanced_assignment(scores, return_gap=True)
             self.log_v[key] = info.log_v
             for n, layer in enumerate(layers):
                 layer.plan = plan[n].detach().requires_grad_()
-                layer.expert_of = expert_of[n]
             self._plans.append((plan, layers))
             iterations.append(info.num_iters.max())
             errors.append(info.error.max())
-            gaps.append(gap.max())
+            if rounding:
+                scores = affinity.detach() / tau + info.log_u[..., None] + info.log_v[..., None, :]
+                expert_of, gap = balanced_assignment(scores, return_gap=True)
+                for n, layer in enumerate(layers):
+                    layer.expert_of = expert_of[n]
+                gaps.append(gap.max())
         self.tau = tau
         if not self._plans:
             return {}
-        return {
-            "sinkhorn_iters": int(torch.stack(iterations).max()),
-            "sinkhorn_error": float(torch.stack(errors).max()),
-            "rounding_gap": float(torch.stack(gaps).max()),
-        }
+        found = {"sinkhorn_iters": iterations, "sinkhorn_error": errors, "rounding_gap": gaps}
+        return {name: torch.stack(values).max() for name, values in found.items() if values}
 
     def backward(self) -> None:
         """Carries the gradient that the plans collected on to the affinities."""

@@ -1,0 +1,152 @@
+"""KL and CE over the vocabulary, chunked over tokens with the head's product inside the chunk.
+
+    z = head(x), y = head(x')                      [c, V] of a chunk of student and teacher states
+    kl = sum_v p (log p - log q),  ce = -log q[target],   log q = log_softmax(z), log p = log_softmax(y)
+    dz = kl_weight (q - p) + ce_weight (q - onehot(target));   dx = dz W
+
+The head is frozen: once a chunk's logits are there, so is its part of the gradient to x. It is computed in the forward pass, and
+the backward pass scales it. Softmax and loss in float32, the head's products in the dtype of its weight. Alive at a time: four
+[c, V] in float32; kept for the backward pass: dx [T, H]. Neither the teacher's logits nor the student's are ever whole.
+
+Liger-Kernel's LigerFusedLinearJSDLoss at beta = 0 has the same KL, but it cannot stand in: it divides both terms by one count (the
+last token of a sequence has a KL and no label), always forms the gradient of the head too (a fourth product and a [V, H]
+buffer), asks the device in its backward pass whether the incoming gradient is one, and knows no cap on the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._autograd import first_order
+from .._checks import compute_dtype, require, require_float, require_indices, require_same, require_shape
+from .head import Head
+
+_CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}  # of one [c, V] in float32: a core's cache; what keeps a GPU's product busy
+_LEAST_ROWS = 64  # of a chunk: each reads the whole head
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Tokens of a chunk."""
+    return max(_LEAST_ROWS, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // (4 * vocabulary))
+
+
+class _Distillation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        teacher: Tensor,
+        head: Head,
+        target: Tensor,
+        soft: Tensor,
+        hard: Tensor,
+        count: Tensor | float,
+        weights: tuple[float, float],
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden, teacher [T, H]; target [T]; soft, hard [T]: what a token's KL and CE count, in units of 1 / count."""
+        kl_weight, ce_weight = weights
+        kl, nll = torch.empty_like(soft), torch.empty_like(hard)
+        dx = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_q, of_label = (kl_weight * soft + ce_weight * hard)[:, None], (-ce_weight * hard)[:, None]
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            z, label = head.logits(hidden[rows]), target[rows, None]
+            log_q = torch.log_softmax(z, -1)  # [c, V]
+            capped = None if head.cap is None else z
+            del z
+            log_p = torch.log_softmax(head.logits(teacher[rows]), -1)
+            nll[rows] = -log_q.gather(1, label)[:, 0]
+            p = log_p.exp()
+            kl[rows] = torch.linalg.vecdot(p, log_p.sub_(log_q))
+            del log_p
+            if dx is not None:
+                dz = log_q.exp_().mul_(of_q[rows]).sub_(p, alpha=kl_weight).scatter_add_(1, label, of_label[rows])
+                torch.mm(head.product_gradient(dz, capped), head.weight, out=dx[rows])
+                del dz
+            del log_q, p, capped
+        ctx.save_for_backward(hidden, dx)
+        ctx.count = count
+        kl, ce = torch.dot(soft, kl) / count, torch.dot(hard, nll) / count
+        total = kl_weight * kl + ce_weight * ce
+        ctx.mark_non_differentiable(kl, ce)
+        return total, kl, ce
+
+    @staticmethod
+    @first_order("chunked_distillation")
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        _, dx = ctx.saved_tensors  # hidden is kept for first_order alone: a second derivative would pass through it
+        # the mean's 1 / count comes last: it would push the small entries of a 16-bit dz out of range
+        return ((dx.to(grad.dtype) * (grad / ctx.count)).to(dx.dtype), *[None] * 8)
+
+
+def chunked_distillation(
+    teacher: Tensor,
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    mask: Tensor | None = None,
+    *,
+    kl_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``distillation_losses`` of the logits that ``head`` makes of hidden states, and their weighted sum.
+
+    Args:
+        teacher, hidden: [B, N, H] in the dtype of the head's weight: the last hidden states of the dense and the sparse pass.
+        head: frozen; see ``find_head``.
+        labels: [B, N] int64 token ids; position n predicts labels[:, n + 1].
+        mask: [B, N], true for a valid token; a padding token may hold anything.
+        kl_weight, ce_weight: of the two terms in the sum.
+        chunk: tokens of a chunk. None: ``chunk_rows``.
+
+    Returns:
+        (kl_weight kl + ce_weight ce, kl, ce), [] each in float32 (float64 for float64); 0 without a valid token.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a chunk below 1.
+
+    Gradient: to ``hidden``, of the weighted sum alone; kl and ce have none. A second derivative is refused.
+
+    Source: eq. 5 of DOT-MoE (arXiv 2606.01666); the gradient in the forward pass as in Liger-Kernel (arXiv 2410.10989).
+    """
+    V, H = head.weight.shape
+    for name, tensor in (("teacher", teacher), ("hidden", hidden)):
+        require_float(tensor, name, 3, "[B, N, H]")
+        require_same(tensor, name, head.weight, "head.weight")
+    B, N, _ = hidden.shape
+    require_shape(hidden, "hidden", (B, N, H), "[B, N, H]")
+    require_shape(teacher, "teacher", (B, N, H), "[B, N, H]")
+    require_indices(labels, "labels", 2, "[B, N]")
+    require_shape(labels, "labels", (B, N), "[B, N]")
+    require(chunk is None or chunk >= 1, "chunk", chunk, "an integer of at least 1")
+    device, wide = hidden.device, compute_dtype(hidden)
+    target = torch.roll(labels, -1, 1).to(torch.int64)  # the last column has no target
+    soft = torch.ones((B, N), dtype=wide, device=device)
+    hard = soft.clone()
+    hard[:, -1:] = 0
+    count: Tensor | float = float(max(B * N, 1))
+    if mask is None:
+        hard *= count / max(B * (N - 1), 1)
+    else:
+        valid = mask.bool()
+        hidden, teacher = (torch.where(valid[..., None], t, 0) for t in (hidden, teacher))
+        soft *= valid
+        hard *= valid & valid.roll(-1, 1)
+        count = soft.sum().clamp(min=1)
+        hard *= count / hard.sum().clamp(min=1)
+    with torch.autocast(device.type, enabled=False):
+        return _Distillation.apply(
+            *(t.reshape(B * N, H) for t in (hidden, teacher.detach())),
+            head,
+            target.flatten(),
+            soft.flatten(),
+            hard.flatten(),
+            count,
+            (kl_weight, ce_weight),
+            chunk or chunk_rows(V, device),
+        )
