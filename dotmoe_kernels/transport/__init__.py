@@ -10,7 +10,8 @@ float32, or float64 for a float64 affinity.
 
     scaling     PyTorch: forward and exact adjoint       streaming   Triton: forward
     implicit    PyTorch: gradient at the fixed point     adjoint     Triton: exact adjoint
-    operators   the kernels as torch operators           gram        Triton: gradient at the fixed point
+    host        both of them, layer after layer          gram        Triton: gradient at the fixed point
+    operators   as torch operators
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ from .._autograd import first_order
 from .._backend import use_triton
 from .._checks import compute_dtype, require, require_finite, require_float, require_same, require_shape, require_tensor
 from ..reference import SinkhornInfo
-from .implicit import implicit_gradient
+from .host import adjoint_layers, solve_layers
 from .operators import sinkhorn_op
-from .scaling import solve, unrolled_adjoint
 
 
 class _Sinkhorn(torch.autograd.Function):
@@ -36,20 +36,9 @@ class _Sinkhorn(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """affinity [L, F, E], capacity [L, E], tau [L], init [L, E]."""
         num_iters, tol, final, _, info = options
-        layers = [
-            solve(a.to(c.dtype) / t, c, g, num_iters, tol, final, info=info)
-            for a, c, t, g in zip(affinity, capacity, tau, init, strict=True)
-        ]
-        count = torch.tensor([len(s.history) - 1 for s in layers], dtype=torch.int64, device=affinity.device)
-        if layers:
-            plan = torch.stack([s.plan for s in layers]) if len(layers) > 1 else layers[0].plan[None]
-            log_u, error = torch.stack([s.log_u for s in layers]), torch.stack([s.error for s in layers])
-            log_v = torch.stack([s.history[-1] for s in layers])
-        else:
-            plan, log_v = capacity.new_zeros(affinity.shape), torch.zeros_like(capacity)
-            log_u, error = capacity.new_zeros(affinity.shape[:2]), torch.zeros_like(tau)
+        plan, log_u, log_v, histories, count, error = solve_layers(affinity, capacity, tau, init, num_iters, tol, final, info)
         ctx.options = options
-        ctx.save_for_backward(affinity, capacity, tau, plan, *(s.history for s in layers))
+        ctx.save_for_backward(affinity, capacity, tau, plan, *histories)
         ctx.mark_non_differentiable(log_u, log_v, count, error)
         return plan, log_u, log_v, count, error
 
@@ -58,19 +47,8 @@ class _Sinkhorn(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         affinity, capacity, tau, plan, *histories = ctx.saved_tensors
         _, _, final, mode, _ = ctx.options
-        daffinity, dcapacity = torch.zeros_like(plan), torch.zeros_like(capacity)
-        dtau, dinit = torch.zeros_like(tau), torch.zeros_like(capacity)
-        for n, history in enumerate(histories):
-            x = affinity[n].to(plan.dtype) / tau[n]
-            if mode == "unroll":
-                dx, dlogc, dinit[n] = unrolled_adjoint(x, capacity[n], history, plan[n], grad[n], final)
-                dcapacity[n] = dlogc / capacity[n]
-            else:
-                dx, dcapacity[n] = implicit_gradient(plan[n], grad[n])
-            if ctx.needs_input_grad[2]:
-                dtau[n] = -(x * dx).sum() / tau[n]
-            torch.div(dx, tau[n], out=daffinity[n])
-        return daffinity.to(affinity.dtype), dcapacity, dtau, dinit, None
+        steps = histories if mode == "unroll" else None
+        return *adjoint_layers(affinity, capacity, tau, plan, steps, grad, final, ctx.needs_input_grad[2]), None
 
 
 def sinkhorn(
@@ -168,7 +146,8 @@ def sinkhorn(
     # capacities are used as given: a sum that is off by rounding only moves the error it reports
     L = batch.numel()
     tensors = affinity.reshape(L, F, E), capacities.reshape(L, E), taus.reshape(L), start.reshape(L, E)
-    if use_triton(affinity) and dtype == torch.float32:
+    # a graph takes the operators on a CPU too: how many steps there are hangs on values
+    if torch.compiler.is_compiling() or (use_triton(affinity) and dtype == torch.float32):
         plan, log_u, log_v, _, count, error = sinkhorn_op(*tensors, num_iters, float(tol), final == "row", backward == "unroll")
     else:
         with torch.autocast(device.type, enabled=False):

@@ -1,4 +1,5 @@
-"""The transport as torch operators: one a pass, for Triton's kernels, which are imported when one is first called.
+"""The transport as torch operators, one a pass: Triton's kernels, which are imported when one is first called, and PyTorch where
+those do not run.
 
     dotmoe_kernels::sinkhorn          affinity -> plan, log_u, log_v, history, count, error
     dotmoe_kernels::sinkhorn_unroll   dL/dP -> dA, d capacity, d tau, d init through the steps taken
@@ -14,6 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._backend import use_triton
+from .host import adjoint_layers, solve_layers
+
+
+def _in_triton(computed: Tensor) -> bool:
+    """Whether there are kernels for this, which has the dtype that is computed in."""
+    return use_triton(computed) and computed.dtype == torch.float32
+
 
 @torch.library.custom_op("dotmoe_kernels::sinkhorn", mutates_args=())
 def sinkhorn_op(
@@ -27,6 +36,13 @@ def sinkhorn_op(
     unroll: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> plan [L, F, E], log_u [L, F], log_v [L, E], history [L, T + 1, E], count [L] int64, error [L]."""
+    if not _in_triton(capacity):
+        final = "row" if exact_rows else "column"
+        plan, log_u, log_v, histories, count, error = solve_layers(affinity, capacity, tau, init, num_iters, tol, final)
+        history = log_v[:, None].repeat(1, num_iters + 1, 1)  # what lies beyond a stop is written too
+        for whole, taken in zip(history, histories, strict=True):
+            whole[: len(taken)] = taken
+        return plan, log_u, log_v, history, count, error
     from .streaming import solve
 
     return solve(affinity, capacity, tau, init, num_iters, tol, exact_rows)
@@ -62,6 +78,9 @@ def unroll_op(
     needs_tau: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dA [L, F, E], d capacity [L, E], d tau [L] (0 unless needed), d init [L, E]."""
+    if not _in_triton(capacity):
+        histories = [steps[: n + 1] for steps, n in zip(history, count.tolist(), strict=True)]
+        return adjoint_layers(affinity, capacity, tau, plan, histories, grad, "row" if exact_rows else "column", needs_tau)
     from .adjoint import unrolled_adjoint
 
     return unrolled_adjoint(affinity, capacity, tau, plan, history, count, grad, exact_rows, needs_tau)
@@ -86,6 +105,9 @@ def _(
 @torch.library.custom_op("dotmoe_kernels::sinkhorn_implicit", mutates_args=())
 def implicit_op(affinity: Tensor, tau: Tensor, plan: Tensor, grad: Tensor, needs_tau: bool) -> tuple[Tensor, Tensor, Tensor]:
     """-> dA [L, F, E], d capacity [L, E], d tau [L] (0 unless needed)."""
+    if not _in_triton(plan):
+        capacity = plan.new_zeros(plan.shape[0], plan.shape[2])  # its values are in the plan
+        return adjoint_layers(affinity, capacity, tau, plan, None, grad, "row", needs_tau)[:3]
     from .gram import implicit_gradient
 
     return implicit_gradient(affinity, tau, plan, grad, needs_tau)
