@@ -1,6 +1,6 @@
 """Layer after layer in PyTorch: what the operators do without Triton, and both passes of the CPU's own autograd step.
 
-    affinity [L, F, E], capacity [L, E], tau [L], init [L, E]; the history of a layer ends with the steps that it took
+affinity [L, F, E], capacity [L, E], tau [L], init [L, E]; the history of a layer ends with the steps that it took
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def adjoint_layers(
     final: str,
     needs_tau: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dA [L, F, E], d capacity [L, E], d tau [L] (0 unless needed), d init [L, E]: through the steps taken, or at the fixed point
-    where there are no histories."""
+    """-> dA [L, F, E], d capacity [L, E], d tau [L] (0 unless needed), d init [L, E]: through the steps taken, or at the fixed
+    point where there are no histories."""
     daffinity, dcapacity = torch.zeros_like(plan), torch.zeros_like(capacity)
     dtau, dinit = torch.zeros_like(tau), torch.zeros_like(capacity)
     for n in range(len(plan)):
