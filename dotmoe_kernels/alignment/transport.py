@@ -47,16 +47,19 @@ class Transport:
             iterations.append(info.num_iters.max())
             errors.append(info.error.max())
             if rounding:
-                scores = affinity.detach() / tau + info.log_u[..., None] + info.log_v[..., None, :]
-                expert_of, gap = balanced_assignment(scores, return_gap=True)
-                for n, layer in enumerate(layers):
-                    layer.expert_of = expert_of[n]
-                gaps.append(gap.max())
+                gaps.append(self.assign(layers, affinity.detach() / tau + info.log_u[..., None] + info.log_v[..., None, :]))
         self.tau = tau
         if not self._plans:
             return {}
         found = {"sinkhorn_iters": iterations, "sinkhorn_error": errors, "rounding_gap": gaps}
         return {name: torch.stack(values).max() for name, values in found.items() if values}
+
+    def assign(self, layers: list[AlignmentFFN], scores: Tensor) -> Tensor:
+        """Rounds the plans of ``layers``, whose logarithms are ``scores`` [L, F, E]; returns the largest gap []."""
+        expert_of, gap = balanced_assignment(scores, return_gap=True)
+        for n, layer in enumerate(layers):
+            layer.expert_of = expert_of[n]
+        return gap.max()
 
     def backward(self) -> None:
         """Carries the gradient that the plans collected on to the affinities."""
