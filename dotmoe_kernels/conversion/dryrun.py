@@ -11,7 +11,7 @@ Memory of a GPU that holds the whole model (every GPU of a data-parallel run doe
     activations  T L (w (2 F + 2 q + 2 v + E)   kept for the backward pass: gate, up; queries, keys, values, attention's output; R;
                       + 4 (3 H + 2 E) + 12 K)   in float32 the inputs of two norms and of the router, logits, Q; the K chosen
                  + 4 T w F                      while one layer works: the hidden and its gradients
-    loss         3 T w H + 16 C V               both last hidden states and a gradient; four float32 [C, V], C = 1024
+    loss         3 T w H + 16 C V               both last hidden states and a gradient; four float32 [C, V] of a chunk
 
 What is not in it: the context of the driver and the allocator's gaps. The backward pass of Sinkhorn, rounding and AdamW come when
 the activations are gone, and take less.
@@ -36,6 +36,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from .._checks import require
+from ..alignment.chunked import chunk_rows
 from ..alignment.config import AlignmentConfig
 from .checks import count_parameters
 from .config import DotMoeConfig
@@ -46,7 +47,6 @@ from .surgery import find_ffns
 _RATE = 790e12  # flops/s of a bfloat16 matrix product on one H200, measured elsewhere
 _BANDWIDTH = 4.3e12  # bytes/s of its memory, a device copy, measured elsewhere
 _SHARE = 0.4  # of the rate that a whole step reaches [estimate]
-_CHUNK = 1024  # tokens that the loss takes at a time
 
 
 def dense_config(model: str | None, recipe: Recipe | None) -> PreTrainedConfig:
@@ -120,7 +120,7 @@ def predict_run(
         "trained": 16 * (plan + L * E * H),
         "transport": 12 * plan,
         "activations": T * L * kept + 4 * T * w * F,
-        "loss": 3 * T * w * H + 16 * min(_CHUNK, T) * V,
+        "loss": 3 * T * w * H + 16 * min(chunk_rows(V, torch.device("cuda")), T) * V,
     }
     attention = 2 * S * q * L
     flops = 6 * in_products + 4.5 * attention + 6 * L * E * H + 2 * plan  # a token
