@@ -175,6 +175,36 @@ def test_every_method_round_trips(method, tmp_path):
     assert json.loads((tmp_path / "m" / "config.json").read_text())["router_k"] == config.router_k
 
 
+def test_another_top_k_scales_the_budgets(tmp_path):
+    model = convert()
+    saved = model.config.router_k
+    assert saved[0] != saved[1]
+    dk.save(model, tmp_path / "m")
+    loaded = dk.load(tmp_path / "m", top_k=4)
+    found = [block.gate.soft.k for block in moe_blocks(loaded).values()]
+    assert sum(found) / 2 == pytest.approx(4)
+    # each has the share of what lies above one expert a layer that it had
+    assert [(k - 1) / (4 - 1) for k in found] == pytest.approx([(k - 1) / (sum(saved) / 2 - 1) for k in saved])
+    assert [b.gate.soft.max_active for b in moe_blocks(loaded).values()] == [slots(k, 2.0, E) for k in found]
+    dk.save(loaded, tmp_path / "again")
+    assert dk.load(tmp_path / "again").config.router_k == found
+    again = dk.DotMoeForCausalLM.from_pretrained(tmp_path / "again", num_experts_per_tok=K)
+    assert again.config.router_k == pytest.approx(saved)
+    assert dk.load(tmp_path / "m", top_k=K).config.router_k == saved
+
+
+@pytest.mark.parametrize(
+    ("k", "top_k", "expected"),
+    [([2.0, 4.0], 1, [1.0, 1.0]), ([2.0, 6.0], 7, [3.0, 7.0]), ([1.0, 1.0], 4, [4.0, 4.0]), ([2.0, 4.0], 3, [2.0, 4.0])],
+    ids=["one expert", "clamped to E - 1", "no shares", "the same"],
+)
+def test_budgets_stay_in_their_range(k, top_k, expected):
+    values = {"num_experts": 8, "num_experts_per_tok": 3, "router": "soft", "router_k": k}
+    assert DotMoeConfig.from_dict(values, top_k=top_k).router_k == pytest.approx(expected)
+    assert DotMoeConfig.from_dict(values, top_k=top_k, router_k=[5.0, 5.0]).router_k == [5.0, 5.0]
+    assert DotMoeConfig.from_dict(values).router_k == k
+
+
 def test_the_block_is_the_masked_ffn_of_its_routing():
     model = convert()
     block = next(iter(moe_blocks(model).values()))

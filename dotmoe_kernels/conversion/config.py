@@ -45,6 +45,7 @@ class DotMoeConfig(PreTrainedConfig):
         router: "top_k", or "soft" (SoftMoE): LapSum's p as the weights, whose sum is K in the mean of the layers; the
             experts with p > theta may be more or fewer.
         router_k: of the soft router, the k_l expected in each layer, from 1 to E - 1; None is K in each, and ``convert`` learns it.
+            Loading with another ``top_k`` scales it.
         router_temperature, router_threshold, router_cap: of the soft router: LapSum's temperature > 0; theta in [0, 1), at and
             below which an expert is off; the most experts of a token over k_l, at least 1. None: what ``convert`` trains with.
         dense_config: the dense model's config, as an object or as its dictionary with ``model_type``.
@@ -190,6 +191,19 @@ class DotMoeConfig(PreTrainedConfig):
         require(len(self.router_k) == num_layers, "router_k", f"of length {len(self.router_k)}", f"one a layer, {num_layers}")
         shared = (self.router_temperature, self.router_threshold)
         return [SoftRouter(k, *shared, slots(k, self.router_cap, E)) for k in self.router_k]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As of every config, but where ``kwargs`` replace K alone, the soft router's budgets follow: every layer keeps its share,
+        k_l = 1 + (k_l - 1) (K' - 1) / (mean k - 1), whose mean is K' while none is clamped to E - 1."""
+        made = super().from_dict(config_dict, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        K, k = config.num_experts_per_tok, config.router_k
+        given = kwargs.keys() & {"top_k", "num_experts_per_tok"} and "router_k" not in kwargs
+        if given and k is not None and _is_count(K) and config_dict.get("num_experts_per_tok") != K:
+            extra, most = sum(k) / len(k) - 1, config.num_experts - 1
+            config.router_k = [min(most, 1 + (v - 1) * (K - 1) / extra) if extra > 0 else float(K) for v in k]
+        return made
 
     @property
     def dense_width(self) -> int | None:
