@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from bench import machine
 from bench.kernels import KERNELS
 from bench.kernels_transport import persistent_against_streaming
-from bench.predictions import experts_against_dense, reductions
+from bench.predictions import experts_against_dense, reductions, training_against_dense
 from bench.registry import Kernel, Variant
 
 
@@ -202,6 +202,13 @@ def render(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> str:
             f"{row[key] * 1e3:.3f} ms" for key in ("limit_seconds", "predicted_seconds", "dense_predicted_seconds")
         )
         against.append([row["shape"], row["path"], limit, time, dense, f"{row['predicted_times_dense']:.2f}x"])
+    training = []
+    for row in training_against_dense():
+        limit, time, dense = (
+            f"{row[key] * 1e3:.3f} ms" for key in ("limit_seconds", "predicted_seconds", "dense_predicted_seconds")
+        )
+        kept = (f"{row[key] / 1e6:.0f} MB" for key in ("kept_bytes", "grouped_mm_kept_bytes"))
+        training.append([row["shape"], limit, time, dense, f"{row['predicted_times_dense']:.2f}x", *kept])
     ways = [[row["shape"], row["reduction"], f"{row['predicted_seconds'] * 1e3:.2f} ms"] for row in reductions()]
     return "\n\n".join(
         [
@@ -212,6 +219,8 @@ def render(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> str:
             table(["shape", "streaming", "persistent", "status"], variants),
             "PREDICTED time of expert_ffn in bfloat16 on an H200 against the dense FFN, the limit beside it",
             table(["shape", "path", "limit", "ours", "dense", "dense / ours"], against),
+            "PREDICTED time of its forward and backward pass, and what is kept in between beside x and the routing weights",
+            table(["shape", "limit", "ours", "dense", "dense / ours", "kept", "kept by transformers' grouped_mm"], training),
             "PREDICTED time of the grouped path by its reduction",
             table(["shape", "reduction", "ours"], ways),
         ]
@@ -242,6 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = {"versions": machine.versions(), "commit": machine.commit(), "compiled": rows, "predicted_not_measured": predicted}
         result["persistent_against_streaming_not_measured"] = persistent_against_streaming()
         result["experts_against_dense_not_measured"] = experts_against_dense()
+        result["training_against_dense_not_measured"] = training_against_dense()
         result["reductions_not_measured"] = reductions()
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"\n{path}")

@@ -13,13 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from shapes import expert_weights, normal, routed_indices, uniform
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed with the package
 
 from bench.compile_report import TARGETS
+from bench.experts import layouts, stock_experts
 from bench.kernels import KERNELS
 from bench.machine import ROOT
-from bench.predictions import experts_against_dense, reductions
+from bench.memory import kept_bytes
+from bench.predictions import experts_against_dense, grouped_mm_kept_bytes, reductions, training_against_dense
+from bench.shapes import Shape
 
 pytest.importorskip("triton")
 
@@ -79,3 +84,25 @@ def test_predicted_times_lie_above_the_limit():
         assert row["predicted_times_dense"] == row["dense_predicted_seconds"] / row["predicted_seconds"]
     limits = {row["shape"]: row["limit_seconds"] for row in experts_against_dense()}
     assert all(row["predicted_seconds"] > limits[row["shape"]] for row in reductions())
+
+
+def test_predicted_training_lies_above_its_limit_and_above_the_forward_pass():
+    forward = {row["shape"]: row["predicted_seconds"] for row in experts_against_dense()}
+    for row in training_against_dense():
+        assert 0 < row["limit_seconds"] <= row["predicted_seconds"] < 1
+        assert 2 * forward[row["shape"]] < row["predicted_seconds"]
+        assert row["predicted_times_dense"] == row["dense_predicted_seconds"] / row["predicted_seconds"]
+        assert 0 < row["kept_bytes"] < row["grouped_mm_kept_bytes"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_transformers_grouped_mm_keeps_is_counted(dtype):
+    """All but the routing: at most four 64-bit numbers a slot."""
+    T, shape = 64, Shape("", 64, 4, 32, 3)
+    w = layouts(shape, *expert_weights(shape.E, shape.s, shape.H, seed=0, dtype=dtype))
+    x, routing = normal(T, shape.H, seed=1, dtype=dtype), uniform(T, shape.K, seed=2, dtype=dtype)
+    indices = routed_indices(T, shape.K, shape.E, seed=3)
+    module = stock_experts(shape, w, "grouped_mm").requires_grad_(True)
+    inputs = x.requires_grad_(), indices, routing.requires_grad_()
+    routed = kept_bytes(lambda: module(*inputs), [*inputs, *w.values()]) - grouped_mm_kept_bytes(T, shape, dtype.itemsize)
+    assert 0 <= routed <= 32 * T * shape.K
