@@ -21,6 +21,7 @@ from transformers.activations import ACT2FN
 
 import dotmoe_kernels as dk
 from dotmoe_kernels import reference
+from dotmoe_kernels.experts.masked_cpu import worth_splitting
 
 SHAPES = [(13, 63, 7, 3, 10), (9, 296, 148, 37, 8), (20, 100, 37, 9, 6), (4, 16, 1, 1, 5), (1, 5, 5, 2, 3)]  # T, F, E, K, H
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["float64", "float32", "bfloat16"])
@@ -238,6 +239,81 @@ def test_from_affinity_and_logits_to_output():
         )
 
     compare(ours_, plain_, **tensors)
+
+
+# --- expert by expert, on a CPU ----------------------------------------------------------------------------------------
+
+
+def frozen(function, tensors):
+    """``function`` of what alignment trains; the projections have no gradient."""
+    fixed = {name: tensors[name] for name in ("gate_proj", "up_proj", "down_proj")}
+    leaves = {name: t for name, t in tensors.items() if name not in fixed}
+    return lambda **leaf: function(**{n: w.to(leaf["x"].dtype) for n, w in fixed.items()}, **leaf), leaves
+
+
+def compare_frozen(expert_of, indices, tensors, **options):
+    assert worth_splitting(*indices.shape, int(expert_of.max()) + 1)
+    own, leaves = frozen(ours(expert_of, indices, **options), tensors)
+    compare(own, frozen(plain(expert_of, indices), tensors)[0], **leaves)
+
+
+@DTYPES
+@pytest.mark.parametrize("soft", SOFT, ids=lambda s: "+".join(s) or "hard")
+def test_expert_by_expert(soft, dtype):
+    tensors, expert_of, indices = problem(300, 63, 7, 3, 10, *soft, seed=50, dtype=dtype)  # experts of 9 neurons
+    compare_frozen(expert_of, indices, tensors)
+
+
+@pytest.mark.parametrize("kind", ["empty slots", "named twice", "uneven", "an expert without neurons", "without tokens"])
+def test_expert_by_expert_at_the_edges(kind):
+    tensors, expert_of, indices = problem(260, 40, 8, 3, 6, "plan", "weights", seed=51)
+    if kind == "empty slots":
+        indices = routed_indices(260, 3, 8, seed=52, empty=0.4)
+        indices[2] = 8
+    elif kind == "named twice":
+        indices[:, 1] = indices[:, 0]
+    elif kind == "uneven":
+        expert_of = torch.randint(8, (40,), generator=generator(53))
+    elif kind == "an expert without neurons":
+        expert_of = torch.arange(40) % 7 + (torch.arange(40) % 7 > 2).long()
+    else:
+        indices[indices == 3] = 5
+    compare_frozen(expert_of, indices, tensors)
+    compare_frozen(expert_of, indices, tensors, recompute=True)
+
+
+def test_expert_by_expert_with_other_activations_and_strides():
+    tensors, expert_of, indices = problem(260, 40, 8, 3, 6, "plan", "probs", seed=54)
+    tensors = {name: t.T.contiguous().T for name, t in tensors.items()}
+    for activation in ("gelu", "relu"):
+        own, leaves = frozen(ours(expert_of, indices, activation=activation), tensors)
+        compare(own, frozen(plain(expert_of, indices, activation), tensors)[0], **leaves)
+
+
+def test_the_first_layer_gives_no_gradient_to_its_tokens():
+    tensors, expert_of, indices = problem(260, 40, 8, 3, 6, "plan", "probs", seed=55)
+    own, leaves = frozen(ours(expert_of, indices), tensors)
+    x = leaves.pop("x")
+    expected = value_and_gradients(frozen(plain(expert_of, indices), tensors)[0], {"x": x, **leaves})
+    found = value_and_gradients(lambda **leaf: own(x=x, **leaf), leaves)
+    assert all(error(found[name], expected[name]) < 1e-12 for name in found)
+
+
+def test_what_the_mask_drops_is_not_multiplied():
+    tensors, expert_of, indices = problem(260, 40, 8, 3, 6, seed=56)
+    tensors["up_proj"][expert_of == 2] = float("inf")
+    y = ours(expert_of, indices)(**tensors)
+    chosen = (indices == 2).any(1)
+    assert torch.isfinite(y[~chosen]).all()
+    assert not torch.isfinite(y[chosen]).any()
+
+
+@SECOND
+def test_no_wrong_second_derivative_expert_by_expert(how):
+    tensors, expert_of, indices = problem(256, 9, 3, 1, 5, "plan", "probs", seed=57)
+    x = tensors.pop("x")
+    functions = (lambda x, f=f: f(x, **tensors) for f in (ours(expert_of, indices), plain(expert_of, indices)))
+    assert_no_wrong_second_derivative(*functions, x, how)
 
 
 # --- which gradients, layouts, repeatability ---------------------------------------------------------------------------

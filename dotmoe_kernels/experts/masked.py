@@ -23,6 +23,7 @@ from .._autograd import first_order, wants_gradient
 from .._backend import use_triton
 from .._checks import compute_dtype, require, require_float, require_indices, require_range, require_same, require_shape
 from .activations import find_activation
+from .masked_cpu import SparseMaskedFFN, worth_splitting
 
 
 def _expert_mask(indices: Tensor, weights: Tensor | None, num_experts: int, dtype: torch.dtype) -> Tensor:
@@ -198,6 +199,8 @@ def masked_ffn(
             return masked(x, gate_proj, up_proj, down_proj, expert_of, indices, plan, probs, weights, E, activation, recompute)
         r = _expert_mask(indices, weights, E, x.dtype)
         arguments = (x, gate_proj, up_proj, down_proj, r, plan, probs, expert_of, activation)
+        sparse = worth_splitting(T, indices.shape[1], E) and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        function = SparseMaskedFFN if sparse and not wants_gradient(gate_proj, up_proj, down_proj) else _MaskedFFN
         if recompute and torch.is_grad_enabled():
-            return checkpoint(_MaskedFFN.apply, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return _MaskedFFN.apply(*arguments)
+            return checkpoint(function.apply, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return function.apply(*arguments)
