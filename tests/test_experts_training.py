@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 import dotmoe_kernels as dk
 from dotmoe_kernels import reference
 from dotmoe_kernels._backend import interpreted
+from dotmoe_kernels.experts import training
 
 SHAPES = [(13, 7, 3, 9, 10), (6, 37, 9, 8, 16), (40, 4, 2, 16, 24), (5, 1, 1, 5, 6), (16, 148, 5, 4, 6), (1, 16, 16, 8, 8)]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -195,6 +196,22 @@ def test_idle_experts_and_empty_slots_have_zero_gradients(recompute):
     assert gradients["gradient of x"][1].count_nonzero() == 0
     assert gradients["gradient of weights"][indices == 4].count_nonzero() == 0
     assert gradients["gradient of weights"][indices == 1].count_nonzero() == 4 - 1
+
+
+@DTYPES
+@pytest.mark.parametrize("stock", [False, True], ids=["converted", "stock"])
+@pytest.mark.parametrize("rows", [0, 5, 12])
+def test_runs_of_any_size(rows, stock, dtype, monkeypatch):
+    """An expert with more rows than a run may have, and several that fit together; both layouts of the weights."""
+    tensors, indices = problem(11, 7, 3, 8, 12, seed=5, dtype=dtype), routed_indices(11, 3, 7, seed=2, empty=0.3)
+    monkeypatch.setattr(training, "_CACHED", rows * 12 * dtype.itemsize)
+    if stock:
+        tensors["down_proj"] = tensors["down_proj"].contiguous()
+    counts = [run.counts for run in training._runs(dk.dispatch_tokens(indices, 7).offsets, tensors["x"])]
+    assert sum(map(len, counts)) == 7
+    assert all(sum(one) <= rows or len(one) == 1 for one in counts)
+    assert rows == 0 or len(counts) < 7
+    compare(ours(indices), plain(indices), **tensors)
 
 
 @RECOMPUTE

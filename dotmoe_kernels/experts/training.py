@@ -9,12 +9,13 @@ dh_p = Down_e^T dy_t before the routing weight, so that dw needs no rows Down_e 
     dGateUp_e = sum_p (dg_p, du_p) x_t^T;  dx_t = sum_p GateUp_e^T (dg_p, du_p)
 
 y, dx and dw are summed in float32, and what lies between two products is rounded once. Cost: 6 S s H flops forward; backward
-12 S s H, 6 less with frozen experts, 4 more with ``recompute``. ``forward`` and ``backward`` go expert by expert, an expert's rows
-while they are in the cache, on any device.
+12 S s H, 6 less with frozen experts, 4 more with ``recompute``. ``forward`` and ``backward`` take a run of experts at a time, whose
+rows stay in the cache, on any device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from .._autograd import first_order
 from .._checks import compute_dtype
 from ..dispatch import Slots
 from .activations import find_activation
+
+_CACHED = 2**21  # bytes of the rows [n, H] of a run of experts: several such lie in a core's cache
 
 
 class Needs(NamedTuple):
@@ -42,6 +45,43 @@ def _by_slot(weights: Tensor, source: Tensor, like: Tensor) -> tuple[Tensor, Ten
     return token, weights.reshape(-1)[source][:, None].to(compute_dtype(like))
 
 
+class _Run(NamedTuple):
+    """Some experts, one after the other."""
+
+    experts: slice
+    rows: slice
+    counts: list[int]  # rows of each
+
+
+def _runs(offsets: Tensor, x: Tensor) -> Iterator[_Run]:
+    """All experts, as many at a time as have their rows [n, H] in the cache together, at least one: what lies between two products
+    is done for all of them at once, since an operation on the few rows of one expert would be nearly all overhead."""
+    most = _CACHED // max(x.shape[1] * x.element_size(), 1)
+    bounds = offsets.tolist()
+    first = 0
+    for e in range(1, len(bounds)):
+        if e == len(bounds) - 1 or bounds[e + 1] - bounds[first] > most:
+            counts = [end - start for start, end in pairwise(bounds[first : e + 1])]
+            yield _Run(slice(first, e), slice(bounds[first], bounds[e]), counts)
+            first = e
+
+
+def _products(run: _Run, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a [n, M], an expert's rows times b[e] [M, N] -> [n, N]"""
+    out = a.new_empty(len(a), b.shape[2]) if out is None else out
+    for rows, weight, target in zip(a.split(run.counts), b[run.experts].unbind(), out.split(run.counts), strict=True):
+        torch.mm(rows, weight, out=target)
+    return out
+
+
+def _weight_products(run: _Run, a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out[e] [M, N] = a^T b of an expert's rows, 0 without rows; in place: a few rows' copy would take longer than the product."""
+    if out.stride(1) == 1:  # [E, M, N] stored as [E, N, M]
+        a, b, out = b, a, out.transpose(1, 2)
+    for left, right, target in zip(a.T.split(run.counts, 1), b.split(run.counts), out[run.experts].unbind(), strict=True):
+        torch.mm(left, right, out=target)
+
+
 def forward(
     x: Tensor,
     gate_up_proj: Tensor,
@@ -57,14 +97,13 @@ def forward(
     token, w = _by_slot(weights, source, x)
     y = torch.zeros(x.shape, dtype=w.dtype, device=x.device)
     kept = x.new_empty(source.numel(), gate_up_proj.shape[1]) if keep else None
-    for e, (start, end) in enumerate(pairwise(offsets.tolist())):
-        if start == end:
-            continue
-        xs = x.index_select(0, token[start:end])
-        hidden = torch.mm(xs, gate_up_proj[e].T, out=None if kept is None else kept[start:end])
+    for run in _runs(offsets, x):
+        here = token[run.rows]  # [n]
+        xs = x.index_select(0, here)
+        hidden = _products(run, xs, gate_up_proj.transpose(1, 2), None if kept is None else kept[run.rows])
         gate, up = hidden.to(y.dtype).chunk(2, -1)  # [n, s] each
-        rows = act(gate).mul_(up).to(x.dtype) @ down_proj[e].T
-        y.index_add_(0, token[start:end], rows.to(y.dtype) * w[start:end])
+        ys = _products(run, act(gate).mul_(up).to(x.dtype), down_proj.transpose(1, 2))
+        y.index_add_(0, here, ys.to(y.dtype).mul_(w[run.rows]))
     return y.to(x.dtype), kept
 
 
@@ -87,34 +126,29 @@ def backward(
     dgate_up = torch.empty_like(gate_up_proj) if needs.gate_up_proj else None
     ddown = torch.empty_like(down_proj) if needs.down_proj else None
     dw = torch.zeros(weights.numel(), dtype=w.dtype, device=x.device) if needs.weights else None
-    for e, (start, end) in enumerate(pairwise(offsets.tolist())):
-        if start == end:
-            for idle in (dgate_up, ddown):
-                if idle is not None:
-                    idle[e] = 0
-            continue
-        here = token[start:end]
+    for run in _runs(offsets, x):
+        here, scale = token[run.rows], w[run.rows]  # [n], [n, 1]
         xs = x.index_select(0, here) if dgate_up is not None or kept is None else None
-        hidden = xs @ gate_up_proj[e].T if kept is None else kept[start:end]  # type: ignore[operator]
+        hidden = _products(run, xs, gate_up_proj.transpose(1, 2)) if kept is None else kept[run.rows]  # type: ignore[arg-type]
         gate, up = hidden.to(w.dtype).chunk(2, -1)  # [n, s] each
         activated = act.forward(gate)
         h = activated * up
         dys = dy.index_select(0, here)  # [n, H]
         if ddown is not None:
-            ddown[e] = dys.T @ (h * w[start:end]).to(x.dtype)
+            _weight_products(run, dys, (h * scale).to(x.dtype), ddown)
         if dx is None and dgate_up is None and dw is None:
             continue
-        dh = (dys @ down_proj[e]).to(w.dtype)
+        dh = _products(run, dys, down_proj).to(w.dtype)
         if dw is not None:
-            dw[source[start:end]] = (dh * h).sum(1)
+            dw[source[run.rows]] = (dh * h).sum(1)
         if dx is None and dgate_up is None:
             continue
-        dh = dh * w[start:end]
+        dh.mul_(scale)
         dhidden = torch.cat((act.backward(dh * up, gate), dh.mul_(activated)), -1).to(x.dtype)  # [n, 2s]
         if dgate_up is not None:
-            dgate_up[e] = dhidden.T @ xs  # type: ignore[operator]
+            _weight_products(run, dhidden, xs, dgate_up)  # type: ignore[arg-type]
         if dx is not None:
-            dx.index_add_(0, here, (dhidden @ gate_up_proj[e]).to(dx.dtype))
+            dx.index_add_(0, here, _products(run, dhidden, gate_up_proj).to(dx.dtype))
     return (
         None if dx is None else dx.to(x.dtype),
         dgate_up,
