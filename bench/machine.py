@@ -28,6 +28,15 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def matrix_instructions() -> list[str]:
+    """Those for 16-bit products that /proc/cpuinfo names; without any a 16-bit product on a CPU is emulated."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return []
+    return [name for name in ("avx512_bf16", "amx_bf16", "bf16", "sme") if name in flags]
+
+
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -58,6 +67,7 @@ def describe() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": cores(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "matrix_instructions": matrix_instructions(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),
         "architecture": platform.machine(),

@@ -85,12 +85,13 @@ def table(result: dict[str, Any]) -> str:
     """The whole result as markdown."""
     machine, commit = result["machine_info"], result["commit_info"]
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v != "not installed")
-    load = machine.get("load_average_before")
+    load, found = machine.get("load_average_before"), machine.get("matrix_instructions")
+    instructions = f", {' '.join(found) or 'no instructions for 16-bit products'}" if found is not None else ""
     dirty = " with uncommitted changes" if commit.get("dirty") else ""
     lines = [
         f"# {machine['name']}, {result['datetime'][:10]}, commit {commit['id'][:7]}{dirty}",
         "",
-        f"{machine.get('gpu', machine['cpu'])}, {machine['cores']} cores, {machine['threads']} threads; {versions}."
+        f"{machine.get('gpu', machine['cpu'])}, {machine['cores']} cores, {machine['threads']} threads{instructions}; {versions}."
         + (f" Load average before the run {load[0]:g}." if load else ""),
         "",
         "Implementations take turns round by round; `ratio` is the median over the rounds of their time over ours of the same",

@@ -208,6 +208,10 @@ def test_table_has_a_column_for_each_kind_of_memory(synthetic):
     assert "| peak extra memory | kept for backward | rounds |" in step
     assert "| 90 MB (3.00x) | 50 MB | 9 |" in step
     assert "memory" not in plan
+    result["machine_info"]["matrix_instructions"] = []
+    assert "threads, no instructions for 16-bit products; " in report.table(result)
+    result["machine_info"]["matrix_instructions"] = ["amx_bf16"]
+    assert "threads, amx_bf16; " in report.table(result)
 
 
 def test_report_refuses_an_empty_result(tmp_path):
