@@ -402,6 +402,8 @@ def good():
 BAD = {
     "unknown activation": ("activation", {"activation": "silly"}),
     "unknown path": ("path", {"path": "dense"}),
+    "no workspace": ("workspace is 0; allowed: None", {"workspace": 0}),
+    "workspace of a fraction": ("workspace is 0.5; allowed: None", {"workspace": 0.5}),
     "x of rank 1": ("x", {"x": torch.zeros(6)}),
     "x of another width": ("x|gate_up_proj", {"x": torch.zeros(3, 7)}),
     "x of another dtype": ("dtype", {"x": torch.zeros(3, 6, dtype=torch.float64)}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, autocast
+from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from .._autograd import wants_gradient
@@ -13,8 +14,9 @@ from .._tiles import pick_path
 from ..permutation import has_dense_view
 from .activations import find_activation
 from .decode import decode_ffn
-from .grouped import grouped_ffn, grouped_mm
+from .grouped import grouped_ffn, grouped_mm, use_kernels
 from .masked import masked_ffn, masked_view_ffn
+from .operators_host import expert_ffn_op
 
 __all__ = ["expert_ffn", "grouped_mm", "masked_ffn"]
 
@@ -56,8 +58,8 @@ def expert_ffn(
         y [T, H] in the dtype of ``x``, combined in float32.
 
     Raises:
-        ValueError: a wrong rank, shape, dtype or device, too many slots, an unknown activation or path, workspace < 1; on
-            CPU indices outside [0, E].
+        ValueError: a wrong rank, shape, dtype or device, too many slots, an unknown activation or path, a workspace
+            that is no positive integer; on CPU indices outside [0, E].
 
     Gradient: to x, both weights and the routing weights. A second derivative is refused.
 
@@ -87,7 +89,8 @@ def expert_ffn(
         require_same(weights, "weights", x, "x", dtype=False)
     find_activation(activation)
     require(path in ("auto", *_PATHS), "path", repr(path), "auto | " + " | ".join(_PATHS))
-    require(workspace is None or workspace >= 1, "workspace", workspace, "None or at least 1 byte")
+    fits = workspace is None or (isinstance(workspace, int) and workspace >= 1)
+    require(fits, "workspace", repr(workspace), "None, or bytes as an integer of at least 1")
     needs_grad = wants_gradient(x, gate_up_proj, down_proj, weights)
     if path == "auto":
         K, view = indices.shape[1], has_dense_view(down_proj) and gate_up_proj.is_contiguous()
@@ -96,6 +99,8 @@ def expert_ffn(
         path = "grouped"
     arguments = (x, gate_up_proj, down_proj, indices, weights, activation)
     with autocast(x.device.type, enabled=False):
+        if is_compiling() and path != "masked" and not use_kernels(x):
+            return expert_ffn_op(*arguments, path)
         if path == "grouped":
             return grouped_ffn(*arguments, recompute, workspace)
         if recompute and needs_grad:
