@@ -26,7 +26,7 @@ from .padded import padded_ffn, run_lengths
 from .training import training_ffn
 
 
-def _use_kernels(tensor: Tensor) -> bool:
+def use_kernels(tensor: Tensor) -> bool:
     return use_triton(tensor) and tensor.dtype != torch.float64  # which the matrix units of few GPUs take
 
 
@@ -45,7 +45,7 @@ def _fits_torch(a: Tensor, b: Tensor) -> bool:
     return lined_up and a.numel() > 0 and b.shape[2] % step == 0 and a.data_ptr() % 16 == 0 and b.data_ptr() % 16 == 0
 
 
-def _multiply(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+def multiply(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """out[rows of e] = a[rows of e] @ b[e]; rows beyond the last offset are zero."""
     if _fits_torch(a, b):
         out = functional.grouped_mm(a, b, offs=offsets[1:].to(torch.int32))
@@ -59,28 +59,39 @@ def _multiply(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
+def multiply_backward(
+    grad: Tensor, a: Tensor | None, b: Tensor, offsets: Tensor, needs_a: bool, needs_b: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(da, db) of ``multiply``, each only if needed; ``a`` is None where db is not."""
+    grad = grad.contiguous()
+    da = multiply(grad, b.transpose(1, 2), offsets) if needs_a else None
+    if not needs_b or a is None:
+        return da, None
+    db = torch.zeros_like(b)  # keeps the strides of b
+    for e, start, end in _segments(offsets):
+        db[e] = a[start:end].T @ grad[start:end]
+    return da, db
+
+
+def _as_operator(tensor: Tensor) -> bool:
+    return use_kernels(tensor) or torch.compiler.is_compiling()
+
+
 class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(a if ctx.needs_input_grad[1] else None, b, offsets)
-        return grouped_mm_op(a, b, offsets) if _use_kernels(a) else _multiply(a, b, offsets)
+        return grouped_mm_op(a, b, offsets) if _as_operator(a) else multiply(a, b, offsets)
 
     @staticmethod
     @first_order("grouped_mm")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, offsets = ctx.saved_tensors
         needs_a, needs_b, _ = ctx.needs_input_grad
-        if _use_kernels(grad):
+        if _as_operator(grad):
             da, db = grouped_mm_backward_op(grad, a, b, offsets, needs_a, needs_b)
             return da if needs_a else None, db if needs_b else None, None
-        grad = grad.contiguous()
-        da = _multiply(grad, b.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None
-        db = None
-        if ctx.needs_input_grad[1]:
-            db = torch.zeros_like(b)  # keeps the strides of b
-            for e, start, end in _segments(offsets):
-                db[e] = a[start:end].T @ grad[start:end]
-        return da, db, None
+        return *multiply_backward(grad, a, b, offsets, needs_a, needs_b), None
 
 
 def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
@@ -134,7 +145,7 @@ def grouped_ffn(
     """x [T, H] -> [T, H] over the expert-sorted slots; the arguments of ``expert_ffn``, checked there."""
     E = gate_up_proj.shape[0]
     needs_grad = wants_gradient(x, gate_up_proj, down_proj, weights)
-    if _use_kernels(x):
+    if use_kernels(x):
         arguments = (x, gate_up_proj, down_proj, indices, weights, activation)
         if needs_grad:
             return training_gpu.training_ffn(*arguments, recompute, workspace)
@@ -149,8 +160,8 @@ def grouped_ffn(
                 return padded_ffn(x, gate_up_proj, down_proj, slots, indices, weights, act, padded, run)
         if x.device.type == "cpu" and expert_by_expert(x.dtype, indices.numel(), E):
             return _expert_by_expert(x, gate_up_proj, down_proj, slots, weights, act)
-        gate, up = _multiply(x[slots.token], gate_up_proj.transpose(1, 2), slots.offsets).chunk(2, -1)  # [S, s] each
-        ys = _multiply(act(gate).mul_(up), down_proj.transpose(1, 2), slots.offsets)
+        gate, up = multiply(x[slots.token], gate_up_proj.transpose(1, 2), slots.offsets).chunk(2, -1)  # [S, s] each
+        ys = multiply(act(gate).mul_(up), down_proj.transpose(1, 2), slots.offsets)
         if indices.numel() > 0 and fits_bags(ys, weights):
             return sum_bags(ys, weights, slots.source, int(slots.offsets[-1]), len(x))
         return gather_tokens(ys, slots, weights)

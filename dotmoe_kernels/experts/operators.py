@@ -46,6 +46,10 @@ def _(
 
 @torch.library.custom_op("dotmoe_kernels::grouped_mm", mutates_args=())
 def grouped_mm_op(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    from . import grouped  # it uses this module
+
+    if not grouped.use_kernels(a):  # in a graph
+        return grouped.multiply(a, b, offsets)
     from .gpu.down import grouped_product
 
     return grouped_product(a, b, offsets)
@@ -61,6 +65,11 @@ def grouped_mm_backward_op(
     grad: Tensor, a: Tensor | None, b: Tensor, offsets: Tensor, needs_a: bool, needs_b: bool
 ) -> tuple[Tensor, Tensor]:
     """grad [S, N]; each output empty unless needed. ``a`` is None where db is not."""
+    from . import grouped
+
+    if not grouped.use_kernels(grad):
+        found = grouped.multiply_backward(grad, a, b, offsets, needs_a, needs_b)
+        return tuple(grad.new_empty(0) if g is None else g for g in found)  # type: ignore[return-value]
     from .gpu.down import grouped_product, weight_gradient
 
     da = grouped_product(grad, b.transpose(1, 2), offsets) if needs_a else grad.new_empty(0)
