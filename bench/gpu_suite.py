@@ -66,6 +66,7 @@ PARTS: dict[str, Part] = {
             "tests/test_experts_triton.py",
             "tests/test_decode_triton.py",
             "tests/test_experts_training.py",
+            "tests/test_backward_triton.py",
         ),
         lambda: expert_groups(tokens=(TELLING, ())) + training_groups() + expert_groups(tokens=((), TOKENS)),
     ),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -295,8 +296,10 @@ def test_the_alignment_benches_are_right(measured):
     assert impls_of(data, "alignment thin T 5") == list(gpu_experts.ALIGNMENT)
 
 
-def test_the_training_benches_are_right(measured):
-    data = measured(gpu_training.training_groups("cpu", (THIN,), (5,)))
+@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "interpreted"])
+def test_the_training_benches_are_right(measured, kernels):
+    with interpreted() if kernels else nullcontext():
+        data = measured(gpu_training.training_groups("cpu", (THIN,), (5,)))
     found = impls_of(data, "training thin T 5")
     assert {"ours", "ours-recompute", "dense", "dense-merged"} <= set(found)
     assert set(found) | set(data["skipped"]["training thin T 5"]) == set(training.IMPLS)
