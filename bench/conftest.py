@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from bench.paired import Group, Recorder, play
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backward", action="store_true", help="only the benches of backward passes: time and memory")
+    parser.addoption("--cpu-time", action="store_true", help="CPU time of one thread: where others use the machine as well")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -25,6 +27,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.manual_seed(0)
+    if config.getoption("cpu_time"):
+        torch.set_num_threads(1)
     config.stash[_LOAD] = [round(x, 2) for x in os.getloadavg()]
 
 
@@ -32,8 +36,8 @@ _LOAD = pytest.StashKey[list[float]]()
 
 
 @pytest.fixture(scope="session")
-def recorder() -> Recorder:
-    return Recorder()
+def recorder(pytestconfig: pytest.Config) -> Recorder:
+    return Recorder(time.process_time if pytestconfig.getoption("cpu_time") else None)
 
 
 @pytest.fixture
@@ -49,6 +53,8 @@ def paired(recorder: Recorder, benchmark: Any) -> Callable[[Group, str], None]:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.clear()  # pytest-benchmark's own has the host name in it
     machine_info.update(machine.describe(), load_average_before=config.stash[_LOAD], load_average_after=list(os.getloadavg()))
+    if config.getoption("cpu_time"):
+        machine_info["clock"] = "CPU time"
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:

@@ -80,12 +80,12 @@ def missing(package: str) -> str | None:
     return None if importlib.util.find_spec(package) else f"{package} is not installed"
 
 
-def _clock(call: Callable[[], Any], calls: int) -> float:
+def _seconds(call: Callable[[], Any], calls: int, now: Callable[[], float]) -> float:
     """Seconds a call."""
-    start = time.perf_counter()
+    start = now()
     for _ in range(calls):
         call()
-    return (time.perf_counter() - start) / calls
+    return (now() - start) / calls
 
 
 def _verdict(case: Case, name: str, output: Any) -> tuple[float, str]:
@@ -105,16 +105,17 @@ def _turns(seconds: float, rounds: int, budget: float) -> set[int]:
     return {round(i * (rounds - 1) / max(count - 1, 1)) for i in range(count)}
 
 
-def measure(group: Group) -> Result:
+def measure(group: Group, now: Callable[[], float] | None = None) -> Result:
     """Check every implementation, then time them in turns, in another random order every round: an implementation that always
-    followed the same one would always find the caches and the allocator as that one left them."""
+    followed the same one would always find the caches and the allocator as that one left them. ``now`` is the clock."""
+    now = now or time.perf_counter
     case = group.prepare()
     names = [name for name in group.impls if name not in case.skipped]
     series: dict[str, Series] = {}
     turns: dict[str, set[int]] = {}
     for name in names:
         error, status = _verdict(case, name, case.run[name]())  # the first call: compilation, caches
-        seconds = _clock(case.run[name], 1)
+        seconds = _seconds(case.run[name], 1, now)
         calls = 1 if seconds >= _MIN_SECONDS else math.ceil(_MIN_SECONDS / max(seconds, 1e-7))
         turns[name] = _turns(seconds * calls, group.rounds, group.budget)
         series[name] = Series([], [], calls, error, status, extra=case.remarks(name))
@@ -127,7 +128,7 @@ def measure(group: Group) -> Result:
             for name in random.Random(r).sample(names, len(names)):
                 if r in turns[name]:
                     time.sleep(_PAUSE)
-                    series[name].seconds.append(_clock(case.run[name], series[name].calls))
+                    series[name].seconds.append(_seconds(case.run[name], series[name].calls, now))
                     series[name].rounds.append(r)
     finally:
         if collecting:
@@ -182,7 +183,8 @@ def play(benchmark: Any, result: Result, impl: str) -> None:
 class Recorder:
     """Measures a group when its first implementation is asked for, and keeps it while the others follow."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] | None = None) -> None:
+        self._now = now
         self._name: str | None = None
         self._kept: Result | Exception | None = None
 
@@ -190,7 +192,7 @@ class Recorder:
         if group.name != self._name:
             self._name, self._kept = group.name, None
             try:
-                self._kept = measure(group)
+                self._kept = measure(group, self._now)
             except Exception as problem:
                 self._kept = problem
         if isinstance(self._kept, Exception):

@@ -92,7 +92,8 @@ def table(result: dict[str, Any]) -> str:
         f"# {machine['name']}, {result['datetime'][:10]}, commit {commit['id'][:7]}{dirty}",
         "",
         f"{machine.get('gpu', machine['cpu'])}, {machine['cores']} cores, {machine['threads']} threads{instructions}; {versions}."
-        + (f" Load average before the run {load[0]:g}." if load else ""),
+        + (f" Load average before the run {load[0]:g}." if load else "")
+        + (f" Times are {machine['clock']}, not wall time: others used the machine." if "clock" in machine else ""),
         "",
         "Implementations take turns round by round; `ratio` is the median over the rounds of their time over ours of the same",
         "round (quartiles in brackets): above 1, ours is faster. `GFLOP/s` counts the useful work of ours for everybody.",

@@ -100,6 +100,12 @@ def test_recorder_measures_a_group_once_and_repeats_its_failure(clock):
     assert len(prepared) == 2
 
 
+def test_another_clock():
+    now = itertools.count()  # every look at it takes a second
+    result = paired.measure(group(("ours",), paired.Case({"ours": lambda: 0.0}, exact, 0.0), rounds=3), lambda: float(next(now)))
+    assert result.series["ours"].seconds == [1.0] * 3
+
+
 def test_missing_package_gives_the_reason():
     assert paired.missing("torch") is None
     assert paired.missing("no_such_package") == "no_such_package is not installed"
@@ -212,6 +218,9 @@ def test_table_has_a_column_for_each_kind_of_memory(synthetic):
     assert "threads, no instructions for 16-bit products; " in report.table(result)
     result["machine_info"]["matrix_instructions"] = ["amx_bf16"]
     assert "threads, amx_bf16; " in report.table(result)
+    assert "not wall time" not in report.table(result)
+    result["machine_info"]["clock"] = "CPU time"
+    assert "Times are CPU time, not wall time" in report.table(result)
 
 
 def test_report_refuses_an_empty_result(tmp_path):
