@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 import dotmoe_kernels as dk
 from bench import memory, shapes, training
@@ -21,7 +20,6 @@ from bench.experts import (
     DTYPES,
     dense,
     dense_merged,
-    dense_out_of_place,
     ffn_info,
     layouts,
     masked_dense,
@@ -31,8 +29,7 @@ from bench.experts import (
 )
 from bench.paired import Case, Group, cases, missing
 from bench.shapes import Shape
-from dotmoe_kernels import reference
-from tests.shapes import balanced_expert_of, expert_weights, normal, routed_indices, uniform
+from tests.shapes import expert_weights, normal, routed_indices, uniform
 
 _OWN_PATHS = ("ours-decode", "ours-grouped", "ours-masked")
 _DENSE = ("dense", "dense-merged")
@@ -124,45 +121,6 @@ def _prepare_backward(shape: Shape, T: int, dtype: str) -> Case:
     return case
 
 
-# --- alignment --------------------------------------------------------------------------------------------------------------
-
-ALIGNMENT = ("ours", "eager", "frozen-dense")
-
-
-def _prepare_alignment(shape: Shape, T: int, dtype: str) -> Case:
-    """One layer's step of alignment: forward, and backward to the input, the plan and the router, the weights frozen."""
-    w = weights(shape, dtype)
-    gate, up, down = w["gate"], w["up"], w["dense_down"]
-    expert_of = balanced_expert_of(shape.F, shape.E, seed=6)
-    indices = routed_indices(T, shape.K, shape.E, seed=4)
-    x, dy = (normal(T, shape.H, seed=s, dtype=DTYPES[dtype]) for s in (3, 5))
-    plan = normal(shape.F, shape.E, seed=7, dtype=torch.float32).softmax(-1).requires_grad_()
-    probs = normal(T, shape.E, seed=8, dtype=torch.float32).softmax(-1).requires_grad_()
-    x.requires_grad_()
-
-    def ours() -> Any:
-        y = dk.masked_ffn(x, gate, up, down, expert_of, indices, plan=plan, probs=probs)
-        return torch.autograd.grad(y, [x, plan, probs], dy)
-
-    def eager(inputs: tuple[Tensor, ...] = (x, gate, up, down, dy, plan, probs)) -> Any:
-        a, g, u, d, grad, p, q = inputs
-        y = reference.masked_ffn(a, g, u, d, expert_of, indices, plan=p, probs=q, activation=functional.silu)
-        return torch.autograd.grad(y, [a, p, q], grad)
-
-    def frozen() -> Any:
-        return torch.autograd.grad(dense_out_of_place(x, gate, up, down), [x], dy)
-
-    wide = tuple(t.detach().float() for t in (x, gate, up, down, dy, plan, probs))
-    for i in (0, 5, 6):
-        wide[i].requires_grad_()
-    expected = [t.double() for t in eager(wide)]
-
-    def error(name: str, found: Any) -> float:
-        return 0.0 if name == "frozen-dense" else max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
-
-    return Case({"ours": ours, "eager": eager, "frozen-dense": frozen}, error, 1e-4 if dtype == "float32" else 5e-2)
-
-
 def _groups() -> list[Group]:
     def ffn(prefix: str, shape: Shape, T: int, dtype: str, rounds: int, budget: float) -> Group:
         name = f"{prefix}experts-{shape.name}-{dtype}-T{T}"
@@ -182,8 +140,6 @@ def _groups() -> list[Group]:
     for dtype in DTYPES:
         groups += [ffn("", shapes.CPU, T, dtype, 15, 4.0) for T in (1, 4, 16, 64, 512)]
         groups += [backward("", shapes.CPU, T, dtype, 7, 8.0) for T in _BACKWARD_TOKENS[dtype]]
-        case = partial(_prepare_alignment, shapes.CPU, 512, dtype)
-        groups.append(Group(f"experts-alignment-cpu-{dtype}-T512", ALIGNMENT, case, ffn_info(shapes.CPU, 512, dtype, 3), 7, 10.0))
     groups += [ffn("", shapes.L3, 1, dtype, 11, 6.0) for dtype in DTYPES]
     groups += [curve(shape, T, "bfloat16") for shape in shapes.WIDTHS for T in _CURVE_TOKENS]
     groups += [curve(shapes.WIDTHS[2], T, "float32") for T in _CURVE_TOKENS if T <= 4096]

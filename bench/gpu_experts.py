@@ -24,7 +24,6 @@ from bench.experts import (
     LIBRARIES,
     dense,
     dense_merged,
-    dense_out_of_place,
     ends,
     ffn_info,
     layouts,
@@ -38,11 +37,9 @@ from bench.experts import (
 )
 from bench.paired import OURS, Case, Group
 from bench.shapes import Shape
-from dotmoe_kernels import reference
 from dotmoe_kernels._backend import use_triton
 from dotmoe_kernels.experts.operators import grouped_ffn_op
 from dotmoe_kernels.experts.operators_masked import expert_mask_op, masked_view_up_op
-from tests.shapes import balanced_expert_of
 
 DTYPE = "bfloat16"
 SHAPES = (shapes.L3, shapes.Q25, shapes.COARSE, shapes.MID)
@@ -254,77 +251,3 @@ def expert_groups(
 def _block_info(shape: Shape, T: int) -> dict[str, Any]:
     info = ffn_info(shape, T, DTYPE)
     return {**info, "flops": info["flops"] + 2 * T * shape.H * shape.E, "bytes": info["bytes"] + 2 * shape.H * shape.E}
-
-
-# --- alignment ---------------------------------------------------------------------------------------------------------
-
-ALIGNMENT = (OURS, "ours-recompute", "eager", "frozen-dense")
-
-
-def _alignment(shape: Shape, T: int, device: str) -> Case:
-    """One layer's step of alignment: forward, and backward to the input, the plan and the router, the weights frozen."""
-    w = weights(shape, device)
-    gate, up, down = w["gate"], w["up"], w["dense_down"]
-    indices = draw_indices(T, shape, device)
-    expert_of = balanced_expert_of(shape.F, shape.E, seed=6).to(device)
-    x, dy = (draw(T, shape.H, seed=seed, device=device) for seed in (3, 5))
-    plan = draw(shape.F, shape.E, seed=7, device=device, dtype=torch.float32).softmax(-1).requires_grad_()
-    probs = draw(T, shape.E, seed=8, device=device, dtype=torch.float32).softmax(-1).requires_grad_()
-    x.requires_grad_()
-
-    def ours(recompute: bool = False) -> Any:
-        y = dk.masked_ffn(x, gate, up, down, expert_of, indices, plan=plan, probs=probs, recompute=recompute)
-        return torch.autograd.grad(y, [x, plan, probs], dy)
-
-    def eager(*inputs: Tensor) -> Any:
-        a, p, q, g, u, d, grad = inputs
-        y = reference.masked_ffn(a, g, u, d, expert_of, indices, plan=p, probs=q, activation=functional.silu)
-        return torch.autograd.grad(y, [a, p, q], grad)
-
-    def frozen(*inputs: Tensor) -> Any:
-        a, g, u, d, grad = inputs
-        return torch.autograd.grad(dense_out_of_place(a, g, u, d), [a], grad)
-
-    # the plan's gradient is a sum over all tokens, so the reference takes them all, in float32
-    wide = [t.detach().float() for t in (x, plan, probs, gate, up, down, dy)]
-    for leaf in wide[:3]:
-        leaf.requires_grad_()
-    expected = eager(*wide)
-    rows = ends(T)
-    few = wide[0].detach()[rows].requires_grad_()
-    expected_dense = frozen(few, *wide[3:6], wide[6][rows])
-    del wide, few
-
-    def error(name: str, found: Any) -> float:
-        if name == "frozen-dense":
-            return relative_error(found[0][rows], expected_dense[0])
-        distance = max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
-        return distance if distance == distance else float("inf")
-
-    run: dict[str, Callable[[], Any]] = {
-        OURS: ours,
-        "ours-recompute": partial(ours, recompute=True),
-        "eager": partial(eager, x, plan, probs, gate, up, down, dy),
-        "frozen-dense": partial(frozen, x, gate, up, down, dy),
-    }
-    return Case(run, error, 5e-2)
-
-
-def _alignment_info(shape: Shape, T: int) -> dict[str, Any]:
-    """The frozen dense FFN forward and backward to its input; every weight read twice."""
-    return {
-        "shape": f"T {T}, {shape}",
-        "dtype": DTYPE,
-        "flops": 12 * T * shape.F * shape.H,
-        "bytes": 2 * (6 * shape.F * shape.H + 4 * T * shape.H) + 8 * (shape.F + T) * shape.E,
-    }
-
-
-def alignment_groups(
-    device: str = "cuda", sizes: tuple[Shape, ...] = (shapes.L3, shapes.Q25), tokens: tuple[int, ...] = (8192, 2048)
-) -> list[Group]:
-    return [
-        Group(f"alignment {shape.name} T {T}", ALIGNMENT, partial(_alignment, shape, T, device), _alignment_info(shape, T))
-        for T in tokens
-        for shape in sizes
-    ]

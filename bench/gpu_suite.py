@@ -33,8 +33,9 @@ import torch
 
 from bench import machine
 from bench.compile_report import table
+from bench.gpu_alignment import alignment_groups
 from bench.gpu_dispatch import dispatch_groups
-from bench.gpu_experts import TELLING, TOKENS, alignment_groups, expert_groups
+from bench.gpu_experts import TELLING, TOKENS, expert_groups
 from bench.gpu_routing import routing_groups
 from bench.gpu_training import training_groups
 from bench.gpu_transport import transport_groups

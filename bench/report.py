@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import curves
+from bench import curves, splits
 from bench.paired import OURS
 
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
@@ -98,6 +98,7 @@ def table(result: dict[str, Any]) -> str:
         "Implementations take turns round by round; `ratio` is the median over the rounds of their time over ours of the same",
         "round (quartiles in brackets): above 1, ours is faster. `GFLOP/s` counts the useful work of ours for everybody.",
     ]
+    split = splits.splits(result)
     for name, entries in groups_of(result).items():
         info = entries[0]["extra_info"]
         weighed = _memory_of_ours(entries)
@@ -115,6 +116,8 @@ def table(result: dict[str, Any]) -> str:
                 f"| {info['impl']} | {seconds(stats['median'])} | {seconds(stats['min'])} | {ratio} | "
                 f"{_rate(info, stats['median'])} | {memory}{stats['rounds']} | {_remarks(info)} |"
             )
+        if name in split:
+            lines += ["", "Of a step, by part:", "", *splits.table(split[name])]
     return "\n".join(lines) + "\n"
 
 
@@ -188,7 +191,8 @@ def figure(result: dict[str, Any], path: Path) -> None:
 
 
 def write(result_path: Path, out: Path | None = None) -> list[Path]:
-    """RESULT.md, RESULT.png and, where there are curves, RESULT-by-T.png, each written under a temporary name first."""
+    """RESULT.md, RESULT.png and, where there are curves or splits, RESULT-by-T.png and RESULT-split.png, each written under a
+    temporary name first."""
     result = json.loads(result_path.read_text())
     if not result["benchmarks"]:
         raise ValueError(f"{result_path} holds no benchmarks")
@@ -203,6 +207,8 @@ def write(result_path: Path, out: Path | None = None) -> list[Path]:
         del drawn[f"{result_path.stem}.png"]
     if len(bars["benchmarks"]) < len(result["benchmarks"]):
         drawn[f"{result_path.stem}-by-T.png"] = lambda path: curves.figure(result, path)
+    if splits.splits(result):
+        drawn[f"{result_path.stem}-split.png"] = lambda path: splits.figure(result, path)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for name, draw in drawn.items():
             draw(Path(scratch) / name)

@@ -10,7 +10,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed with the package
 
-from bench import experts, gpu_dispatch, gpu_experts, gpu_routing, gpu_suite, gpu_training, gpu_transport, report, shapes, training
+from bench import (
+    alignment,
+    experts,
+    gpu_alignment,
+    gpu_dispatch,
+    gpu_experts,
+    gpu_routing,
+    gpu_suite,
+    gpu_training,
+    gpu_transport,
+    masked,
+    report,
+    shapes,
+    training,
+)
 from bench.paired import Case, Group
 from dotmoe_kernels._backend import interpreted
 
@@ -292,8 +306,11 @@ def test_the_experts_kernels_are_in_the_benches(measured):
 
 
 def test_the_alignment_benches_are_right(measured):
-    data = measured(gpu_experts.alignment_groups("cpu", (THIN,), (5,)))
-    assert impls_of(data, "alignment thin T 5") == list(gpu_experts.ALIGNMENT)
+    data = measured(gpu_alignment.ffn_groups("cpu", (THIN,), (5,)))
+    assert impls_of(data, "alignment thin T 5") == list(masked.IMPLS)
+    data = measured(gpu_alignment.step_groups("cpu", (alignment.TINY,)))
+    assert impls_of(data, "alignment step tiny") == list(alignment.IMPLS)
+    assert "Of a step, by part" in report.table(data)
 
 
 @pytest.mark.parametrize("kernels", [False, True], ids=["torch", "interpreted"])
@@ -327,7 +344,7 @@ def test_the_telling_groups_come_first():
     assert whole[:24] == names[:24]
     assert whole[24] == "training L3 T 8192"
     assert sorted(whole) == sorted(names + [one.name for one in gpu_training.training_groups()])
-    assert gpu_experts.alignment_groups()[0].name == "alignment L3 T 8192"
+    assert gpu_alignment.alignment_groups()[0].name == "alignment L3 T 8192"
 
 
 def test_one_size_first_and_the_rest_later(suite, monkeypatch):
