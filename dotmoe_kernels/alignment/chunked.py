@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 
 from .._autograd import first_order
-from .._checks import compute_dtype, require, require_float, require_indices, require_same, require_shape
+from .._checks import (
+    compute_dtype,
+    require,
+    require_float,
+    require_indices,
+    require_range,
+    require_same,
+    require_shape,
+    require_tensor,
+)
 from .head import Head
 
 _CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}  # of one [c, V] in float32: a core's cache; what keeps a GPU's product busy
@@ -61,7 +70,7 @@ class _Distillation(torch.autograd.Function):
             log_p = torch.log_softmax(head.logits(teacher[rows]), -1)
             nll[rows] = -log_q.gather(1, label)[:, 0]
             p = log_p.exp()
-            kl[rows] = torch.linalg.vecdot(p, log_p.sub_(log_q))
+            kl[rows] = log_p.sub_(log_q).mul_(p).sum(-1)
             del log_p
             if dx is not None:
                 dz = log_q.exp_().mul_(of_q[rows]).sub_(p, alpha=kl_weight).scatter_add_(1, label, of_label[rows])
@@ -108,7 +117,7 @@ def chunked_distillation(
         (kl_weight kl + ce_weight ce, kl, ce), [] each in float32 (float64 for float64); 0 without a valid token.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a chunk below 1.
+        ValueError: shapes, dtypes or devices that do not fit, a chunk below 1, on a CPU labels outside the vocabulary.
 
     Gradient: to ``hidden``, of the weighted sum alone; kl and ce have none. A second derivative is refused.
 
@@ -123,6 +132,9 @@ def chunked_distillation(
     require_shape(teacher, "teacher", (B, N, H), "[B, N, H]")
     require_indices(labels, "labels", 2, "[B, N]")
     require_shape(labels, "labels", (B, N), "[B, N]")
+    require_range(labels, "labels", 0, V - 1)
+    if mask is not None:
+        require_shape(require_tensor(mask, "mask", "[B, N]"), "mask", (B, N), "[B, N]")
     require(chunk is None or chunk >= 1, "chunk", chunk, "an integer of at least 1")
     device, wide = hidden.device, compute_dtype(hidden)
     target = torch.roll(labels, -1, 1).to(torch.int64)  # the last column has no target
