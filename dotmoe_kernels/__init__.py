@@ -19,16 +19,17 @@ from .soft_topk import soft_top_k
 from .transport import sinkhorn
 
 if TYPE_CHECKING:
-    from .conversion import DotMoeConfig, DotMoeForCausalLM, convert, export, load, save
+    from .conversion import DotMoeConfig, DotMoeForCausalLM, FinetuneConfig, convert, export, finetune, load, save
 
 __version__ = "0.1.0"
 
-_CONVERSION = ("DotMoeConfig", "DotMoeForCausalLM", "convert", "export", "load", "save")
+_CONVERSION = ("DotMoeConfig", "DotMoeForCausalLM", "FinetuneConfig", "convert", "export", "finetune", "load", "save")
 
 __all__ = [
     "AlignmentConfig",
     "DotMoeConfig",
     "DotMoeForCausalLM",
+    "FinetuneConfig",
     "Routing",
     "SinkhornInfo",
     "Slots",
@@ -37,6 +38,7 @@ __all__ = [
     "dispatch_tokens",
     "expert_ffn",
     "export",
+    "finetune",
     "gather_tokens",
     "grouped_mm",
     "load",

@@ -3,19 +3,22 @@
 import copy
 import importlib.util
 import json
+import sys
 
 import pytest
 import torch
+from test_cli import call, contents, convert_arguments, prose, write_model
 from tiny import E, F, K, V, dense_model, sparse_model, tokens
 
 import dotmoe_kernels as dk
-from dotmoe_kernels.alignment import reconstruct as module
+from dotmoe_kernels.alignment import reconstruction as module
 from dotmoe_kernels.alignment.config import AlignmentConfig
 from dotmoe_kernels.alignment.module import AlignmentFFN, all_experts, collect_inputs
-from dotmoe_kernels.alignment.reconstruct import reconstruct
-from dotmoe_kernels.conversion import DotMoeConfig, find_ffns, moe_blocks, pipeline, self_check, swap_ffn
+from dotmoe_kernels.alignment.reconstruction import reconstruct
+from dotmoe_kernels.conversion import DotMoeConfig, find_ffns, finetuning, moe_blocks, pipeline, self_check, swap_ffn
 from dotmoe_kernels.conversion.card import model_card
-from dotmoe_kernels.conversion.finetune import FinetuneConfig, finetune
+from dotmoe_kernels.conversion.demo import train_tokenizer
+from dotmoe_kernels.conversion.finetuning import FinetuneConfig, finetune
 from dotmoe_kernels.evaluation import reconstruction_error
 
 DATA = tokens(32, 16, seed=5)
@@ -408,7 +411,7 @@ def test_an_interrupted_model_is_rid_of_its_adapters():
 
 
 def test_adapters_without_peft(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"lora_rank needs peft, which is not installed; allowed: 0, or pip install"):
         tune(lora_rank=2)
 
@@ -455,3 +458,104 @@ def test_the_card_says_that_the_weights_moved():
     text = model_card(tune(steps=2), "title", {})
     assert "## Stage: finetune" in text
     assert "with every expert active it is not the dense model any more" in text
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """dense/, text.txt; read only."""
+    folder = tmp_path_factory.mktemp("stages")
+    write_model(folder / "dense", train_tokenizer([prose(60)], vocab_size=300))
+    (folder / "text.txt").write_text(prose(60))
+    return folder
+
+
+STAGES = ("--stage", "reconstruct,align", "--stage", "finetune")
+SHORT = ("--reconstruct-steps", "2", "--finetune-steps", "4", "--finetune-lr", "0.01", "--checkpoint-every", "2")
+
+
+def stages_of(folder):
+    return json.loads((folder / "config.json").read_text())["stages"]
+
+
+def test_the_command_takes_every_stage_and_resumes(capsys, here, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    status, out, err = call(capsys, *convert_arguments(here, whole, *STAGES, *SHORT))
+    assert (status, err) == (0, "")
+    assert set(stages_of(whole)) == {"reconstruct", "align", "finetune"}
+    for name, (before, after) in stages_of(whole)["reconstruct"]["relative_error"].items():
+        assert f"  {name:<28}{before:>8.3f} -> {after:.3f}\n" in out
+    before, after = stages_of(whole)["finetune"]["perplexity"]
+    assert f"perplexity {before:.3f} -> {after:.3f}" in out
+    assert f", sparse {after:.3f} (" in out
+    card = (whole / "README.md").read_text()
+    assert [line for line in card.splitlines() if "Stage" in line] == [
+        f"## Stage: {s}" for s in ("reconstruct", "align", "finetune")
+    ]
+    assert sorted(contents(tmp_path / "whole.run")) == ["finetune/log.jsonl", "log.jsonl"]
+
+    real = finetuning._train
+
+    def interrupted(*args):
+        def stop(done):
+            if done == 3:
+                raise KeyboardInterrupt
+
+        return real(*args[:-1], stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "_train", interrupted)
+        status, _, err = call(capsys, *convert_arguments(here, parts, *STAGES, *SHORT))
+    assert (status, err) == (130, "dotmoe convert: interrupted; the same command with --resume continues it\n")
+    assert not parts.exists()
+    assert call(capsys, *convert_arguments(here, parts, *STAGES, *SHORT))[0] == 2  # neither --resume nor --overwrite
+    assert call(capsys, *convert_arguments(here, parts, *STAGES, *SHORT, "--resume"))[0] == 0
+    assert states_equal(dk.load(whole), dk.load(parts))
+    assert stages_of(whole) == stages_of(parts)
+
+
+def test_the_command_fine_tunes_a_converted_model(capsys, here, tmp_path):
+    assert call(capsys, *convert_arguments(here, tmp_path / "moe"))[0] == 0
+    before = contents(tmp_path / "moe")
+    flags = ("--stage", "finetune", *SHORT[2:])
+    arguments = convert_arguments(tmp_path, tmp_path / "tuned", *flags, model="moe", data=here / "text.txt")
+    del arguments[arguments.index("--expert-size") : arguments.index("--expert-size") + 2]
+    status, out, err = call(capsys, *arguments)
+    assert (status, err) == (0, "")
+    assert contents(tmp_path / "moe") == before
+    assert set(stages_of(tmp_path / "tuned")) == {"align", "finetune"}
+    assert stages_of(tmp_path / "tuned")["align"] == stages_of(tmp_path / "moe")["align"]
+    assert "finetune: loss " in out
+    assert not states_equal(dk.load(tmp_path / "moe"), dk.load(tmp_path / "tuned"))
+    status, _, err = call(capsys, *arguments, "--top-k", "3", "--overwrite")
+    assert (status, err) == (2, "dotmoe convert: error: --top-k is 3; allowed: none: MODEL is converted already\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--stage", "prune"), "--stage is 'prune'; allowed: reconstruct, align, finetune"),
+        (
+            ("--stage", "finetune"),
+            "--stage is finetune alone, of a dense MODEL; allowed: another stage before it",
+        ),
+        (("--lora-rank", "4"), "--lora-rank is 4; allowed: together with --stage finetune"),
+        (("--reconstruct-steps", "4"), "--reconstruct-steps is 4; allowed: together with --stage reconstruct"),
+        (("--stage", "align,finetune", "--finetune-lr", "0"), "lr is 0.0; allowed: a positive number"),
+        (("--stage", "align,finetune", "--lora-rank", "4"), "lora_rank needs peft, which is not installed"),
+        (
+            ("--stage", "reconstruct,align", "--reconstruct-steps", "-4"),
+            "reconstruct_steps is -4; allowed: ",
+        ),
+        (("--stage", "reconstruct", "--dry-run"), "--stage is reconstruct; allowed: align, which is what a dry run predicts"),
+    ],
+)
+def test_wrong_flags_of_the_stages(capsys, here, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    status, out, err = call(capsys, *convert_arguments(here, tmp_path / "moe", *flags))
+    assert status == 2
+    assert err.startswith(f"dotmoe convert: error: {message}")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

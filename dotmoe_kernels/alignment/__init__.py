@@ -1,12 +1,14 @@
 """Alignment: learn the affinity A and the router of all layers together against the frozen dense model (eq. 1-5).
 
-config.py       the training options
-module.py       one FFN while it is being aligned: dense teacher and masked student in one
-transport.py    A of all layers -> plans and assignments, once a step
-soft.py         budgets and temperature of the soft router, once a step
-losses.py       the four terms
-checkpoints.py  state on disk, so that a run continues bit for bit
-loop.py         the training loop
+config.py          the training options
+module.py          one FFN while it is being aligned: dense teacher and masked student in one
+transport.py       A of all layers -> plans and assignments, once a step
+soft.py            budgets and temperature of the soft router, once a step
+losses.py          the four terms
+reconstruction.py  one layer after the other against its dense FFN, a start for the rest
+schedule.py        order of the data and learning rate of a step
+checkpoints.py     state on disk, so that a run continues bit for bit
+loop.py            the training loop
 """
 
 from .config import AlignmentConfig

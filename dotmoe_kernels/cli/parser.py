@@ -12,6 +12,7 @@ from ..conversion.recipes import recipe_names
 _DTYPES = ("float32", "bfloat16", "float16")
 _ROUTERS = ("top_k", "soft")
 _PATHS = ("auto", "grouped", "decode", "masked")
+STAGES = ("reconstruct", "align", "finetune")
 SEQUENCE_LENGTH = 2048  # tokens a sequence of convert, where neither a flag nor a recipe says it
 
 
@@ -29,10 +30,14 @@ def _add_data(parser: argparse.ArgumentParser, *, required: bool, sequence_lengt
         metavar="FILE",
         help="text: .txt .md .py .jsonl .parquet files, folders of them, or a Hugging Face dataset NAME[:CONFIG][:SPLIT]",
     )
-    parser.add_argument("--text-field", default="text", help="field of a JSONL, parquet or dataset row (default: %(default)s)")
+    parser.add_argument(
+        "--text-field", metavar="NAME", default="text", help="field of a JSONL, parquet or dataset row (default: %(default)s)"
+    )
     default = sequence_length if required else None  # a recipe may say it
-    parser.add_argument("--sequence-length", type=int, default=default, help=f"tokens a sequence (default: {sequence_length})")
-    parser.add_argument("--max-tokens", type=int, help="read no more than this")
+    parser.add_argument(
+        "--sequence-length", type=int, metavar="N", default=default, help=f"tokens a sequence (default: {sequence_length})"
+    )
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="read no more than this")
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
         "dotmoe convert ./llama --data a.txt b.txt --expert-size 128 --active-fraction 0.25 --steps 500 --output ./llama-moe\n"
         "dotmoe convert ./llama --data corpus.parquet --output ./llama-moe --resume      # after an interruption\n"
         "dotmoe convert ./llama --data corpus.jsonl --router soft --cap 1.5 --output ./llama-soft\n"
+        "dotmoe convert ./llama --data corpus.jsonl --stage reconstruct,align,finetune --output ./llama-moe\n"
+        "dotmoe convert ./llama-moe --data corpus.jsonl --stage finetune --lora-rank 16 --output ./llama-moe-tuned\n"
         "dotmoe convert ./llama --data corpus.jsonl --method kmeans --output ./baseline",
     )
     convert.add_argument("model", nargs="?", metavar="MODEL", help="a Hugging Face model folder, or a name (default: the recipe's)")
@@ -98,33 +105,57 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data(convert, required=False, sequence_length=SEQUENCE_LENGTH)
     topology = convert.add_argument_group("topology")
     size = topology.add_mutually_exclusive_group()
-    size.add_argument("--expert-size", type=int, help="s, neurons an expert (default: 128)")
-    size.add_argument("--num-experts", type=int, help="E, experts a layer")
+    size.add_argument("--expert-size", type=int, metavar="N", help="s, neurons an expert (default: 128)")
+    size.add_argument("--num-experts", type=int, metavar="N", help="E, experts a layer")
     share = topology.add_mutually_exclusive_group()
-    share.add_argument("--active-fraction", type=float, help="share of the FFN a token uses (default: 0.25)")
-    share.add_argument("--top-k", type=int, help="K, experts a token")
+    share.add_argument("--active-fraction", type=float, metavar="X", help="share of the FFN a token uses (default: 0.25)")
+    share.add_argument("--top-k", type=int, metavar="N", help="K, experts a token")
     topology.add_argument("--router", choices=_ROUTERS, help="soft: weights that sum to K in the mean (default: top_k)")
     train = convert.add_argument_group("alignment")
-    train.add_argument("--method", choices=("dot", "random", "kmeans", "activation"), default="dot", help="(default: %(default)s)")
+    train.add_argument(
+        "--method",
+        choices=("dot", "random", "kmeans", "activation"),
+        default="dot",
+        help="what finds the expert of a neuron; all but dot keep their assignment and train the router (default: %(default)s)",
+    )
     train.add_argument("--init", choices=INITS, help=f'what "dot" starts from (default: {AlignmentConfig.init})')
-    for name, kind in (
-        ("steps", int),
-        ("batch-size", int),
-        ("micro-batch-size", int),
-        ("affinity-lr", float),
-        ("router-lr", float),
-        ("tau-start", float),
-        ("tau-end", float),
-        ("router-temperature-start", float),
-        ("router-temperature-end", float),
-        ("threshold", float),
-        ("cap", float),
-        ("budget-lr", float),
-        ("seed", int),
-        ("checkpoint-every", int),
+    for name, kind, meaning in (
+        ("steps", int, "optimizer steps"),
+        ("batch-size", int, "sequences a step"),
+        ("micro-batch-size", int, "sequences a pass, whose gradients add up; the fewer, the less memory"),
+        ("affinity-lr", float, "peak learning rate of A, the affinity of neurons to experts"),
+        ("router-lr", float, "peak learning rate of the routers"),
+        ("tau-start", float, "temperature of the transport in the first step"),
+        ("tau-end", float, "and once a fifth of the steps is done"),
+        ("refresh-every", int, "steps between roundings of the plan"),
+        ("router-temperature-start", float, "of the soft router in the first step"),
+        ("router-temperature-end", float, "and once a fifth of the steps is done"),
+        ("threshold", float, "of the soft router: an expert of this weight or less is off"),
+        ("cap", float, "of the soft router: most experts of a token, as a multiple of those expected"),
+        ("budget-lr", float, "of the soft router: learning rate of the layers' shares of its budget"),
+        ("seed", int, "of the start, and of the order of the data"),
+        ("checkpoint-every", int, "steps between checkpoints; 0 writes only the last"),
     ):
         default = getattr(AlignmentConfig, name.replace("-", "_"))
-        train.add_argument(f"--{name}", type=kind, help=f"(default: {default})")
+        shown = "the batch size" if default is None else default
+        train.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=f"{meaning} (default: {shown})")
+    stages = convert.add_argument_group("stages")
+    stages.add_argument(
+        "--stage",
+        action="append",
+        metavar="NAME",
+        help="reconstruct (each FFN alone against its dense output, a cheap start), align (all together), finetune (weights, by "
+        "next-token loss); several times or a comma list; a converted MODEL takes finetune alone (default: align)",
+    )
+    stages.add_argument("--reconstruct-steps", type=int, metavar="N", help="of each layer (default: 100)")
+    stages.add_argument("--finetune-steps", type=int, metavar="N", help="(default: 300)")
+    stages.add_argument("--finetune-lr", type=float, metavar="X", help="peak learning rate (default: 0.0001)")
+    stages.add_argument(
+        "--lora-rank",
+        type=int,
+        metavar="N",
+        help="train adapters on the attention's projections, merged at the end, and the routers, not every weight; needs peft",
+    )
     convert.add_argument("--resume", action="store_true", help="continue from the last checkpoint in DIR.run")
     convert.add_argument("--overwrite", action="store_true", help="replace DIR and DIR.run")
     convert.add_argument("--no-progress", action="store_true", help="no bar")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .checks import check_lines, count_parameters, self_check
     from .config import DotMoeConfig
     from .data import load_tokens
+    from .finetuning import FinetuneConfig, finetune
     from .modeling import DotMoeForCausalLM, materialize, restore_dense
     from .pipeline import convert
     from .registry import register_experts
@@ -26,12 +27,14 @@ __all__ = [
     "DotMoeExperts",
     "DotMoeForCausalLM",
     "DotMoeRouter",
+    "FinetuneConfig",
     "all_experts",
     "check_lines",
     "convert",
     "count_parameters",
     "export",
     "find_ffns",
+    "finetune",
     "interleave_storage",
     "load",
     "load_tokens",
@@ -51,6 +54,7 @@ _NAMES_IN = {
     "config": ("DotMoeConfig",),
     "pipeline": ("convert",),
     "data": ("load_tokens",),
+    "finetuning": ("FinetuneConfig", "finetune"),
     "modeling": ("DotMoeForCausalLM", "materialize", "restore_dense"),
     "registry": ("register_experts",),
     "surgery": ("DenseFFN", "find_ffns", "swap_ffn"),

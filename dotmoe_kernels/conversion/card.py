@@ -98,8 +98,9 @@ def model_card(model: DotMoeForCausalLM, title: str, figures: Mapping[str, Any])
         ]
     if config.assignment:
         parts += ["## Assignment", _table(config.assignment, ("setting", "value"))]
-    for stage, measured in stages.items():
-        parts += [f"## Stage: {stage}", _table(dict(_stage_rows(measured)), ("figure", "value"))]
+    for stage in ("reconstruct", "align", "finetune"):  # a config that was read has them in the alphabet's order
+        if stage in stages:
+            parts += [f"## Stage: {stage}", _table(dict(_stage_rows(stages[stage])), ("figure", "value"))]
     flat = {key: value for key, value in figures.items() if not isinstance(value, Mapping)}
     if flat:
         parts += ["## Measured", _table(flat, ("figure", "value"))]

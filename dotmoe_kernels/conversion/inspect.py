@@ -22,7 +22,8 @@ _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 _SIZES = (32, 64, 96, 112, 128, 192, 256, 512, 1024)
 
 
-def _is_converted(folder: str | os.PathLike[str]) -> bool:
+def is_converted(folder: str | os.PathLike[str]) -> bool:
+    """Whether it is the folder of a converted model."""
     path = Path(folder).expanduser() / "config.json"
     return path.is_file() and '"dotmoe"' in path.read_text(encoding="utf-8", errors="replace")
 
@@ -36,7 +37,7 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: no such model, an FFN that is not recognised, a checkpoint of a newer format or with parts missing.
     """
-    if _is_converted(folder):
+    if is_converted(folder):
         config = check_folder(folder)
         with torch.device("meta"):
             model = DotMoeForCausalLM(config)
@@ -93,7 +94,7 @@ def describe_paths(folder: str | os.PathLike[str], *, dtype: torch.dtype | None 
     Raises:
         ValueError: not a converted model.
     """
-    require(_is_converted(folder), "MODEL", folder, "a converted model")
+    require(is_converted(folder), "MODEL", folder, "a converted model")
     config = check_folder(folder)
     E, s, K = config.num_experts, config.moe_intermediate_size or 0, config.num_experts_per_tok
     kind = dtype or getattr(config, "dtype", None) or torch.float32

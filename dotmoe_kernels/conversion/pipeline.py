@@ -18,7 +18,7 @@ from ..alignment.checkpoints import read_log, tokens_checksum, weights_checksum
 from ..alignment.config import AlignmentConfig
 from ..alignment.loop import align
 from ..alignment.module import AlignmentFFN, collect_inputs
-from ..alignment.reconstruct import reconstruct
+from ..alignment.reconstruction import reconstruct
 from ..alignment.schedule import ends
 from ..alignment.transport import Transport
 from ..partitions import (

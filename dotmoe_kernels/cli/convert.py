@@ -1,0 +1,273 @@
+"""`dotmoe convert`: a recipe and flags into options, the stages one after the other, figures and checks, the folder."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from .._checks import require, require_range
+from ..alignment.config import AlignmentConfig
+from ..conversion.recipes import Recipe, load_recipe
+from .inputs import find_device, read_tokenizer, require_model_folder
+from .parser import SEQUENCE_LENGTH, STAGES
+
+if TYPE_CHECKING:
+    from ..conversion.finetuning import FinetuneConfig
+
+_HELD_OUT = 64  # most sequences that are kept back to measure on
+_TOPOLOGY = ("expert_size", "num_experts", "active_fraction", "top_k", "router")
+_OF_STAGE = {"reconstruct": ("reconstruct_steps",), "finetune": ("finetune_steps", "finetune_lr", "lora_rank")}
+
+
+def _fill_in(args: argparse.Namespace) -> tuple[Recipe, AlignmentConfig, dict[str, Any]]:
+    """The recipe, the training options and the topology of convert: a flag goes before the recipe, and that before the default."""
+    recipe = Recipe("") if args.recipe is None else load_recipe(args.recipe)
+    flags = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(AlignmentConfig)}
+    options = AlignmentConfig(**(recipe.alignment | {name: value for name, value in flags.items() if value is not None}))
+    topology = recipe.topology
+    for names in (("expert_size", "num_experts"), ("active_fraction", "top_k"), ("router",)):  # one of a pair replaces the other
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        if given:
+            topology = {name: value for name, value in topology.items() if name not in names} | given
+    args.dtype, args.seed = args.dtype or recipe.dtype, options.seed
+    if args.sequence_length is None:
+        args.sequence_length = recipe.sequence_length or SEQUENCE_LENGTH
+    return recipe, options, topology
+
+
+def _dry_run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, topology: dict[str, Any]) -> int:
+    require(args.sequence_length >= 2, "--sequence-length", args.sequence_length, "at least 2")
+    if args.model is not None:
+        require_model_folder(args.model, weights=False)
+    import torch
+
+    from ..conversion import DotMoeConfig
+    from ..conversion.dryrun import dense_config, predict_run, run_lines
+
+    dense = dense_config(args.model, recipe)
+    report = predict_run(
+        dense,
+        DotMoeConfig.for_dense(dense.get_text_config(), **topology),
+        options,
+        sequence_length=args.sequence_length,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        learned=args.method == "dot",
+    )
+    if args.json:
+        print(json.dumps({"model": args.model or recipe.model, "recipe": args.recipe, **report}, indent=2))
+        return 0
+    if recipe.description:
+        print(f"{args.recipe}: {recipe.description}")
+    for line in run_lines(report):
+        print(line)
+    return 0
+
+
+def _stages(args: argparse.Namespace) -> list[str]:
+    """The stages in their order; a flag of a stage that is not among them is refused."""
+    given = [name for part in args.stage or ["align"] for name in part.split(",")]
+    for name in given:
+        require(name in STAGES, "--stage", repr(name), ", ".join(STAGES))
+    stages = [name for name in STAGES if name in given]
+    for stage, flags in _OF_STAGE.items():
+        for flag in flags:
+            value = getattr(args, flag)
+            require(value is None or stage in stages, f"--{flag.replace('_', '-')}", value, f"together with --stage {stage}")
+    return stages
+
+
+def _finetune_options(args: argparse.Namespace, options: AlignmentConfig) -> FinetuneConfig:
+    from ..conversion.finetuning import FinetuneConfig, require_lora
+
+    shared = ("batch_size", "micro_batch_size", "clip", "z", "balance", "seed", "checkpoint_every")
+    fields = {name: getattr(options, name) for name in shared}
+    flags = {"steps": args.finetune_steps, "lr": args.finetune_lr, "lora_rank": args.lora_rank}
+    config = FinetuneConfig(**fields, **{name: value for name, value in flags.items() if value is not None})
+    if config.lora_rank:
+        require_lora()
+    return config
+
+
+def _folders(args: argparse.Namespace) -> tuple[Path, Path]:
+    """Where the model and where its run goes; everything that can be refused before the model is loaded is."""
+    output = Path(args.output).expanduser()
+    run = output.with_name(output.name + ".run")
+    require(args.overwrite or not output.exists(), "--output", f"{output}, which exists", "a new folder, or --overwrite")
+    source = Path(args.model).expanduser().resolve()
+    inside = source.is_dir() and output.resolve() in (source, *source.parents)
+    require(not inside, "--output", f"{output}, which would replace MODEL", "another folder")
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+    require(writable, "--output", f"{output}, and {parent} cannot be written to", "a folder that can be made")
+    replaceable = not output.exists() or (output.is_dir() and ((output / "config.json").is_file() or not any(output.iterdir())))
+    require(
+        replaceable, "--output", f"{output}, which holds something else than a model", "a new folder, or one with a config.json"
+    )
+    started = any(run.rglob("step-*.pt"))
+    require(
+        args.resume or args.overwrite or not started,
+        "--output",
+        f"{output}, with an interrupted run in {run}",
+        "--resume to continue it, or --overwrite to start anew",
+    )
+    return output, run
+
+
+def _load_dense(args: argparse.Namespace, stages: list[str], device: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ..conversion import find_ffns
+
+    dtype = getattr(torch, args.dtype) if args.dtype else "auto"
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {args.model} cannot be read ({error})") from None
+    dense, found = loaded
+    lacking = sorted(found["missing_keys"])
+    require(not lacking, "MODEL", f"{args.model}, without the tensor {', '.join(lacking[:4])}", "a complete causal LM")
+    dense = dense.to(device)
+    find_ffns(dense)  # a model that cannot be converted ends here, before the data is read
+    require(stages != ["finetune"], "--stage", "finetune alone, of a dense MODEL", "another stage before it, or a converted MODEL")
+    return dense
+
+
+def _load_converted(args: argparse.Namespace, device: str) -> Any:
+    import torch
+
+    from ..conversion import load
+
+    for name in _TOPOLOGY:
+        value = getattr(args, name)
+        require(value is None, f"--{name.replace('_', '-')}", value, "none: MODEL is converted already")
+    return load(args.model, dtype=getattr(torch, args.dtype) if args.dtype else None, device=device)
+
+
+def _read_data(args: argparse.Namespace, tokenizer: Any, vocabulary: int) -> tuple[Any, Any]:
+    """Sequences to train on and to measure on."""
+    from ..conversion import load_tokens
+
+    tokens = load_tokens(
+        args.data,
+        tokenizer,
+        sequence_length=args.sequence_length,
+        max_tokens=args.max_tokens,
+        text_field=args.text_field,
+        seed=args.seed,
+    )
+    require(
+        len(tokens) >= 2,
+        "--data",
+        f"{tokens.numel()} tokens",
+        f"at least two sequences of {args.sequence_length}, one to train and one to measure on",
+    )
+    require_range(tokens, "--data", 0, vocabulary - 1)
+    keep = min(max(len(tokens) // 20, 1), _HELD_OUT)
+    print(f"data: {tokens[:-keep].numel():,} tokens to train on, {tokens[-keep:].numel():,} held out (the end of the data)")
+    return tokens[:-keep], tokens[-keep:]
+
+
+def _failed(checks: dict[str, Any]) -> int:
+    print(f"dotmoe convert: error: a self-check failed: {checks}", file=sys.stderr)
+    return 1
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """The stages on a dense MODEL, or the fine-tuning of a converted one."""
+    recipe, options, topology = _fill_in(args)
+    stages = _stages(args)
+    if args.dry_run:
+        require(stages == ["align"], "--stage", ",".join(stages), "align, which is what a dry run predicts")
+        return _dry_run(args, recipe, options, topology)
+    require(not args.json, "--json", "given", "together with --dry-run")
+    args.model = args.model or recipe.model
+    missing = [name for name, value in (("MODEL", args.model), ("--data", args.data), ("--output", args.output)) if not value]
+    if missing:
+        raise ValueError(f"the following arguments are required: {', '.join(missing)}")
+    output, run = _folders(args)
+    require_model_folder(args.model)
+    device = find_device(args.device)
+    import torch
+
+    from ..conversion import DotMoeConfig, check_lines, convert, count_parameters, finetune, save, self_check
+    from ..conversion.inspect import is_converted
+    from ..evaluation import collect_load, perplexity, retention
+
+    tuning = _finetune_options(args, options) if "finetune" in stages else None
+    started_sparse = stages == ["finetune"] and is_converted(args.model)
+    model = _load_converted(args, device) if started_sparse else _load_dense(args, stages, device)
+    text = model.config.get_text_config()
+    config = None if started_sparse else DotMoeConfig.for_dense(text, **topology)
+    tokenizer = read_tokenizer(args.model)
+    train, held = _read_data(args, tokenizer, text.vocab_size)
+    figures: dict[str, Any] = {"base_model": args.model, "data": " ".join(args.data), "held-out tokens": held.numel()}
+    rerun: dict[str, Any] = {"resume": args.resume, "progress": not args.no_progress}
+    dense_perplexity, dense_logits = None, None
+    if config is not None:
+        dense_perplexity = figures["dense perplexity"] = perplexity(model, held, batch_size=1)
+        with torch.no_grad():
+            dense_logits = model(input_ids=held[:1].to(device), use_cache=False).logits
+    if args.overwrite and not args.resume and run.exists():
+        shutil.rmtree(run)
+    if config is not None:
+        model = convert(
+            model,
+            config,
+            method=args.method,
+            data=train,
+            alignment=options,
+            stages=[stage for stage in stages if stage != "finetune"],
+            **({} if args.reconstruct_steps is None else {"reconstruct_steps": args.reconstruct_steps}),
+            folder=run,
+            **rerun,
+        )
+    if tuning is not None:
+        if dense_logits is not None:  # afterwards every expert on is another model than the dense one
+            checks = self_check(model, dense_logits, held[:1])
+            if not checks["passed"]:
+                return _failed(checks)
+        model, dense_logits = finetune(model, train, tuning, held_out=held, folder=run / "finetune", **rerun), None
+    with collect_load(model) as counts:
+        value = perplexity(model, held, batch_size=1)
+    means = counts.mean_active()
+    mean = sum(means.values()) / len(means)
+    figures |= {"sparse perplexity": value, "active experts a token": round(mean, 4)}
+    save(model, output, tokenizer=tokenizer, overwrite=args.overwrite, card=figures)
+    checks = self_check(model, dense_logits, held[:1], folder=output)
+    total, active = count_parameters(model, means)
+    for line in [*check_lines(checks), *_stage_lines(model.config.stages or {})]:
+        print(line)
+    print(f"parameters: {total:,}, active a token {active:,} ({active / total:.1%}) at {mean:.2f} experts a token")
+    if dense_perplexity is not None:
+        kept = f"({retention(dense_perplexity, value):.1%} retained)"
+        print(f"held-out perplexity: dense {dense_perplexity:.3f}, sparse {value:.3f} {kept}")
+    if not checks["passed"]:
+        return _failed(checks)
+    for rest in (run / "checkpoints", run / "reconstruct", run / "finetune" / "checkpoints"):
+        shutil.rmtree(rest, ignore_errors=True)
+    logs = [str(log) for log in (run / "log.jsonl", run / "finetune" / "log.jsonl") if log.is_file()]
+    ending = f"; log of the training: {', '.join(logs)}" if logs else ""
+    print(f"saved: {output}" + (ending if model.config.stages else "; nothing was trained (--steps 0)"))
+    return 0
+
+
+def _stage_lines(stages: dict[str, Any]) -> list[str]:
+    """What the stages beside the alignment reached."""
+    lines = []
+    if "reconstruct" in stages:
+        errors = stages["reconstruct"]["relative_error"]
+        lines = ["reconstruct, relative error of an FFN's output on tokens held out:"]
+        lines += [f"  {name:<28}{before:>8.3f} -> {after:.3f}" for name, (before, after) in errors.items()]
+    if "finetune" in stages:
+        pairs = [f"{key} {ends[0]:.3f} -> {ends[1]:.3f}" for key, ends in stages["finetune"].items() if isinstance(ends, list)]
+        lines.append(f"finetune: {', '.join(pairs)}")
+    return lines
