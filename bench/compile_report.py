@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import machine
+from bench import machine, predictions_alignment
 from bench.kernels import KERNELS
 from bench.kernels_transport import persistent_against_streaming
 from bench.predictions import experts_against_dense, reductions, training_against_dense
@@ -209,6 +209,7 @@ def render(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> str:
         )
         kept = (f"{row[key] / 1e6:.0f} MB" for key in ("kept_bytes", "grouped_mm_kept_bytes"))
         training.append([row["shape"], limit, time, dense, f"{row['predicted_times_dense']:.2f}x", *kept])
+    parts, ratios = predictions_alignment.tables()
     ways = [[row["shape"], row["reduction"], f"{row['predicted_seconds'] * 1e3:.2f} ms"] for row in reductions()]
     return "\n\n".join(
         [
@@ -223,6 +224,9 @@ def render(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> str:
             table(["shape", "limit", "ours", "dense", "dense / ours", "kept", "kept by transformers' grouped_mm"], training),
             "PREDICTED time of the grouped path by its reduction",
             table(["shape", "reduction", "ours"], ways),
+            "PREDICTED milliseconds of a step of alignment in bfloat16 by part (the eager rounding is a loop on the CPU)",
+            table(parts[0], parts[1:]),
+            table(ratios[0], ratios[1:]),
         ]
     )
 
@@ -253,6 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
         result["experts_against_dense_not_measured"] = experts_against_dense()
         result["training_against_dense_not_measured"] = training_against_dense()
         result["reductions_not_measured"] = reductions()
+        result["alignment_steps_not_measured"] = predictions_alignment.steps()
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"\n{path}")
     return 1 if any("error" in row for row in rows) else 0

@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed with the package
 
-from bench import alignment, splits
+from bench import alignment, predictions_alignment, splits
 from bench.alignment import PARTS, REST, TINY, Clock, Step
 from dotmoe_kernels.alignment import AlignmentConfig
 from dotmoe_kernels.alignment.loop import align
@@ -76,3 +76,16 @@ def test_the_table_of_a_split():
     lines = splits.table({"ours": parts, "eager": {"teacher": 0.003, "loss": 0.009}})
     assert lines[2] == "| teacher | 3.0 ms (75.0 %) | 3.0 ms (25.0 %) |"
     assert lines[-1] == "| sum | 4.0 ms | 12.0 ms |"
+
+
+def test_predicted_steps_hold_the_products_that_nobody_can_leave_out():
+    for row in predictions_alignment.steps():
+        b = next(b for b in predictions_alignment.BACKBONES if row["shape"].startswith(b.batch))
+        T = int(row["shape"].split()[-1])
+        flops = 2 * T * b.layers * 3 * b.ffn.F * b.ffn.H  # of the FFNs, one way
+        for impl in ("ours", "eager"):
+            parts = row[f"{impl}_predicted_seconds"]
+            assert set(parts) == set(PARTS)
+            assert parts["teacher"] > flops / predictions_alignment.BF16
+            assert parts["masked FFN"] > 2 * flops / predictions_alignment.BF16
+        assert row["masked_ffn_over_frozen_dense"] < 1.2
