@@ -10,6 +10,7 @@ from shapes import generator, normal, routed_indices, uniform
 import dotmoe_kernels as dk
 from dotmoe_kernels import _backend, _tiles, reference
 from dotmoe_kernels.dispatch import operators
+from dotmoe_kernels.experts.operators import grouped_mm_backward_op, grouped_mm_op
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -87,6 +88,23 @@ def test_indices_outside_count_as_empty(E):
     expected = operators.sort_slots_op(torch.where((indices >= 0) & (indices < E), indices, E).to(DEVICE), E)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("wrong", [[0, 5, 3, 9], [-4, 2, 6, 400], [0, 90, 7, 8]])
+def test_wrong_offsets_stay_within_bounds(wrong):
+    """They are an error on a CPU; here the operators are called behind the check, on rows between others that nobody may touch."""
+    right = torch.tensor(wrong, dtype=torch.int32).clamp(0, 8).cummax(0).values.tolist()
+    around = torch.full((24, 16), 7.0, device=DEVICE)
+    around[8:16] = normal(8, 16, seed=37).float()
+    a, b = around[8:16], normal(3, 16, 8, seed=38, dtype=torch.float32).to(DEVICE)
+    offsets = torch.tensor(wrong, dtype=torch.int32, device=DEVICE)
+    y = grouped_mm_op(a, b, offsets)
+    da, db = grouped_mm_backward_op(torch.ones_like(y), a, b, offsets, True, True)
+    for e in range(3):
+        rows = slice(right[e], right[e + 1])
+        torch.testing.assert_close(y[rows], a[rows] @ b[e])
+        torch.testing.assert_close(da[rows], b[e].sum(1).expand_as(da[rows]))
+        torch.testing.assert_close(db[e], a[rows].sum(0)[:, None].expand_as(db[e]))
 
 
 def test_slot_of_is_the_inverse():
@@ -287,3 +305,10 @@ def test_int64_addresses():
     assert torch.equal(xs[:, 0], x[slots.token, 0])
     assert torch.equal(xs[:, -1], x[slots.token, -1])
     torch.testing.assert_close(dk.gather_tokens(xs, slots, num_tokens=T)[:, -1], (4 * x[:, -1].float()).to(torch.bfloat16))
+    weights = torch.ones(K, 2**30, device="cuda", dtype=torch.bfloat16)[:, :T].T  # of a token 2^30 elements apart: 8 GB
+    ys = xs.requires_grad_()
+    weights.requires_grad_()
+    y = dk.gather_tokens(ys, slots, weights)
+    torch.testing.assert_close(y[:, -1], (4 * x[:, -1].float()).to(torch.bfloat16))
+    (dys,) = torch.autograd.grad(y, ys, torch.ones_like(y))
+    assert bool((dys[:, -1] == 1).all())

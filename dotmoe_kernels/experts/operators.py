@@ -44,6 +44,12 @@ def _(
     return x.new_empty(x.shape)
 
 
+def _within(offsets: Tensor, rows: int) -> Tensor:
+    """Offsets that never decrease nor leave [0, rows], whatever was given: they are not checked on a GPU, and the kernels write
+    where they say."""
+    return offsets.clamp(0, rows).cummax(0).values
+
+
 @torch.library.custom_op("dotmoe_kernels::grouped_mm", mutates_args=())
 def grouped_mm_op(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     from . import grouped  # it uses this module
@@ -52,7 +58,7 @@ def grouped_mm_op(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
         return grouped.multiply(a, b, offsets)
     from .gpu.down import grouped_product
 
-    return grouped_product(a, b, offsets)
+    return grouped_product(a, b, _within(offsets, a.shape[0]))
 
 
 @grouped_mm_op.register_fake
@@ -72,6 +78,7 @@ def grouped_mm_backward_op(
         return tuple(grad.new_empty(0) if g is None else g for g in found)  # type: ignore[return-value]
     from .gpu.down import grouped_product, weight_gradient
 
+    offsets = _within(offsets, grad.shape[0])
     da = grouped_product(grad, b.transpose(1, 2), offsets) if needs_a else grad.new_empty(0)
     db = weight_gradient(a, grad, offsets, b) if needs_b and a is not None else b.new_empty(0)
     return da, db
