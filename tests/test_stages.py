@@ -3,7 +3,10 @@
 import copy
 import importlib.util
 import json
+import shlex
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -559,3 +562,21 @@ def test_wrong_flags_of_the_stages(capsys, here, tmp_path, monkeypatch, flags, m
     assert err.startswith(f"dotmoe convert: error: {message}")
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_commands_of_the_readme(capsys, here, tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line)[1:] for line in readme.splitlines() if line.startswith("dotmoe convert") and "--stage" in line]
+    assert len(commands) == 2
+    shutil.copytree(here / "dense", tmp_path / "llama")
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": prose(3, seed=n)}) + "\n" for n in range(20)))
+    monkeypatch.chdir(tmp_path)
+    short = ("--sequence-length", "16", "--finetune-steps", "1", "--batch-size", "2", "--no-progress")
+    first = (*commands[0], *short, "--expert-size", "8", "--steps", "1", "--reconstruct-steps", "1")
+    assert call(capsys, *first)[0] == 0
+    status, _, err = call(capsys, *commands[1], *short)
+    if importlib.util.find_spec("peft") is None:
+        assert (status, "lora_rank needs peft, which is not installed" in err) == (2, True)
+    else:
+        assert (status, err) == (0, "")
+        assert stages_of(tmp_path / "llama-moe-tuned")["finetune"]["lora_rank"] == 16
