@@ -29,6 +29,7 @@ from .config import SOFT_OPTIONS, AlignmentConfig
 from .head import find_head
 from .losses import alignment_losses
 from .module import AlignmentFFN, all_experts
+from .schedule import learning_rate, shuffled_rows
 from .soft import BudgetState, SoftRouting
 from .transport import Transport
 
@@ -43,25 +44,6 @@ class AlignmentResult(NamedTuple):
     seconds: float
     log: list[dict[str, float]]  # one entry a step of this call
     budgets: BudgetState | None = None  # of the soft router
-
-
-def _sequences(data: Tensor, step: int, config: AlignmentConfig) -> Tensor:
-    """The [batch_size, S] sequences of a step: epochs of the data, each in an order of its own."""
-    first = step * config.batch_size
-    rows = []
-    for epoch in range(first // len(data), (first + config.batch_size - 1) // len(data) + 1):
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
-        start, stop = first - epoch * len(data), first + config.batch_size - epoch * len(data)
-        rows.append(order[max(start, 0) : min(stop, len(data))])
-    return data[torch.cat(rows)]
-
-
-def _learning_rate(step: int, config: AlignmentConfig) -> float:
-    """Share of the peak: linear warm-up, then a cosine to zero."""
-    warm = config.warmup * config.steps
-    if step < warm:
-        return (step + 1) / (warm + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(config.steps - warm, 1)))
 
 
 def _fetch(values: dict[str, Tensor]) -> dict[str, float]:
@@ -190,13 +172,13 @@ def align(
             tau = config.tau(step)
             numbers = transport.refresh(tau, rounding=step % config.refresh_every == 0)
             budget = None if soft is None else soft.refresh(step)
-            share = _learning_rate(step, config)
+            share = learning_rate(step, config.steps, config.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = share * group["peak"]
             optimizer.zero_grad(set_to_none=True)
             for layer in layers.values():
                 layer.finite = None
-            batch = _sequences(data, step, config).to(device, non_blocking=True)
+            batch = shuffled_rows(data, step, config.batch_size, config.seed).to(device, non_blocking=True)
             sums = torch.zeros(5, device=device)
             for micro in batch.split(config.micro_batch_size or config.batch_size):
                 with torch.no_grad(), all_experts(layers):

@@ -83,8 +83,10 @@ class AlignmentFFN(nn.Module):
         if self.dense:
             if self.inputs is not None:
                 self.inputs.append(x)
-            gate, up = x @ self.gate_proj.T, x @ self.up_proj.T
-            return ((find_activation(self.activation).forward(gate) * up) @ self.down_proj.T).view(hidden.shape)
+            inner = find_activation(self.activation).forward(x @ self.gate_proj.T)  # [T, F]
+            up = x @ self.up_proj.T
+            inner = inner * up if inner.requires_grad else inner.mul_(up)
+            return (inner @ self.down_proj.T).view(hidden.shape)
         assert self.expert_of is not None
         with torch.autocast(x.device.type, enabled=False):
             # a NaN goes on to the loss through x; there the step and the layer are named
