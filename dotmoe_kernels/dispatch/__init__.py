@@ -16,6 +16,7 @@ from torch import Tensor
 from .._autograd import wants_gradient
 from .._backend import use_triton
 from .._checks import (
+    has_values,
     refuse,
     require,
     require_float,
@@ -148,8 +149,7 @@ def gather_tokens(ys: Tensor, slots: Slots, weights: Tensor | None = None, *, nu
     elif num_tokens is not None:
         T = num_tokens
     else:
-        at_hand = ys.device.type == "cpu" and not torch.compiler.is_compiling()
-        require(at_hand, "num_tokens", None, "the number of tokens T, without weights on a GPU or under torch.compile")
+        require(has_values(ys), "num_tokens", None, "the number of tokens T, without weights on a GPU or under torch.compile")
         T = int(slots.token.max()) + 1 if S else 0
     _check_tokens(slots, T, "weights" if weights is not None else "num_tokens")
     if _as_operator(ys):

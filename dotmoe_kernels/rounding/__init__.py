@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import use_triton
-from .._checks import compute_dtype, require, require_float, require_same, require_tensor
+from .._checks import compute_dtype, has_values, require, require_float, require_same, require_tensor
 from . import cpu
 
 
@@ -53,7 +53,7 @@ def _limits(capacity: Tensor | Sequence[int] | None, batch: torch.Size, F: int, 
         require(tuple(given.shape) in ((E,), (*batch, E)), "capacity", f"of shape {list(given.shape)}", f"[{E}] or {[*batch, E]}")
         real = given.dtype != torch.bool and not given.is_complex()
         require(real, "capacity", f"of dtype {given.dtype}", "whole numbers of neurons")
-        if given.device.type == "cpu" and not torch.compiler.is_compiling():
+        if has_values(given):
             whole = not given.is_floating_point() or bool((given == given.round()).all())
             require(whole, "capacity", given.tolist(), "whole numbers of neurons")
             require(bool((given >= 0).all()), "capacity", given.tolist(), "entries of at least 0")
@@ -91,7 +91,7 @@ def balanced_assignment(scores: Tensor, capacity: Tensor | Sequence[int] | None 
         require(E <= F, "scores", f"of shape {list(scores.shape)}", f"at most as many experts as neurons, E <= F = {F}")
     limit = _limits(capacity, batch, F, E, scores.device)
     scores = scores.detach()
-    if scores.device.type == "cpu" and not torch.compiler.is_compiling():
+    if has_values(scores):
         require(bool(torch.isfinite(scores).all()), "scores", "NaN or infinite somewhere", "finite values")
     # the first call of any operator imports torch's compiler, which takes seconds
     as_operator = use_triton(scores) or torch.compiler.is_compiling()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._backend import use_triton
-from .._checks import compute_dtype, require, require_finite, require_float, require_same
+from .._checks import compute_dtype, has_values, require, require_finite, require_float, require_same
 from . import cpu
 from .operators import soft_top_k_op
 
@@ -32,7 +32,7 @@ def row_values(scores: Tensor, k: float | Tensor, temperature: float | Tensor) -
             require(isinstance(value, int | float), name, repr(value), "a number or a tensor")
             given.append(torch.full(batch, float(value), dtype=torch.float64, device=scores.device))
     ks, temperatures = given
-    if scores.device.type == "cpu" and ks.numel() and not torch.compiler.is_compiling():
+    if has_values(scores) and ks.numel():
         require(bool(((ks > 0) & (ks < E)).all()), "k", k, f"strictly between 0 and E = {E}")
         positive = (temperatures > 0) & temperatures.isfinite()
         require(bool(positive.all()), "temperature", temperature, "positive and finite")

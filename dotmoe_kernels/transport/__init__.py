@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .._autograd import first_order
 from .._backend import use_triton
-from .._checks import compute_dtype, require, require_finite, require_float, require_same, require_shape, require_tensor
+from .._checks import compute_dtype, has_values, require, require_finite, require_float, require_same, require_shape, require_tensor
 from ..reference import SinkhornInfo
 from .host import adjoint_layers, solve_layers
 from .operators import sinkhorn_op
@@ -107,7 +107,7 @@ def sinkhorn(
     require(backward in ("unroll", "implicit"), "backward", repr(backward), '"unroll" or "implicit"')
     require_finite(affinity, "affinity")
     dtype, device = compute_dtype(affinity), affinity.device
-    check_values = device.type == "cpu" and not torch.compiler.is_compiling()
+    check_values = has_values(affinity)
 
     if isinstance(tau, Tensor):
         require(tau.dim() == 0 or tau.shape == batch, "tau", f"of shape {list(tau.shape)}", f"a float or shape {list(batch)}")
