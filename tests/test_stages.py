@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import resource
 import shlex
 import shutil
 import sys
@@ -145,6 +146,50 @@ def test_layers_that_are_done_are_taken_over(tmp_path, monkeypatch):
             run(*prepared(), options(**({"steps": 4} | change)), folder=tmp_path, resume=True)
     with pytest.raises(ValueError, match="was written with model = None; this run has 'another'"):
         run(*prepared(), options(steps=4), folder=tmp_path, resume=True, fingerprint={"model": "another"})
+
+
+@pytest.mark.parametrize("stage", ["reconstruct", "finetune"])
+def test_a_disk_that_fills_up_leaves_nothing_half_written(tmp_path, stage):
+    train = {
+        "reconstruct": lambda: run(*prepared(), options(steps=1), folder=tmp_path),
+        "finetune": lambda: tune(steps=1, folder=tmp_path),
+    }[stage]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ([] if stage == "reconstruct" else ["log.jsonl"])
+
+
+def test_the_plan_may_be_rounded_now_and_then(monkeypatch):
+    seen, refresh = [], module.Transport.refresh
+
+    def spy(self, tau, *, rounding=True):
+        seen.append(rounding)
+        return refresh(self, tau, rounding=rounding)
+
+    monkeypatch.setattr(module.Transport, "refresh", spy)
+    run(*prepared(), options(steps=4, refresh_every=3))
+    assert seen == 2 * [True, True, False, False, True, True]  # of each layer before, the four steps and after
+
+
+def test_the_dense_model_is_whole_after_an_interruption(monkeypatch):
+    model = dense_model()
+    with torch.no_grad():
+        expected = model(DATA).logits
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dk.convert(model, DotMoeConfig(num_experts=E, top_k=K), data=DATA, alignment=options(), stages=["reconstruct"])
+    with torch.no_grad():
+        assert torch.equal(model(DATA).logits, expected)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_what_the_joint_training_alone_reads_may_change(tmp_path):

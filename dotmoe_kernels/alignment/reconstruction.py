@@ -82,8 +82,8 @@ def _fit(
     trained = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
 
-    def refresh(step: int) -> None:
-        transport.refresh(config.tau(step))
+    def refresh(step: int, rounding: bool = True) -> None:
+        transport.refresh(config.tau(step), rounding=rounding)
         if soft is not None:
             soft.refresh(step)
 
@@ -94,7 +94,7 @@ def _fit(
     refresh(0)
     before = error()
     for step in range(config.steps):
-        refresh(step)
+        refresh(step, rounding=step % config.refresh_every == 0)
         share = learning_rate(step, config.steps, config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = share * group["peak"]
