@@ -74,13 +74,14 @@ class SparseMaskedFFN(torch.autograd.Function):
         up = x @ up_proj.index_select(0, order).T
         down = down_proj.index_select(1, order)  # [H, F]
         y = torch.zeros(x.shape, dtype=compute_dtype(x))
-        for tokens, neurons, scale in _blocks(r, sizes):
+        blocks = list(_blocks(r, sizes))
+        for tokens, neurons, scale in blocks:
             hidden = act(gate[:, neurons].index_select(0, tokens)).mul_(up[:, neurons].index_select(0, tokens))  # [n, s]
             if scale is not None:
                 hidden.mul_(scale)
             y.index_add_(0, tokens, (hidden @ down[:, neurons].T).to(y.dtype))
         ctx.save_for_backward(gate_proj, up_proj, down_proj, r, order, gate, up)
-        ctx.activation, ctx.sizes = activation, sizes
+        ctx.activation, ctx.sizes, ctx.blocks = activation, sizes, blocks
         ctx.soft = (None if plan is None else plan.dtype, None if probs is None else probs.dtype)
         return y.to(x.dtype)
 
@@ -108,13 +109,13 @@ class SparseMaskedFFN(torch.autograd.Function):
             del dg
         if need_x:
             dx = torch.zeros(dy.shape, dtype=compute_dtype(dy))
-            for tokens, neurons, scale in _blocks(r, sizes):
+            for tokens, neurons, scale in ctx.blocks:
                 g, u, d = (t[:, neurons].index_select(0, tokens) for t in (gate, up, du))  # [n, s]
                 if scale is not None:
                     d.mul_(scale)
                 dgate, dup = act.backward(u.mul_(d), g), d.mul_(act.forward(g))
                 here = order[neurons]
-                rows = (dgate @ gate_proj.index_select(0, here)).to(dx.dtype)
-                dx.index_add_(0, tokens, rows.add_(dup @ up_proj.index_select(0, here)))
+                rows = torch.mm(dgate, gate_proj.index_select(0, here)).addmm_(dup, up_proj.index_select(0, here))
+                dx.index_add_(0, tokens, rows.to(dx.dtype))
             dx = dx.to(dy.dtype)
         return dx, None, None, None, dr, dplan, dprobs, None, None
