@@ -4,6 +4,8 @@ config.py          the training options
 module.py          one FFN while it is being aligned: dense teacher and masked student in one
 transport.py       A of all layers -> plans and assignments, once a step
 soft.py            budgets and temperature of the soft router, once a step
+head.py            what makes logits of a model's last hidden states
+chunked.py         KL and CE of the logits, a chunk of tokens at a time
 losses.py          the four terms
 reconstruction.py  one layer after the other against its dense FFN, a start for the rest
 schedule.py        order of the data and learning rate of a step
