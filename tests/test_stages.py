@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_cli import call, contents, convert_arguments, prose, write_model
+from test_finetune import checkpointing
 from tiny import E, F, K, V, dense_model, sparse_model, tokens
 
 import dotmoe_kernels as dk
@@ -396,6 +397,12 @@ def test_finetune_resumes_bit_for_bit(tmp_path, rank):
 def test_passes_of_a_step_add_up():
     a, b = (tune(model, micro_batch_size=micro, steps=3, balance=0.0).state_dict() for model, micro in ((None, None), (None, 1)))
     assert all(torch.allclose(a[n].double(), b[n].double(), atol=2e-4) for n in a)  # AdamW divides by small gradients
+
+
+def test_gradient_checkpointing_changes_nothing():
+    """The routers' losses leave the layers that are computed again by a hook, not as an output."""
+    run = {"steps": 2, "balance": 1.0, "z": 0.1}
+    assert states_equal(tune(**run), tune(checkpointing(sparse_model(initializer_range=0.1)), **run))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -180,7 +180,7 @@ def finetune(
     Args:
         model: as ``convert`` or ``load`` gives it, on any device; trained in place (after an error, load it again). Parameters that
             do not require a gradient stay as they are. Those that train are float32 meanwhile; a model in bfloat16 computes in
-            bfloat16.
+            bfloat16. Gradient checkpointing works, once the model has it enabled.
         data: [N, S] int64 packed token sequences, or an iterable of [S].
         config: the options. None: FinetuneConfig().
         held_out: [M, S] token sequences to measure the perplexity on, before and after.
