@@ -807,6 +807,7 @@ def test_no_layers():
         ({"checkpoint_every": -1}, "checkpoint_every is -1"),
         ({"batch_size": 0}, "batch_size is 0; allowed: an integer of at least 1"),
         ({"num_iters": 0}, "num_iters is 0"),
+        ({"refresh_every": 0}, "refresh_every is 0; allowed: an integer of at least 1"),
         ({"micro_batch_size": 0}, "micro_batch_size is 0; allowed: 1 to batch_size = 8"),
         ({"micro_batch_size": 9}, "micro_batch_size is 9; allowed: 1 to batch_size = 8"),
         ({"affinity_lr": 0.0}, "affinity_lr is 0.0; allowed: a positive number"),

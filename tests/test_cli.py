@@ -589,6 +589,7 @@ FLAGS = {
     "active-fraction 1.5": (("--active-fraction", "1.5"), "active_fraction is 1.5; allowed: a number in (0, 1]"),
     "steps -1": (("--steps", "-1"), "steps is -1; allowed: an integer of at least 0"),
     "batch-size 0": (("--batch-size", "0"), "batch_size is 0"),
+    "refresh-every 0": (("--refresh-every", "0"), "refresh_every is 0; allowed: an integer of at least 1"),
     "micro-batch-size 3": (("--micro-batch-size", "3"), "micro_batch_size is 3; allowed: 1 to batch_size = 2"),
     "tau-end 0": (("--tau-end", "0"), "tau_end is 0.0; allowed: a positive number"),
     "affinity-lr nan": (("--affinity-lr", "nan"), "affinity_lr is nan; allowed: a positive number"),
