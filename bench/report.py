@@ -180,8 +180,8 @@ def figure(result: dict[str, Any], path: Path) -> None:
         box = (_COLUMN * column + _LABELS, total - top - height, _COLUMN - _LABELS - 0.15, height)
         _panel(fig.add_axes((box[0] / width, box[1] / total, box[2] / width, box[3] / total)), name, entries)
     machine = result["machine_info"]
-    title = f"{machine.get('clock', 'Time')} over ours, median of paired rounds.  {machine.get('gpu', machine['cpu'])}, {machine['threads']} threads, "
-    title += f"commit {result['commit_info']['id'][:7]}, {result['datetime'][:10]}."
+    title = f"{machine.get('clock', 'Time')} over ours, median of paired rounds.  {machine.get('gpu', machine['cpu'])}, "
+    title += f"{machine['threads']} threads, commit {result['commit_info']['id'][:7]}, {result['datetime'][:10]}."
     if any(one["extra_info"]["status"] == "differs" for one in result["benchmarks"]):
         title += "  * another answer than the reference."
     if any("peak_bytes" in one["extra_info"] for one in result["benchmarks"]):
