@@ -64,8 +64,8 @@ class Size(NamedTuple):
 
 SMALL = Size("7M", Shape("7M", 256, 16, 64, 4), 6, 2048, 4, 4, 8, 128, torch.float32)
 TINY = Size("tiny", Shape("tiny", 64, 8, 16, 2), 2, 128, 4, 4, 2, 64, torch.float32)
-Q25 = Size("Q25", shapes.Q25, 4, 152064, 28, 4, 4, 2048, torch.bfloat16)  # four of its 28 layers
-L3 = Size("L3", shapes.L3, 4, 128256, 32, 8, 4, 2048, torch.bfloat16)  # four of 32
+Q25 = Size("Q25", shapes.Q25, 4, 152064, 28, 4, 2, 2048, torch.bfloat16)  # four of its 28 layers
+L3 = Size("L3", shapes.L3, 4, 128256, 32, 8, 2, 2048, torch.bfloat16)  # four of 32
 SIZES = {size.name: size for size in (SMALL, TINY, Q25, L3)}
 
 
@@ -404,20 +404,21 @@ def distances(found: list[Tensor], exact: list[Tensor]) -> float:
 
 def case(size: Size, device: str = "cpu") -> Case:
     """Ours stops its Sinkhorn steps at a column error of 1e-3; that all of them give float64's loss and gradients is seen to first,
-    by a step that takes them all. On a GPU the reference is the plain reproduction in float32."""
+    by a step that takes them all. In 16 bits another K-th expert is taken where two are close, so there only the loss is compared;
+    on a GPU with float32."""
     begin = start(size, device)
     wide = torch.float64 if device == "cpu" else torch.float32
     exact = Step("eager", size, device, begin, dtype=wide)()
-    checked, extra = {}, {}
-    skipped = {}
+    compared = len(exact) if size.dtype == torch.float32 else 1
+    checked, extra, skipped = dict[str, float](), dict[str, dict[str, Any]](), dict[str, str]()
     for name in IMPLS:
         try:
-            checked[name] = distances(Step(name, size, device, begin, tol=0.0)(), exact)
+            checked[name] = distances(Step(name, size, device, begin, tol=0.0)()[:compared], exact[:compared])
             extra[name] = {"split": measured_split(Step(name, size, device, begin))}
         except torch.OutOfMemoryError:
             skipped[name] = "out of memory"
     steps: dict[str, Callable[[], Any]] = {name: Step(name, size, device, begin) for name in IMPLS if name not in skipped}
-    tolerance = 1e-4 if size.dtype == torch.float32 else 0.2
+    tolerance = 1e-4 if size.dtype == torch.float32 else 1e-2
     return Case(steps, lambda name, _: checked[name], tolerance, skipped=skipped, extra=extra)
 
 

@@ -64,8 +64,9 @@ def test_a_boundary_lies_where_a_part_ends():
     assert parts == [*begin, "attention", *forward * TINY.layers, "loss", *backward, "transport", "optimizer"]
 
 
-def test_everybody_computes_the_same():
-    case = alignment.case(TINY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_everybody_computes_the_same(dtype):
+    case = alignment.case(TINY._replace(dtype=dtype))
     assert list(case.run) == list(alignment.IMPLS)
     assert all(case.error(name, None) <= case.tolerance for name in case.run)
     assert all(set(case.extra[name]["split"]) == {*PARTS, REST} for name in case.run)
