@@ -55,5 +55,6 @@ def figure(result: dict[str, Any], path: Path) -> None:
     fig.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     machine = result["machine_info"]
     title = f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads, commit {result['commit_info']['id'][:7]}"
-    fig.suptitle(f"A step of alignment by its parts.  {title}, {result['datetime'][:10]}", fontsize=10)
+    title = f"A step of alignment by its parts, {machine.get('clock', 'wall time')}.  {title}, {result['datetime'][:10]}"
+    fig.suptitle(title, fontsize=10)
     fig.savefig(path, format="png", dpi=110)
