@@ -71,7 +71,10 @@ PARTS: dict[str, Part] = {
         ),
         lambda: expert_groups(tokens=(TELLING, ())) + training_groups() + expert_groups(tokens=((), TOKENS)),
     ),
-    "alignment": Part(("tests/test_masked.py", "tests/test_masked_triton.py"), alignment_groups),
+    "alignment": Part(
+        ("tests/test_masked.py", "tests/test_masked_triton.py", "tests/test_alignment_loss.py", "tests/test_alignment_step.py"),
+        alignment_groups,
+    ),
     "routing": Part(
         (
             "tests/test_routing.py",

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checks import FLOOR, SECOND, assert_no_wrong_second_derivative, error
+from checks import DEVICES, FLOOR, SECOND, assert_no_wrong_second_derivative, error
 from shapes import generator, normal
 from tiny import BACKBONES, dense_model
 from torch import nn
@@ -81,9 +81,12 @@ def test_values_and_gradient_are_those_of_the_whole_logits(kind, mask, chunk):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", HEADS)
-def test_no_less_accurate_than_the_whole_logits(kind, dtype):
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_less_accurate_than_the_whole_logits(device, kind, dtype):
     B, N, H, V = 4, 40, 64, 500
-    head, (teacher, hidden), labels = make_head(kind, dtype, H, V), states(dtype, B, N, H), token_ids(B, N, V)
+    head = make_head(kind, dtype, H, V)
+    head = head._replace(weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device))
+    teacher, hidden, labels = (t.to(device) for t in (*states(dtype, B, N, H), token_ids(B, N, V)))
     head64 = head._replace(weight=head.weight.double(), bias=None if head.bias is None else head.bias.double())
     exact = with_gradient(lambda x: whole(teacher.double(), x, head64, labels), hidden.double())
     plain = with_gradient(lambda x: whole(teacher, x, head, labels, losses=distillation_losses), hidden)

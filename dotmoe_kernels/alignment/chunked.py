@@ -73,7 +73,8 @@ class _Distillation(torch.autograd.Function):
             kl[rows] = log_p.sub_(log_q).mul_(p).sum(-1)
             del log_p
             if dx is not None:
-                dz = log_q.exp_().mul_(of_q[rows]).sub_(p, alpha=kl_weight).scatter_add_(1, label, of_label[rows])
+                dz = log_q.exp_().mul_(of_q[rows]).sub_(p, alpha=kl_weight)
+                dz.scatter_(1, label, dz.gather(1, label) + of_label[rows])  # scatter_add_ has no deterministic form on a GPU
                 torch.mm(head.product_gradient(dz, capped), head.weight, out=dx[rows])
                 del dz
             del log_q, p, capped
