@@ -50,6 +50,11 @@ def _blocks(r: Tensor, sizes: list[int]) -> Iterator[_Block]:
         first += s
 
 
+def _rows(blocks: list[_Block], like: Tensor) -> Tensor:
+    """[n, H] for the products of any block: a new one each time would cost its page faults."""
+    return like.new_empty(max((len(block.tokens) for block in blocks), default=0), like.shape[1])
+
+
 class SparseMaskedFFN(torch.autograd.Function):
     """As ``_MaskedFFN``, without gradients to the projections."""
 
@@ -75,11 +80,12 @@ class SparseMaskedFFN(torch.autograd.Function):
         down = down_proj.index_select(1, order)  # [H, F]
         y = torch.zeros(x.shape, dtype=compute_dtype(x))
         blocks = list(_blocks(r, sizes))
+        rows = _rows(blocks, x)
         for tokens, neurons, scale in blocks:
             hidden = act(gate[:, neurons].index_select(0, tokens)).mul_(up[:, neurons].index_select(0, tokens))  # [n, s]
             if scale is not None:
                 hidden.mul_(scale)
-            y.index_add_(0, tokens, (hidden @ down[:, neurons].T).to(y.dtype))
+            y.index_add_(0, tokens, torch.mm(hidden, down[:, neurons].T, out=rows[: len(tokens)]).to(y.dtype))
         ctx.save_for_backward(gate_proj, up_proj, down_proj, r, order, gate, up)
         ctx.activation, ctx.sizes, ctx.blocks = activation, sizes, blocks
         ctx.soft = (None if plan is None else plan.dtype, None if probs is None else probs.dtype)
@@ -109,13 +115,14 @@ class SparseMaskedFFN(torch.autograd.Function):
             del dg
         if need_x:
             dx = torch.zeros(dy.shape, dtype=compute_dtype(dy))
+            rows = _rows(ctx.blocks, dy)
             for tokens, neurons, scale in ctx.blocks:
                 g, u, d = (t[:, neurons].index_select(0, tokens) for t in (gate, up, du))  # [n, s]
                 if scale is not None:
                     d.mul_(scale)
                 dgate, dup = act.backward(u.mul_(d), g), d.mul_(act.forward(g))
                 here = order[neurons]
-                rows = torch.mm(dgate, gate_proj.index_select(0, here)).addmm_(dup, up_proj.index_select(0, here))
-                dx.index_add_(0, tokens, rows.to(dx.dtype))
+                some = torch.mm(dgate, gate_proj.index_select(0, here), out=rows[: len(tokens)])
+                dx.index_add_(0, tokens, some.addmm_(dup, up_proj.index_select(0, here)).to(dx.dtype))
             dx = dx.to(dy.dtype)
         return dx, None, None, None, dr, dplan, dprobs, None, None
