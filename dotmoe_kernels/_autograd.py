@@ -8,6 +8,7 @@ on everything they were computed from, and that raises.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -39,7 +40,7 @@ def first_order(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
         @wraps(backward)
         def wrapped(ctx: Any, *grads: Tensor | None) -> Any:
             device = next((g.device.type for g in grads if g is not None), "cpu")
-            with torch.no_grad(), torch.autocast(device, enabled=False):
+            with torch.no_grad(), torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
                 result = backward(ctx, *grads)
             if not torch.is_grad_enabled():
                 return result

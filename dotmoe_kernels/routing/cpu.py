@@ -86,8 +86,7 @@ def route(z: Tensor, mask: Tensor | None, top_k: int, mode: str) -> tuple[tuple[
     """z [T, E] float32 or float64, padding rows 0 -> (indices, weights [T, K], probs [T, E], load [E], balance, z loss []), and
     (lse [T], tokens [] or None)."""
     T, E = z.shape
-    on_cpu = z.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and mask is None and 0 < z.numel() <= _FEW and z.dtype == torch.float32:
+    if _few(z, mask):
         *outputs, lse = [torch.from_numpy(np.asarray(value)) for value in _route_few(z.detach().numpy(), top_k, mode)]
         return tuple(outputs), (lse, None)
     q = torch.softmax(z, -1)
@@ -115,6 +114,40 @@ def route(z: Tensor, mask: Tensor | None, top_k: int, mode: str) -> tuple[tuple[
     return (indices, weights, q, load, E * torch.dot(load, q_sum) / tokens, squares / tokens), (lse, tokens)
 
 
+def _few(z: Tensor, mask: Tensor | None) -> bool:
+    """Whether NumPy's calls, cheaper than torch's, count for more than threads."""
+    on_cpu = z.device.type == "cpu" and not torch.compiler.is_compiling()
+    return on_cpu and mask is None and 0 < z.numel() <= _FEW and z.dtype == torch.float32
+
+
+def _gradient_few(
+    saved: tuple[Tensor | None, ...], mode: str, dweights: Tensor | None, dbalance: Tensor | None, dz: Tensor | None
+) -> np.ndarray:
+    """dlogits [T, E] of ``_route_few`` by the formulas of ``RouteTopK.backward``; nothing asks for the gradient of probs."""
+    q, indices, weights, load, lse = (t.numpy() for t in saved[:5] if t is not None)
+    T, E = q.shape
+    chosen = indices if T == 1 else indices + np.arange(0, T * E, E)[:, None]  # among the T E logits
+    minus: Any = 0  # [T, 1]
+    c: Any = 0  # [E]
+    entries = None
+    if dweights is not None:
+        dw = dweights.numpy()
+        if mode == "renormalized":
+            entries = weights * (dw - (weights * dw).sum(1, keepdims=True))
+        else:
+            entries = q.take(chosen) * dw
+            minus = entries.sum(1, keepdims=True)
+    if dbalance is not None:
+        c = load * np.float32(E / T * dbalance.item())
+        minus = minus + q.dot(c)[:, None]
+    if dz is not None:
+        minus = minus - (lse * np.float32(2 / T * dz.item()))[:, None]
+    dlogits = (c - minus) * q
+    if entries is not None:
+        dlogits.reshape(-1)[chosen] += entries  # a token's experts are distinct
+    return dlogits
+
+
 class RouteTopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, mask: Tensor | None, top_k: int, mode: str) -> tuple[Tensor, ...]:
@@ -132,6 +165,8 @@ class RouteTopK(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, indices, weights, load, lse, mask, tokens = ctx.saved_tensors
         _, dweights, dprobs, _, dbalance, dz = grads
+        if dprobs is None and _few(q, mask):
+            return torch.from_numpy(_gradient_few(ctx.saved_tensors, ctx.mode, dweights, dbalance, dz)), None, None, None
         T, E = q.shape
         n = max(T, 1) if tokens is None else tokens
         at = indices if mask is None else indices.clamp(max=E - 1)
