@@ -8,6 +8,8 @@ same weights with less overhead. ``masked_ffn`` is the forward that alignment le
 in the neurons' first order. M is one-hot in the forward, so R M^T is a gather R[:, expert_of]. Backward, after dU^ = dY Wd:
 
     dG = dU^ * U [T, F];  dQ_te = sum_{i in e} dG_ti;  dP = dG^T R [F, E];  dU = dU^ * R[:, expert_of]
+
+On a CPU, with frozen projections and tokens enough, the products behind the mask leave its zeros out (``masked_cpu``).
 """
 
 from __future__ import annotations
