@@ -62,8 +62,7 @@ def _soft_options(options: AlignmentConfig, config: DotMoeConfig) -> AlignmentCo
 
 def _cooled(options: AlignmentConfig) -> AlignmentConfig:
     """``options`` at the temperatures that they end with: those that they begin with would blur what was found."""
-    fields = {"tau_start": options.tau_end, "router_temperature_start": options.router_temperature_end}
-    return dataclasses.replace(options, **fields)
+    return dataclasses.replace(options, tau_start=options.tau_end, router_temperature_start=options.router_temperature_end)
 
 
 def _partition(kind: str, ffn: DenseFFN, inputs: Tensor | None, num_experts: int, generator: torch.Generator) -> Partition | None:
