@@ -163,10 +163,10 @@ class RouteTopK(torch.autograd.Function):
     @staticmethod
     @first_order("route_top_k")
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, indices, weights, load, lse, mask, tokens = ctx.saved_tensors
+        q, indices, weights, load, lse, mask, tokens = saved = ctx.saved_tensors  # read once: checkpointing allows no more
         _, dweights, dprobs, _, dbalance, dz = grads
         if dprobs is None and _few(q, mask):
-            return torch.from_numpy(_gradient_few(ctx.saved_tensors, ctx.mode, dweights, dbalance, dz)), None, None, None
+            return torch.from_numpy(_gradient_few(saved, ctx.mode, dweights, dbalance, dz)), None, None, None
         T, E = q.shape
         n = max(T, 1) if tokens is None else tokens
         at = indices if mask is None else indices.clamp(max=E - 1)
