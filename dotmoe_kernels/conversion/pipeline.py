@@ -60,11 +60,6 @@ def _soft_options(options: AlignmentConfig, config: DotMoeConfig) -> AlignmentCo
     return dataclasses.replace(options, **{name: value for name, value in fields.items() if value is not None})
 
 
-def _cooled(options: AlignmentConfig) -> AlignmentConfig:
-    """``options`` at the temperatures that they end with: those that they begin with would blur what was found."""
-    return dataclasses.replace(options, tau_start=options.tau_end, router_temperature_start=options.router_temperature_end)
-
-
 def _partition(kind: str, ffn: DenseFFN, inputs: Tensor | None, num_experts: int, generator: torch.Generator) -> Partition | None:
     F, H = ffn.gate_proj.shape
     gate, up, down = (w.detach() for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
@@ -153,8 +148,7 @@ def convert(
             says.
         alignment: the training options. None: AlignmentConfig().
         stages: "align" trains all layers together against the dense model's output; "reconstruct" trains one layer after the other
-            against its dense FFN's, which is cheaper and, given first, is what "align" starts from, at the temperatures that
-            ``alignment`` ends with.
+            against its dense FFN's, which is cheaper and, given first, is what "align" starts from.
         reconstruct_steps: of each layer.
         folder: where checkpoints and the log of the training go. None: nowhere.
         resume: continue from the newest checkpoint in ``folder``, bit for bit on CPU.
@@ -224,8 +218,7 @@ def convert(
                 errors = {name: list(pair) for name, pair in begun.errors.items()}  # a config is JSON
                 figures["reconstruct"] = {"steps": begun.steps, "tokens": begun.tokens, "relative_error": errors}
             if "align" in stages and options.steps:
-                joint = _cooled(options) if early else options
-                result = align(model, layers, tokens, joint, folder=folder, label=method, **run)
+                result = align(model, layers, tokens, options, folder=folder, label=method, **run)
                 steps, budgets = result.steps, result.budgets
                 log = result.log if folder is None else read_log(Path(folder) / "log.jsonl")
                 curves = {name: ends([entry[name] for entry in log]) for name in ("loss", "kl", "ce")}
