@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 
 import dotmoe_kernels as dk
 from dotmoe_kernels import reference
-from dotmoe_kernels.experts.masked_cpu import worth_splitting
+from dotmoe_kernels.experts import masked_cpu
 
 SHAPES = [(13, 63, 7, 3, 10), (9, 296, 148, 37, 8), (20, 100, 37, 9, 6), (4, 16, 1, 1, 5), (1, 5, 5, 2, 3)]  # T, F, E, K, H
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["float64", "float32", "bfloat16"])
@@ -251,12 +251,26 @@ def frozen(function, tensors):
     return lambda **leaf: function(**{n: w.to(leaf["x"].dtype) for n, w in fixed.items()}, **leaf), leaves
 
 
+@pytest.fixture
+def thin(monkeypatch):
+    """Thin experts are split too."""
+    monkeypatch.setattr(masked_cpu, "_HIDDEN", 0)
+
+
 def compare_frozen(expert_of, indices, tensors, **options):
-    assert worth_splitting(*indices.shape, int(expert_of.max()) + 1)
+    assert masked_cpu.worth_splitting(*indices.shape, int(expert_of.max()) + 1, expert_of.numel())
     own, leaves = frozen(ours(expert_of, indices, **options), tensors)
     compare(own, frozen(plain(expert_of, indices), tensors)[0], **leaves)
 
 
+def test_thin_experts_are_not_split():
+    assert masked_cpu.worth_splitting(1024, 4, 16, 1024)
+    assert not masked_cpu.worth_splitting(1024, 8, 32, 512)  # 256 rows of 16 neurons each
+    assert not masked_cpu.worth_splitting(1024, 9, 16, 1024)
+    assert not masked_cpu.worth_splitting(255, 4, 16, 1024)
+
+
+@pytest.mark.usefixtures("thin")
 @DTYPES
 @pytest.mark.parametrize("soft", SOFT, ids=lambda s: "+".join(s) or "hard")
 def test_expert_by_expert(soft, dtype):
@@ -264,6 +278,7 @@ def test_expert_by_expert(soft, dtype):
     compare_frozen(expert_of, indices, tensors)
 
 
+@pytest.mark.usefixtures("thin")
 @pytest.mark.parametrize("kind", ["empty slots", "named twice", "uneven", "an expert without neurons", "without tokens"])
 def test_expert_by_expert_at_the_edges(kind):
     tensors, expert_of, indices = problem(260, 40, 8, 3, 6, "plan", "weights", seed=51)
@@ -282,6 +297,7 @@ def test_expert_by_expert_at_the_edges(kind):
     compare_frozen(expert_of, indices, tensors, recompute=True)
 
 
+@pytest.mark.usefixtures("thin")
 def test_expert_by_expert_with_other_activations_and_strides():
     tensors, expert_of, indices = problem(260, 40, 8, 3, 6, "plan", "probs", seed=54)
     tensors = {name: t.T.contiguous().T for name, t in tensors.items()}
@@ -290,6 +306,7 @@ def test_expert_by_expert_with_other_activations_and_strides():
         compare(own, frozen(plain(expert_of, indices, activation), tensors)[0], **leaves)
 
 
+@pytest.mark.usefixtures("thin")
 def test_the_first_layer_gives_no_gradient_to_its_tokens():
     tensors, expert_of, indices = problem(260, 40, 8, 3, 6, "plan", "probs", seed=55)
     own, leaves = frozen(ours(expert_of, indices), tensors)
@@ -299,6 +316,7 @@ def test_the_first_layer_gives_no_gradient_to_its_tokens():
     assert all(error(found[name], expected[name]) < 1e-12 for name in found)
 
 
+@pytest.mark.usefixtures("thin")
 def test_what_the_mask_drops_is_not_multiplied():
     tensors, expert_of, indices = problem(260, 40, 8, 3, 6, seed=56)
     tensors["up_proj"][expert_of == 2] = float("inf")
@@ -308,6 +326,7 @@ def test_what_the_mask_drops_is_not_multiplied():
     assert not torch.isfinite(y[chosen]).any()
 
 
+@pytest.mark.usefixtures("thin")
 @SECOND
 def test_no_wrong_second_derivative_expert_by_expert(how):
     tensors, expert_of, indices = problem(256, 9, 3, 1, 5, "plan", "probs", seed=57)

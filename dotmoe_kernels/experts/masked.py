@@ -201,7 +201,7 @@ def masked_ffn(
             return masked(x, gate_proj, up_proj, down_proj, expert_of, indices, plan, probs, weights, E, activation, recompute)
         r = _expert_mask(indices, weights, E, x.dtype)
         arguments = (x, gate_proj, up_proj, down_proj, r, plan, probs, expert_of, activation)
-        sparse = worth_splitting(T, indices.shape[1], E) and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        sparse = worth_splitting(T, indices.shape[1], E, F) and x.device.type == "cpu" and not torch.compiler.is_compiling()
         function = SparseMaskedFFN if sparse and not wants_gradient(gate_proj, up_proj, down_proj) else _MaskedFFN
         if recompute and torch.is_grad_enabled():
             return checkpoint(function.apply, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -22,11 +22,14 @@ from .activations import find_activation
 
 _TOKENS = 256  # from which on the zeros left out outweigh the copies of the weights
 _ROWS = 16  # of an expert, from which on a product of its own is worth its calls
+_HIDDEN = 8192  # rows times neurons of an expert, from which on two threads have something to share
 
 
-def worth_splitting(tokens: int, top_k: int, num_experts: int) -> bool:
-    """Whether the products behind the mask should go expert by expert."""
-    return tokens >= _TOKENS and tokens * top_k >= _ROWS * num_experts and 2 * top_k <= num_experts
+def worth_splitting(tokens: int, top_k: int, num_experts: int, width: int) -> bool:
+    """Whether the products behind the mask should go expert by expert; ``width``: F, the neurons of all of them."""
+    rows = tokens * top_k // max(num_experts, 1)  # an expert's
+    enough = rows >= _ROWS and rows * width >= _HIDDEN * num_experts
+    return tokens >= _TOKENS and enough and 2 * top_k <= num_experts
 
 
 class _Block(NamedTuple):
