@@ -330,3 +330,13 @@ def test_padding_rows_may_hold_anything(rule):
     (routing.weights.sum() + routing.balance_loss + routing.z_loss).backward()
     assert torch.isfinite(logits.grad).all()
     assert (logits.grad[~mask] == 0).all()
+
+
+@pytest.mark.parametrize(("T", "E"), [(1, 5), (5, 1), (1, 1), (40, 7), (3000, 7), (1, 40)])
+def test_the_logits_are_left_alone(T, E):
+    """NumPy works on the tensor's own memory."""
+    logits = normal(T, E, seed=9, dtype=torch.float32).requires_grad_()
+    before = logits.detach().clone()
+    routing = dk.route_top_k(logits, 1, weights="softmax")
+    (routing.weights.sum() + routing.balance_loss + routing.z_loss).backward()
+    assert torch.equal(logits.detach(), before)

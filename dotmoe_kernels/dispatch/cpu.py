@@ -47,7 +47,9 @@ def inverse(source: Tensor) -> Tensor:
 def _clear_empty(rows: Tensor, offsets: Tensor) -> Tensor:
     """rows [S, H] with those of the empty slots, which come last, set to zero in place."""
     if rows.device.type == "cpu":  # their number is at hand
-        rows[int(offsets[-1]) :] = 0
+        used = int(offsets[-1])
+        if used < rows.shape[0]:
+            rows[used:] = 0
         return rows
     return rows.masked_fill_((torch.arange(rows.shape[0], device=rows.device) >= offsets[-1])[:, None], 0)
 

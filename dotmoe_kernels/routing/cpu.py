@@ -15,10 +15,23 @@ import torch
 from torch import Tensor
 
 from .._autograd import first_order
+from .._checks import has_values
 
 _FEW = 16384  # logits up to which a call costs more than its work
+_NARROW = 16  # experts from which on torch's softmax has vectors
 _CACHED = 32768  # logits whose sort stays in a core's cache
 _THREADS = 4  # from which on torch.topk, which uses them all, is the faster one for many tokens
+
+
+def _few(z: Tensor, mask: Tensor | None) -> bool:
+    """Whether NumPy's calls, cheaper than torch's, count for more than threads."""
+    return mask is None and 0 < z.numel() <= _FEW and z.dtype == torch.float32 and has_values(z)
+
+
+def _places(indices: np.ndarray, E: int) -> np.ndarray:
+    """indices [T, K] -> where they are among the T E logits."""
+    T = len(indices)
+    return indices if T == 1 else indices + np.arange(0, T * E, E)[:, None]
 
 
 def _sort_packed(z: np.ndarray, k: int) -> np.ndarray:
@@ -39,7 +52,7 @@ def _sort_packed(z: np.ndarray, k: int) -> np.ndarray:
 def top_indices(scores: Tensor, k: int) -> Tensor:
     """Indices [T, k] of the k largest of each row, descending, ties to the lower index."""
     E = scores.shape[1]
-    if scores.device.type != "cpu" or torch.compiler.is_compiling():
+    if not has_values(scores):
         return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
     few_threads = torch.get_num_threads() < _THREADS or scores.numel() <= _FEW
     if scores.dtype == torch.float32 and few_threads:
@@ -57,29 +70,40 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
 def count_experts(indices: Tensor, num_experts: int) -> Tensor:
     """[E] int64: how often each expert is named in ``indices`` [T, K]; index E counts nowhere."""
     slots = indices.reshape(-1)
-    if slots.device.type == "cpu" and not torch.compiler.is_compiling():
+    if has_values(slots):
         return torch.bincount(slots, minlength=num_experts + 1)[:num_experts]
     # bincount asks for the largest index: a GPU would synchronise, and a graph does not know the answer
     return slots.new_zeros(num_experts + 1).scatter_add_(0, slots, torch.ones_like(slots))[:num_experts]
 
 
-def _route_few(z: np.ndarray, top_k: int, mode: str) -> tuple[Any, ...]:
-    """As ``route`` without a mask, of float32: its six outputs, and lse [T]."""
-    T, E = z.shape
-    indices = _sort_packed(z, top_k)
-    best = z.max(1, keepdims=True)  # [T, 1]
-    q = np.exp(z - best)
-    total = q.sum(1, keepdims=True)  # [T, 1], from 1 to E
-    q /= total
+def _softmax(z: Tensor) -> Tensor:
+    """[T, E] -> [T, E]. On a CPU torch takes a row of fewer than 16 one by one; the vectors of NumPy run over the tokens."""
+    if z.dtype != torch.float32 or z.shape[1] >= _NARROW or not has_values(z) or z.numel() == 0:
+        return torch.softmax(z, -1)
+    q = z.detach().numpy().T.copy()  # [E, T]
+    np.exp(np.subtract(q, q.max(0), out=q), out=q)
+    q /= q.sum(0)
+    return torch.from_numpy(np.ascontiguousarray(q.T))
+
+
+def _route_few(z: Tensor, top_k: int, mode: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, None]]:
+    """As ``route``, of float32 without a mask."""
+    (T, E), probs = z.shape, _softmax(z)
+    q, logits = probs.numpy(), z.detach().numpy()
+    indices = _sort_packed(logits, top_k)
+    chosen = _places(indices, E)
     if mode == "unit":
-        weights = np.ones((T, top_k), z.dtype)
+        weights = np.ones((T, top_k), q.dtype)
     else:
-        weights = np.take_along_axis(q, indices, 1)
+        weights = q.take(chosen)
         if mode == "renormalized":
             weights /= weights.sum(1, keepdims=True)  # a sum of the largest: at least 1 / E
-    load = (np.bincount(indices.reshape(-1), minlength=E) / (T * top_k)).astype(z.dtype)
-    lse = (best + np.log(total))[:, 0]
-    return indices, weights, q, load, (load * q.sum(0)).sum() * (E / T), (lse * lse).sum() / T, lse
+    load = (np.bincount(indices.reshape(-1), minlength=E) / (T * top_k)).astype(q.dtype)
+    best = chosen[:, 0]
+    lse = logits.take(best) - np.log(q.take(best))  # [T]
+    losses = (load * q.sum(0)).sum() * (E / T), lse.dot(lse) / T
+    i, w, share, balance, squares, l = (torch.from_numpy(np.asarray(value)) for value in (indices, weights, load, *losses, lse))
+    return (i, w, probs, share, balance, squares), (l, None)
 
 
 def route(z: Tensor, mask: Tensor | None, top_k: int, mode: str) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
@@ -87,9 +111,8 @@ def route(z: Tensor, mask: Tensor | None, top_k: int, mode: str) -> tuple[tuple[
     (lse [T], tokens [] or None)."""
     T, E = z.shape
     if _few(z, mask):
-        *outputs, lse = [torch.from_numpy(np.asarray(value)) for value in _route_few(z.detach().numpy(), top_k, mode)]
-        return tuple(outputs), (lse, None)
-    q = torch.softmax(z, -1)
+        return _route_few(z, top_k, mode)
+    q = _softmax(z)
     indices = top_indices(z, top_k)
     best = indices[:, :1]
     lse = (z.gather(1, best) - q.gather(1, best).log_())[:, 0]  # [T]
@@ -114,19 +137,13 @@ def route(z: Tensor, mask: Tensor | None, top_k: int, mode: str) -> tuple[tuple[
     return (indices, weights, q, load, E * torch.dot(load, q_sum) / tokens, squares / tokens), (lse, tokens)
 
 
-def _few(z: Tensor, mask: Tensor | None) -> bool:
-    """Whether NumPy's calls, cheaper than torch's, count for more than threads."""
-    on_cpu = z.device.type == "cpu" and not torch.compiler.is_compiling()
-    return on_cpu and mask is None and 0 < z.numel() <= _FEW and z.dtype == torch.float32
-
-
 def _gradient_few(
     saved: tuple[Tensor | None, ...], mode: str, dweights: Tensor | None, dbalance: Tensor | None, dz: Tensor | None
 ) -> np.ndarray:
     """dlogits [T, E] of ``_route_few`` by the formulas of ``RouteTopK.backward``; nothing asks for the gradient of probs."""
     q, indices, weights, load, lse = (t.numpy() for t in saved[:5] if t is not None)
     T, E = q.shape
-    chosen = indices if T == 1 else indices + np.arange(0, T * E, E)[:, None]  # among the T E logits
+    chosen = _places(indices, E)
     minus: Any = 0  # [T, 1]
     c: Any = 0  # [E]
     entries = None
