@@ -111,7 +111,8 @@ def test_missing_package_gives_the_reason():
     assert paired.missing("no_such_package") == "no_such_package is not installed"
 
 
-def test_recorded_times_reach_pytest_benchmark(pytester):
+def test_recorded_times_reach_pytest_benchmark(pytester, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark writes nothing in a worker
     pytester.makeconftest(
         """
         import pytest
