@@ -47,6 +47,19 @@ def test_equals_the_reference(T, E, K, s, H, empty, recompute, dtype):
     compare(ours(indices, recompute=recompute), plain(indices), **problem(T, E, K, s, H, dtype=dtype))
 
 
+@pytest.mark.parametrize("stock", [False, True], ids=["[E, s, H]", "[E, H, s]"])
+@pytest.mark.parametrize("few", [0, 5, 16])
+def test_few_rows_an_expert(few, stock, monkeypatch):
+    """In one batched product and one by one: each equals the reference."""
+    monkeypatch.setattr(training, "_FEW", few)
+    tensors = problem(13, 7, 3, 9, 10, seed=6, dtype=torch.float32)
+    if stock:
+        tensors["down_proj"] = tensors["down_proj"].contiguous()
+    indices = routed_indices(13, 3, 7, seed=7, empty=0.2)
+    assert 5 < torch.bincount(indices.flatten(), minlength=7)[:7].max() <= 16
+    compare(ours(indices), plain(indices), **tensors)
+
+
 @DTYPES
 @RECOMPUTE
 def test_an_expert_named_twice_counts_twice(recompute, dtype):

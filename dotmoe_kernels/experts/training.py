@@ -27,6 +27,7 @@ from .._checks import compute_dtype
 from ..dispatch import Slots
 from .activations import find_activation
 
+_FEW = 16  # rows of an expert up to which the gradient of its weights costs its memory, not its products
 _CACHED = 2**21  # bytes of the rows [n, H] of a run of experts: several such lie in a core's cache
 
 
@@ -51,6 +52,13 @@ class _Run(NamedTuple):
     experts: slice
     rows: slice
     counts: list[int]  # rows of each
+
+    def pad(self, a: Tensor, most: int) -> Tensor:
+        """[n, M] -> [experts, most, M], zeros behind each expert's rows."""
+        place = [e * most + row for e, count in enumerate(self.counts) for row in range(count)]
+        padded = a.new_zeros(len(self.counts) * most, a.shape[1])
+        padded[torch.tensor(place, dtype=torch.int64)] = a
+        return padded.view(-1, most, a.shape[1])
 
 
 def _runs(offsets: Tensor, x: Tensor) -> Iterator[_Run]:
@@ -78,6 +86,11 @@ def _weight_products(run: _Run, a: Tensor, b: Tensor, out: Tensor) -> None:
     """out[e] [M, N] = a^T b of an expert's rows, 0 without rows; in place: a few rows' copy would take longer than the product."""
     if out.stride(1) == 1:  # [E, M, N] stored as [E, N, M]
         a, b, out = b, a, out.transpose(1, 2)
+    most = max(run.counts)
+    if 1 <= most <= _FEW and len(run.counts) > 1 and out.device.type == "cpu" and out.dtype == torch.float32:
+        # threads share experts: within one, most of the time goes into touching fresh memory, which one thread would do alone
+        torch.bmm(run.pad(a, most).transpose(1, 2), run.pad(b, most), out=out[run.experts])
+        return
     for left, right, target in zip(a.T.split(run.counts, 1), b.split(run.counts), out[run.experts].unbind(), strict=True):
         torch.mm(left, right, out=target)
 
