@@ -58,7 +58,7 @@ class _Run(NamedTuple):
         place = [e * most + row for e, count in enumerate(self.counts) for row in range(count)]
         padded = a.new_zeros(len(self.counts) * most, a.shape[1])
         padded[torch.tensor(place, dtype=torch.int64)] = a
-        return padded.view(-1, most, a.shape[1])
+        return padded.view(len(self.counts), most, a.shape[1])
 
 
 def _runs(offsets: Tensor, x: Tensor) -> Iterator[_Run]:
