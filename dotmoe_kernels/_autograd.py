@@ -40,7 +40,10 @@ def first_order(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
         @wraps(backward)
         def wrapped(ctx: Any, *grads: Tensor | None) -> Any:
             device = next((g.device.type for g in grads if g is not None), "cpu")
-            with torch.no_grad(), torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            casting = torch.is_autocast_enabled(device)
+            if not torch.is_grad_enabled() and not casting:  # nearly always
+                return backward(ctx, *grads)
+            with torch.no_grad(), torch.autocast(device, enabled=False) if casting else nullcontext():
                 result = backward(ctx, *grads)
             if not torch.is_grad_enabled():
                 return result

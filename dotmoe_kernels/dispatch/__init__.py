@@ -55,7 +55,8 @@ def dispatch_tokens(indices: Tensor, num_experts: int) -> Slots:
     """
     require_indices(indices, "indices", 2, "[T, K]")
     require(isinstance(num_experts, int) and num_experts >= 1, "num_experts", num_experts, "an integer of at least 1")
-    require(indices.numel() < 2**31, "indices", f"of shape {list(indices.shape)}", "fewer than 2^31 entries: offsets are int32")
+    if indices.numel() >= 2**31:
+        refuse("indices", f"of shape {list(indices.shape)}", "fewer than 2^31 entries: offsets are int32")
     require_range(indices, "indices", 0, num_experts)
     return sort_slots(indices, num_experts)
 

@@ -18,6 +18,7 @@ from .._autograd import first_order
 from .._checks import has_values
 
 _FEW = 16384  # logits up to which a call costs more than its work
+_TINY = 512  # logits from which on it pays to turn them over
 _NARROW = 16  # experts from which on torch's softmax has vectors
 _CACHED = 32768  # logits whose sort stays in a core's cache
 _THREADS = 4  # from which on torch.topk, which uses them all, is the faster one for many tokens
@@ -78,7 +79,7 @@ def count_experts(indices: Tensor, num_experts: int) -> Tensor:
 
 def _softmax(z: Tensor) -> Tensor:
     """[T, E] -> [T, E]. On a CPU torch takes a row of fewer than 16 one by one; the vectors of NumPy run over the tokens."""
-    if z.dtype != torch.float32 or z.shape[1] >= _NARROW or not has_values(z) or z.numel() == 0:
+    if z.dtype != torch.float32 or z.shape[1] >= _NARROW or z.numel() < _TINY or not has_values(z):
         return torch.softmax(z, -1)
     q = z.detach().numpy().T.copy()  # [E, T]
     np.exp(np.subtract(q, q.max(0), out=q), out=q)
