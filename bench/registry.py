@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-# what predictions are made from: measured on one H200 elsewhere, except for the last two
-BANDWIDTH = 4.3e12  # bytes/s, device copy, read plus written
-BF16 = 790e12  # flops/s, bf16 matrix product
+from dotmoe_kernels import _tiles
+
+BANDWIDTH, BF16 = _tiles.H200_BANDWIDTH, _tiles.H200_BF16
 FP32 = 60e12  # flops/s outside the matrix units [data sheet 67]
 PROGRAM_BANDWIDTH = 50e9  # bytes/s that a single program draws [estimate]
 ROUND_TRIP = 1e-6  # seconds of a dependent access to global memory with its barrier [estimate]

@@ -8,6 +8,13 @@ import torch
 
 BACKEND = "hip" if torch.version.hip else "cuda"
 
+# of one H200, measured elsewhere: what predictions are made from
+H200_BANDWIDTH = 4.3e12  # bytes/s, device copy, read plus written
+H200_BF16 = 790e12  # flops/s, bfloat16 matrix product
+
+# bytes of one float32 [tokens, vocabulary] of a chunk of the distillation loss: a core's cache; what keeps a GPU's product busy
+LOSS_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 28}
+
 # rounding: most experts -> rows and experts of a tile of proposals, experts and entries of a tile of the selection. A tile of
 # proposals is as wide as a warp at most, so that each warp has rows of its own and none waits for another
 _ROUNDING = {

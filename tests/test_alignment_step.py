@@ -137,7 +137,7 @@ def test_a_step_waits_for_the_gpu_once(monkeypatch, refresh_every):
 
 
 def test_a_step_never_holds_whole_logits(monkeypatch):
-    monkeypatch.setattr(chunked, "_CHUNK_BYTES", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(chunked, "LOSS_CHUNK", {"cpu": 1, "cuda": 1})
     monkeypatch.setattr(chunked, "_LEAST_ROWS", 5)
     model, layers = toy()
     data = tokens(rows=4, length=40)

@@ -31,15 +31,15 @@ from .._checks import (
     require_shape,
     require_tensor,
 )
+from .._tiles import LOSS_CHUNK
 from .head import Head
 
-_CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}  # of one [c, V] in float32: a core's cache; what keeps a GPU's product busy
 _LEAST_ROWS = 64  # of a chunk: each reads the whole head
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
     """Tokens of a chunk."""
-    return max(_LEAST_ROWS, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // (4 * vocabulary))
+    return max(_LEAST_ROWS, LOSS_CHUNK.get(device.type, LOSS_CHUNK["cuda"]) // (4 * vocabulary))
 
 
 class _Distillation(torch.autograd.Function):

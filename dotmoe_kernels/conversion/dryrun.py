@@ -36,6 +36,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from .._checks import require
+from .._tiles import H200_BANDWIDTH, H200_BF16
 from ..alignment.chunked import chunk_rows
 from ..alignment.config import AlignmentConfig
 from .checks import count_parameters
@@ -44,8 +45,6 @@ from .modeling import DotMoeForCausalLM, meta_backbone
 from .recipes import Recipe
 from .surgery import find_ffns
 
-_RATE = 790e12  # flops/s of a bfloat16 matrix product on one H200, measured elsewhere
-_BANDWIDTH = 4.3e12  # bytes/s of its memory, a device copy, measured elsewhere
 _SHARE = 0.4  # of the rate that a whole step reaches [estimate]
 
 
@@ -125,7 +124,7 @@ def predict_run(
     attention = 2 * S * q * L
     flops = 6 * in_products + 4.5 * attention + 6 * L * E * H + 2 * plan  # a token
     tokens = options.steps * options.batch_size * S
-    seconds = tokens * flops / (_SHARE * _RATE) + options.steps * 2 * options.num_iters * 4 * plan / _BANDWIDTH
+    seconds = tokens * flops / (_SHARE * H200_BF16) + options.steps * 2 * options.num_iters * 4 * plan / H200_BANDWIDTH
     return {
         "layers": L,
         "hidden_size": H,
@@ -147,7 +146,7 @@ def predict_run(
         "tokens": tokens,
         "flops": float(tokens * flops),
         "predicted_seconds": round(seconds, 3),
-        "predicted_for": f"one H200 at {_SHARE:.0%} [estimate] of {_RATE / 1e12:.0f} TFLOP/s in bfloat16; nobody measured it",
+        "predicted_for": f"one H200 at {_SHARE:.0%} [estimate] of {H200_BF16 / 1e12:.0f} TFLOP/s in bfloat16; nobody measured it",
     }
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .._backend import use_triton
-from .._checks import compute_dtype, require, require_finite, require_float, require_shape, require_tensor
+from .._checks import compute_dtype, refuse, require, require_finite, require_float, require_shape, require_tensor
 from ..reference import Routing
 from ..soft_topk import MOST_EXPERTS, row_values, soft_top_k
 from .cpu import RouteTopK, count_experts, route, top_indices
@@ -88,9 +88,9 @@ def route_top_k(router_logits: Tensor, top_k: int, *, weights: str = "unit", mas
     require_float(router_logits, "router_logits", 2, "[T, E]")
     E = router_logits.shape[1]
     if type(top_k) is not int or not 1 <= top_k <= E:
-        require(False, "top_k", repr(top_k), f"an integer from 1 to E = {E}")
+        refuse("top_k", repr(top_k), f"an integer from 1 to E = {E}")
     if weights not in _WEIGHTS:
-        require(False, "weights", repr(weights), " | ".join(_WEIGHTS))
+        refuse("weights", repr(weights), " | ".join(_WEIGHTS))
     valid = _check_mask(mask, router_logits)
     if _on_chip(router_logits):
         chosen, indices, probs, load, losses, _ = route_top_k_op(router_logits, valid, top_k, weights)
