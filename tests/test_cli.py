@@ -559,7 +559,7 @@ SOURCES = {
     "missing.txt": "missing.txt, which does not exist",
     "missing.jsonl": "missing.jsonl, which does not exist",
     "short.txt": "allowed: at least one sequence of 16 tokens",
-    "no.jsonl": "line 2 is no JSON",
+    "no.jsonl": "no.jsonl, which is no JSON in line 2",
     "no.parquet": "arquet",
     "field.jsonl": "text_field is 'text', which line 1 of",
     "empty folder": "a folder without text",

@@ -70,6 +70,17 @@ def test_folder_is_read_in_order_and_repeatably(tokenizer, tmp_path):
     assert torch.equal(first, load_tokens(tmp_path, tokenizer, sequence_length=2))
 
 
+def test_empty_files_of_a_folder_are_passed_over(tokenizer, tmp_path):
+    """As every package of Python sources has them."""
+    (tmp_path / "__init__.py").write_text("")
+    (tmp_path / "a.jsonl").write_text("\n")
+    (tmp_path / "b.txt").write_text("b")
+    assert load_tokens(tmp_path, tokenizer, sequence_length=2).tolist() == [[3, EOS]]
+    (tmp_path / "b.txt").write_text(" ")
+    with pytest.raises(ValueError, match=r"sources is .*, a folder without text; allowed: a folder with \.txt"):
+        load_tokens(tmp_path, tokenizer, sequence_length=2)
+
+
 def test_max_tokens(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("a b c d e f g h")
     assert load_tokens(tmp_path / "a.txt", tokenizer, sequence_length=2, max_tokens=5).tolist() == [[2, 3], [4, 5]]
@@ -98,15 +109,45 @@ def test_no_such_field(tokenizer, tmp_path):
 
 def test_broken_line(tokenizer, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{\n')
-    with pytest.raises(ValueError, match=r"x.jsonl, whose line 2 is no JSON"):
+    with pytest.raises(ValueError, match=r"sources is .*x.jsonl, which is no JSON in line 2 \("):
         load_tokens(tmp_path / "x.jsonl", tokenizer, sequence_length=1)
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.parquet"])
+@pytest.mark.parametrize("content", [bytes(range(256)), "a b".encode("utf-16")], ids=["binary", "utf-16"])
+def test_bytes_that_are_no_text(tokenizer, tmp_path, name, content):
+    if name == "x.parquet":
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"sources is .*{name}, which (holds|is|cannot)"):
+        load_tokens(tmp_path / name, tokenizer, sequence_length=1)
+
+
+def test_a_stray_byte_is_no_binary_file(tokenizer, tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"a b \xe9")
+    assert load_tokens(tmp_path / "x.txt", tokenizer, sequence_length=2).tolist() == [[2, 3], [1, EOS]]
+
+
+def test_a_dataset_that_cannot_be_loaded_is_named(tokenizer, monkeypatch):
+    """What datasets says need not name it."""
+
+    def load_dataset(*args, **kwargs):
+        raise FileNotFoundError("no data file")
+
+    monkeypatch.setitem(sys.modules, "datasets", type(sys)("datasets"))
+    sys.modules["datasets"].load_dataset = load_dataset
+    with pytest.raises(ValueError, match=r"sources is o/n, a dataset that cannot be read \(no data file\); allowed: a file"):
+        load_tokens("o/n", tokenizer, sequence_length=1)
+    with pytest.raises(ValueError, match=r"sources is o/n:a:b:c; allowed: NAME, NAME:SPLIT or NAME:CONFIG:SPLIT"):
+        load_tokens("o/n:a:b:c", tokenizer, sequence_length=1)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("nowhere.txt", r"nowhere.txt, which does not exist; allowed: a file, a folder or a dataset's name"),
-        ("x.pdf", r"x.pdf; allowed: files ending in .txt, .md, .py, .jsonl or .parquet"),
+        ("nowhere", r"nowhere, which does not exist; allowed: a file, a folder or a dataset's name"),
+        ("x.pdf", r"x.pdf; allowed: files ending in .txt, .md, .py, .jsonl, .parquet"),
         ("empty", r"empty, a folder without text"),
     ],
 )
@@ -120,6 +161,12 @@ def test_bad_sources(tokenizer, tmp_path, name, message):
 def test_no_source(tokenizer):
     with pytest.raises(ValueError, match=r"sources is \[\]; allowed: at least one file"):
         load_tokens([], tokenizer, sequence_length=1)
+
+
+def test_a_source_without_a_name(tokenizer):
+    """It is not the current folder."""
+    with pytest.raises(ValueError, match=r"sources is ''; allowed: a file, a folder or a dataset's name"):
+        load_tokens("", tokenizer, sequence_length=1)
 
 
 def test_bad_sequence_length(tokenizer, tmp_path):

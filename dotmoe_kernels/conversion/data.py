@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import require, require_indices
+from .._checks import refuse, require, require_indices
 
 _WHOLE = (".txt", ".md", ".py")
+_SUFFIXES = (*_WHOLE, ".jsonl", ".parquet")
+_SOURCES = "a file, a folder or a dataset's name"
 _SHUFFLE_BUFFER = 10_000
 
 
@@ -44,9 +46,12 @@ def _missing_extra(package: str, source: str) -> ImportError:
 
 
 def _whole(path: Path) -> Iterator[str]:
-    text = path.read_text(encoding="utf-8", errors="replace")
-    require(bool(text.strip()), "sources", f"{path}, which is empty", "files with text")
-    yield text
+    """A stray byte of another encoding is replaced; a zero byte is in no text, but in most binary files and in UTF-16."""
+    content = path.read_bytes()
+    require(b"\0" not in content, "sources", f"{path}, which holds zero bytes", "files with text in UTF-8")
+    text = content.decode("utf-8", errors="replace")
+    if text.strip():
+        yield text
 
 
 def _field(row: Any, text_field: str, where: str) -> str:
@@ -56,20 +61,15 @@ def _field(row: Any, text_field: str, where: str) -> str:
 
 
 def _jsonl(path: Path, text_field: str) -> Iterator[str]:
-    rows = 0
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"sources holds {path}, whose line {number} is no JSON ({error}); allowed: one object a line"
-                ) from None
-            rows += 1
+                row = json.loads(line.decode("utf-8"))
+            except ValueError as error:  # of the encoding or the syntax
+                refuse("sources", f"{path}, which is no JSON in line {number} ({error})", "one object a line, in UTF-8")
             yield _field(row, text_field, f"line {number} of {path}")
-    require(rows > 0, "sources", f"{path}, which is empty", "files with text")
 
 
 def _parquet(path: Path, text_field: str) -> Iterator[str]:
@@ -77,10 +77,12 @@ def _parquet(path: Path, text_field: str) -> Iterator[str]:
         import pyarrow.parquet as parquet
     except ImportError:
         raise _missing_extra("pyarrow", str(path)) from None
-    file = parquet.ParquetFile(path)
+    try:
+        file = parquet.ParquetFile(path)
+    except (ValueError, OSError) as error:  # pyarrow's errors are both
+        refuse("sources", f"{path}, which cannot be read ({error})", "a parquet file")
     names = file.schema_arrow.names
     require(text_field in names, "text_field", f"{text_field!r}, which {path} lacks", f"one of {names}")
-    require(file.metadata.num_rows > 0, "sources", f"{path}, which is empty", "files with text")
     for batch in file.iter_batches(columns=[text_field]):
         for value in batch.column(0):
             yield str(value.as_py() or "")
@@ -93,30 +95,44 @@ def _hub(name: str, text_field: str, seed: int) -> Iterator[str]:
     except ImportError:
         raise _missing_extra("datasets", name) from None
     path, *rest = name.split(":")
+    require(len(rest) <= 2, "sources", name, "NAME, NAME:SPLIT or NAME:CONFIG:SPLIT")
     split = rest[-1] if rest else "train"
-    rows = load_dataset(path, rest[0] if len(rest) == 2 else None, split=split, streaming=True)
+    try:
+        rows = load_dataset(path, rest[0] if len(rest) == 2 else None, split=split, streaming=True)
+    except (ValueError, OSError) as error:
+        refuse("sources", f"{name}, a dataset that cannot be read ({error})", _SOURCES)
     for row in rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER):
         yield _field(row, text_field, name)
 
 
+def _file(path: Path, text_field: str) -> Iterator[str]:
+    if path.suffix == ".jsonl":
+        return _jsonl(path, text_field)
+    if path.suffix == ".parquet":
+        return _parquet(path, text_field)
+    return _whole(path)
+
+
 def _documents(source: str, text_field: str, seed: int) -> Iterator[str]:
-    path = Path(source).expanduser()
+    require(bool(source), "sources", repr(source), _SOURCES)
+    path, kinds = Path(source).expanduser(), ", ".join(_SUFFIXES)
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix in (*_WHOLE, ".jsonl", ".parquet"))
-        require(bool(files), "sources", f"{path}, a folder without text", "a folder with .txt, .md, .py, .jsonl or .parquet files")
-        for file in files:
-            yield from _documents(str(file), text_field, seed)
-    elif path.suffix == ".jsonl" and path.is_file():
-        yield from _jsonl(path, text_field)
-    elif path.suffix == ".parquet" and path.is_file():
-        yield from _parquet(path, text_field)
+        files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix in _SUFFIXES)
+        reason, allowed = "a folder without text", f"a folder with {kinds} files, not all of them empty"
     elif path.is_file():
-        require(path.suffix in _WHOLE, "sources", str(path), "files ending in .txt, .md, .py, .jsonl or .parquet")
-        yield from _whole(path)
-    elif path.suffix in (*_WHOLE, ".jsonl", ".parquet"):
-        raise ValueError(f"sources holds {source}, which does not exist; allowed: a file, a folder or a dataset's name")
+        require(path.suffix in _SUFFIXES, "sources", str(path), f"files ending in {kinds}")
+        files, reason, allowed = [path], "which is empty", "files with text"
+    elif path.suffix in _SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        refuse("sources", f"{source}, which does not exist", _SOURCES)
     else:
         yield from _hub(source, text_field, seed)
+        return
+    texts = (text for file in files for text in _file(file, text_field))
+    first = next(texts, None)
+    if first is None:
+        refuse("sources", f"{path}, {reason}", allowed)
+    yield first
+    yield from texts
 
 
 def read_documents(
