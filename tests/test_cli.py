@@ -508,6 +508,8 @@ def wrong(here, tokenizer, tmp_path_factory):
     (folder / "short.txt").write_text("the router")
     (folder / "no.jsonl").write_text('{"text": "the"}\nnot json\n')
     (folder / "no.parquet").write_bytes(b"not parquet")
+    (folder / "binary.txt").write_bytes(bytes(range(256)) * 9)
+    (folder / "no kind").write_text("the router")
     (folder / "field.jsonl").write_text('{"body": "the"}\n')
     return folder
 
@@ -520,7 +522,7 @@ MODELS = {
     "config no model": "model_type",
     "weights cut off": "weights cut off cannot be read",
     "narrow": "entries from 0 to 63",
-    "another width": "expert_size is 8; allowed: a divisor of F = 60",
+    "another width": "--expert-size is 8; allowed: a divisor of F = 60",
     "tensor missing": "without the tensor model.layers.1.mlp.up_proj.weight",
     "gpt2": "no FFN was recognised",
     "empty folder": "without config.json",
@@ -554,48 +556,69 @@ def test_convert_a_converted_model(capsys, here, converted, tmp_path):
 
 
 SOURCES = {
-    "empty.txt": "empty.txt, which is empty",
-    "empty.jsonl": "empty.jsonl, which is empty",
-    "missing.txt": "missing.txt, which does not exist",
-    "missing.jsonl": "missing.jsonl, which does not exist",
-    "short.txt": "allowed: at least one sequence of 16 tokens",
-    "no.jsonl": "no.jsonl, which is no JSON in line 2",
-    "no.parquet": "arquet",
-    "field.jsonl": "text_field is 'text', which line 1 of",
-    "empty folder": "a folder without text",
+    "empty.txt": "--data is {}, which is empty; allowed: files with text",
+    "empty.jsonl": "--data is {}, which is empty; allowed: files with text",
+    "missing.txt": "--data is {}, which does not exist; allowed: a file, a folder or a dataset's name",
+    "missing.jsonl": "--data is {}, which does not exist",
+    "missing": "--data is {}, which does not exist",
+    "short.txt": "--data is {}, 4 tokens; allowed: at least one sequence of 16 tokens",
+    "no.jsonl": "--data is {}, which is no JSON in line 2",
+    "no.parquet": "--data is {}, which cannot be read (",
+    "binary.txt": "--data is {}, which holds zero bytes; allowed: files with text in UTF-8",
+    "no kind": "--data is {}; allowed: files ending in .txt",
+    "field.jsonl": "--text-field is 'text', which line 1 of {} lacks; allowed: one of ['body']",
+    "empty folder": "--data is {}, a folder without text",
+    "": "--data is ''; allowed: a file, a folder or a dataset's name",
 }
 
 
-@pytest.mark.parametrize(("source", "message"), SOURCES.items(), ids=SOURCES)
-@pytest.mark.parametrize("command", ["convert", "eval"])
+@pytest.mark.parametrize(("source", "message"), SOURCES.items(), ids=[name or "no name" for name in SOURCES])
+@pytest.mark.parametrize("command", ["convert", "finetune", "eval"])
 def test_data_that_cannot_be_read(capsys, here, converted, wrong, tmp_path, command, source, message):
-    if command == "convert":
-        arguments = convert_arguments(here, tmp_path / "moe")
-        arguments[arguments.index("--data") + 1] = str(wrong / source)
+    data = str(wrong / source) if source else ""
+    if command == "eval":
+        arguments = ["eval", converted, "--data", data, "--sequence-length", S]
     else:
-        arguments = ["eval", converted, "--data", wrong / source, "--sequence-length", S]
+        arguments = convert_arguments(here, tmp_path / "moe")
+        arguments[arguments.index("--data") + 1] = data
+    if command == "finetune":
+        arguments[1] = str(converted)
+        del arguments[arguments.index("--expert-size") : arguments.index("--expert-size") + 2]
+        arguments += ["--stage", "finetune"]
     status, out, err = call(capsys, *arguments)
-    assert_one_line(status, err, command, message)
+    assert_one_line(status, err, arguments[0], ": error: " + message.format(data))
     assert out == ""
     assert list(tmp_path.iterdir()) == []
 
 
 FLAGS = {
-    "F % E": (("--expert-size", "7"), "expert_size is 7; allowed: a divisor of F = 64"),
-    "expert-size 0": (("--expert-size", "0"), "expert_size is 0; allowed: a divisor of F = 64"),
-    "top-k > E": (("--top-k", "9"), "top_k is 9; allowed: an integer from 1 to num_experts = 8"),
-    "top-k 0": (("--top-k", "0"), "top_k is 0; allowed: an integer from 1 to num_experts = 8"),
-    "active-fraction 0": (("--active-fraction", "0"), "active_fraction is 0.0; allowed: a number in (0, 1]"),
-    "active-fraction 1.5": (("--active-fraction", "1.5"), "active_fraction is 1.5; allowed: a number in (0, 1]"),
-    "steps -1": (("--steps", "-1"), "steps is -1; allowed: an integer of at least 0"),
-    "batch-size 0": (("--batch-size", "0"), "batch_size is 0"),
-    "refresh-every 0": (("--refresh-every", "0"), "refresh_every is 0; allowed: an integer of at least 1"),
-    "micro-batch-size 3": (("--micro-batch-size", "3"), "micro_batch_size is 3; allowed: 1 to batch_size = 2"),
-    "tau-end 0": (("--tau-end", "0"), "tau_end is 0.0; allowed: a positive number"),
-    "affinity-lr nan": (("--affinity-lr", "nan"), "affinity_lr is nan; allowed: a positive number"),
-    "sequence-length 0": (("--sequence-length", "0"), "sequence_length is 0; allowed: an integer >= 1"),
-    "sequence-length 1": (("--sequence-length", "1"), "allowed: at least one pair of tokens"),
-    "max-tokens 3": (("--max-tokens", "3"), "max_tokens is 3; allowed: at least one sequence, 16"),
+    "F % E": (("--expert-size", "7"), "--expert-size is 7; allowed: a divisor of F = 64"),
+    "expert-size 0": (("--expert-size", "0"), "--expert-size is 0; allowed: a divisor of F = 64"),
+    "top-k > E": (("--top-k", "9"), "--top-k is 9; allowed: an integer from 1 to num_experts = 8"),
+    "top-k 0": (("--top-k", "0"), "--top-k is 0; allowed: an integer from 1 to num_experts = 8"),
+    "active-fraction 0": (("--active-fraction", "0"), "--active-fraction is 0.0; allowed: a number in (0, 1]"),
+    "active-fraction 1.5": (("--active-fraction", "1.5"), "--active-fraction is 1.5; allowed: a number in (0, 1]"),
+    "steps -1": (("--steps", "-1"), "--steps is -1; allowed: an integer of at least 0"),
+    "batch-size 0": (("--batch-size", "0"), "--batch-size is 0"),
+    "refresh-every 0": (("--refresh-every", "0"), "--refresh-every is 0; allowed: an integer of at least 1"),
+    "micro-batch-size 3": (("--micro-batch-size", "3"), "--micro-batch-size is 3; allowed: 1 to batch_size = 2"),
+    "tau-end 0": (("--tau-end", "0"), "--tau-end is 0.0; allowed: a positive number"),
+    "affinity-lr nan": (("--affinity-lr", "nan"), "--affinity-lr is nan; allowed: a positive number"),
+    "sequence-length 0": (("--sequence-length", "0"), "--sequence-length is 0; allowed: at least 2"),
+    "sequence-length 1": (("--sequence-length", "1"), "--sequence-length is 1; allowed: at least 2"),
+    "max-tokens 3": (("--max-tokens", "3"), "--max-tokens is 3; allowed: at least one sequence, 16"),
+    "max-tokens -1": (("--max-tokens", "-1"), "--max-tokens is -1; allowed: at least one sequence, 16"),
+    "cap of nothing": (("--cap", "nan"), "--cap is nan; allowed: a number of at least 1"),
+    "seed": (("--seed", str(10**23)), f"--seed is {10**23}; allowed: an integer below 2^32"),
+    "top-k given by the share": (
+        ("--router", "soft", "--active-fraction", "1"),
+        "top_k of --active-fraction is 8; allowed: at most num_experts - 1 = 7",
+    ),
+    "num-experts given by the size": (
+        ("--router", "soft", "--expert-size", "64"),
+        "num_experts of --expert-size is 1; allowed: at least 2",
+    ),
+    "top-k huge": (("--top-k", str(10**23)), f"--top-k is {10**23}; allowed: an integer from 1 to num_experts = 8"),
     "one sequence": (("--max-tokens", "16"), "at least two sequences of 16"),
     "unknown device": (("--device", "gpu"), "--device is 'gpu'; allowed: auto, cpu, cuda, cuda:N"),
     "device xpu": (("--device", "xpu"), "--device is 'xpu'; allowed: "),
@@ -734,12 +757,14 @@ def test_info_of_what_is_no_model(capsys, wrong, model, message, form):
 @pytest.mark.parametrize(
     ("command", "flags", "message"),
     [
-        ("eval", ("--batch-size", "0"), "batch_size is 0; allowed: an integer of at least 1"),
-        ("eval", ("--sequence-length", "1"), "allowed: at least one pair of tokens"),
+        ("eval", ("--batch-size", "0"), "--batch-size is 0; allowed: at least 1"),
+        ("eval", ("--sequence-length", "1"), "--sequence-length is 1; allowed: at least 2"),
+        ("eval", ("--max-tokens", "-1"), "--max-tokens is -1; allowed: at least one sequence, 16"),
         ("eval", ("--device", "tpu"), "--device is 'tpu'; allowed: auto, cpu, cuda, cuda:N"),
         ("generate", ("--max-new-tokens", "0"), "--max-new-tokens is 0; allowed: at least 1"),
         ("generate", ("--temperature", "-1"), "--temperature is -1.0; allowed: at least 0"),
         ("generate", ("--temperature", "nan"), "--temperature is nan; allowed: at least 0"),
+        ("generate", ("--seed", str(10**23)), f"--seed is {10**23}; allowed: an integer below 2^32"),
         ("generate", ("--prompt", ""), "--prompt is ''; allowed: text of at least one token"),
     ],
 )
@@ -752,7 +777,7 @@ def test_wrong_flags_of_eval_and_generate(capsys, here, converted, command, flag
 
 def test_a_subprocess_prints_one_line_and_exits_2(here, tmp_path):
     done = in_subprocess(*convert_arguments(here, tmp_path / "moe", "--expert-size", "7"))
-    assert_one_line(done.returncode, done.stderr, "convert", "expert_size is 7; allowed: a divisor of F = 64")
+    assert_one_line(done.returncode, done.stderr, "convert", "--expert-size is 7; allowed: a divisor of F = 64")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -932,11 +957,16 @@ def test_the_demo_command(capsys, here, tmp_path, tiny_demo):
 
 
 @pytest.mark.parametrize(
-    ("source", "message"), [("empty.txt", "empty"), ("missing.txt", "does not exist"), ("short.txt", "at least one sequence")]
+    ("source", "message"),
+    [
+        ("empty.txt", "--data is {}, which is empty"),
+        ("missing.txt", "--data is {}, which does not exist"),
+        ("short.txt", "--data is the training part of {}, 3 tokens; allowed: at least one sequence of 128 tokens"),
+    ],
 )
 def test_the_demo_with_text_that_does_not_do(capsys, wrong, tmp_path, source, message):
     status, _, err = call(capsys, "demo", "--quick", "--data", wrong / source, "--output", tmp_path / "demo")
-    assert_one_line(status, err, "demo", message)
+    assert_one_line(status, err, "demo", message.format(wrong / source))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -356,13 +356,17 @@ def test_a_run_takes_the_recipe(capsys, tmp_path, monkeypatch):
 
 
 WRONG = {
-    "no recipe of that name": (("--recipe", "llama", "--dry-run"), "recipe is 'llama'; allowed: llama2-7b, "),
+    "no recipe of that name": (("--recipe", "llama", "--dry-run"), "--recipe is 'llama'; allowed: llama2-7b, "),
+    "no recipe file": (
+        ("--recipe", "./none.toml", "--dry-run"),
+        "--recipe is ./none.toml, which is no file; allowed: the path of a TOML",
+    ),
     "nothing to dry-run": (("--dry-run",), "MODEL is missing; allowed: a model folder, a name, or a recipe"),
     "a folder without config": ((".", "--dry-run"), "MODEL is ., without config.json; allowed: a Hugging Face model folder"),
     "no folder": (("./none", "--dry-run"), "MODEL is ./none, which is no folder; allowed: a Hugging Face model folder, or a name"),
     "a topology that does not fit": (
         ("--recipe", "smollm2-135m", "--dry-run", "--num-experts", "7"),
-        "num_experts is 7; allowed: a divisor",
+        "--num-experts is 7; allowed: a divisor",
     ),
     "a short sequence": (
         ("--recipe", "smollm2-135m", "--dry-run", "--sequence-length", "1"),
@@ -383,6 +387,21 @@ def test_wrong_arguments_end_with_one_line(capsys, tmp_path, monkeypatch, case):
     assert err.startswith(f"dotmoe convert: error: {message}")
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_recipe_says_is_named_with_it(capsys, tmp_path):
+    """And what a flag says by the flag, though the recipe says it too."""
+    dense = '[backbone]\nmodel_type = "llama"\nintermediate_size = 64\nhidden_size = 32\nnum_attention_heads = 4\n'
+    recipe = write(tmp_path, dense + "[topology]\nnum_experts = 7\n[alignment]\nbatch_size = 8\nmicro_batch_size = 4\nseed = 1\n")
+    for flags, message in (
+        ((), f"num_experts in recipe {recipe} is 7; allowed: a divisor of F = 64"),
+        (("--expert-size", "5"), "--expert-size is 5; allowed: a divisor of F = 64"),
+        (("--batch-size", "2"), f"micro_batch_size in recipe {recipe} is 4; allowed: 1 to batch_size = 2"),
+        (("--micro-batch-size", "9"), "--micro-batch-size is 9; allowed: 1 to batch_size = 8"),
+    ):
+        status, out, err = call(capsys, "convert", "--recipe", recipe, "--dry-run", *flags)
+        assert (status, out) == (2, "")
+        assert err.startswith(f"dotmoe convert: error: {message}")
 
 
 def test_backbone_that_transformers_does_not_know(capsys, tmp_path):

@@ -598,11 +598,12 @@ def test_the_command_fine_tunes_a_converted_model(capsys, here, tmp_path):
         ),
         (("--lora-rank", "4"), "--lora-rank is 4; allowed: together with --stage finetune"),
         (("--reconstruct-steps", "4"), "--reconstruct-steps is 4; allowed: together with --stage reconstruct"),
-        (("--stage", "align,finetune", "--finetune-lr", "0"), "lr is 0.0; allowed: a positive number"),
-        (("--stage", "align,finetune", "--lora-rank", "4"), "lora_rank needs peft, which is not installed"),
+        (("--stage", "align,finetune", "--finetune-lr", "0"), "--finetune-lr is 0.0; allowed: a positive number"),
+        (("--stage", "align,finetune", "--finetune-steps", "-1"), "--finetune-steps is -1; allowed: an integer of at least 0"),
+        (("--stage", "align,finetune", "--lora-rank", "4"), "--lora-rank needs peft, which is not installed"),
         (
             ("--stage", "reconstruct,align", "--reconstruct-steps", "-4"),
-            "reconstruct_steps is -4; allowed: ",
+            "--reconstruct-steps is -4; allowed: at least 0",
         ),
         (("--stage", "reconstruct", "--dry-run"), "--stage is reconstruct; allowed: align, which is what a dry run predicts"),
     ],
@@ -628,7 +629,7 @@ def test_commands_of_the_readme(capsys, here, tmp_path, monkeypatch):
     assert call(capsys, *first)[0] == 0
     status, _, err = call(capsys, *commands[1], *short)
     if importlib.util.find_spec("peft") is None:
-        assert (status, "lora_rank needs peft, which is not installed" in err) == (2, True)
+        assert (status, "--lora-rank needs peft, which is not installed" in err) == (2, True)
     else:
         assert (status, err) == (0, "")
         assert stages_of(tmp_path / "llama-moe-tuned")["finetune"]["lora_rank"] == 16

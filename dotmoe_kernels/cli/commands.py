@@ -11,7 +11,7 @@ from typing import Any
 
 from .._checks import require, require_range
 from .convert import run_convert
-from .inputs import find_device, read_tokenizer, require_model_folder
+from .inputs import DATA, find_device, named, read_tokenizer, require_model_folder, require_seed
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -20,17 +20,19 @@ def _demo(args: argparse.Namespace) -> int:
     ours = (folder / "demo.json").is_file() or (folder / "dense").is_dir()
     known = not folder.exists() or ours or (folder.is_dir() and not any(folder.iterdir()))
     require(known, "--output", f"{folder}, which holds something else than a demo", "a new folder")
+    require_seed(args.seed)
     from ..conversion.demo import run_demo
 
-    run_demo(
-        folder,
-        data=args.data,
-        router=args.router,
-        quick=args.quick,
-        seed=args.seed,
-        overwrite=args.overwrite,
-        progress=sys.stderr.isatty(),
-    )
+    with named(**DATA):
+        run_demo(
+            folder,
+            data=args.data,
+            router=args.router,
+            quick=args.quick,
+            seed=args.seed,
+            overwrite=args.overwrite,
+            progress=sys.stderr.isatty(),
+        )
     return 0
 
 
@@ -54,16 +56,20 @@ def _eval(args: argparse.Namespace) -> int:
     from ..conversion import all_experts, count_parameters, load_tokens, moe_blocks
     from ..evaluation import active_summary, collect_load, load_summary, perplexity, retention
 
+    require(args.batch_size >= 1, "--batch-size", args.batch_size, "at least 1")
+    require(args.sequence_length >= 2, "--sequence-length", args.sequence_length, "at least 2")
     model = _load(args)
     for block in moe_blocks(model).values():
         block.path = args.path
-    tokens = load_tokens(
-        args.data,
-        read_tokenizer(args.model),
-        sequence_length=args.sequence_length,
-        max_tokens=args.max_tokens,
-        text_field=args.text_field,
-    )
+    tokenizer = read_tokenizer(args.model)
+    with named(**DATA):
+        tokens = load_tokens(
+            args.data,
+            tokenizer,
+            sequence_length=args.sequence_length,
+            max_tokens=args.max_tokens,
+            text_field=args.text_field,
+        )
     require_range(tokens, "--data", 0, model.config.get_text_config().vocab_size - 1)
     with all_experts(model):
         dense = perplexity(model, tokens, batch_size=args.batch_size)
@@ -110,6 +116,7 @@ def _eval(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     require(args.max_new_tokens >= 1, "--max-new-tokens", args.max_new_tokens, "at least 1")
     require(0 <= args.temperature < math.inf, "--temperature", args.temperature, "at least 0")
+    require_seed(args.seed)
     import torch
 
     model = _load(args)

@@ -16,35 +16,55 @@ from safetensors import SafetensorError
 from .._checks import require, require_range
 from ..alignment.config import AlignmentConfig
 from ..conversion.recipes import Recipe, load_recipe
-from .inputs import find_device, read_tokenizer, require_model_folder
+from .inputs import DATA, find_device, named, read_tokenizer, require_model_folder, require_seed
 from .parser import SEQUENCE_LENGTH, STAGES
 
 if TYPE_CHECKING:
     from ..conversion.finetuning import FinetuneConfig
 
 _HELD_OUT = 64  # most sequences that are kept back to measure on
-_TOPOLOGY = ("expert_size", "num_experts", "active_fraction", "top_k", "router")
+_PAIRS = (("expert_size", "num_experts"), ("active_fraction", "top_k"))  # one of a pair gives the other
+_TOPOLOGY = (*_PAIRS[0], *_PAIRS[1], "router")
 _OF_STAGE = {"reconstruct": ("reconstruct_steps",), "finetune": ("finetune_steps", "finetune_lr", "lora_rank")}
 
 
-def _fill_in(args: argparse.Namespace) -> tuple[Recipe, AlignmentConfig, dict[str, Any]]:
-    """The recipe, the training options and the topology of convert: a flag goes before the recipe, and that before the default."""
-    recipe = Recipe("") if args.recipe is None else load_recipe(args.recipe)
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _option_names(args: argparse.Namespace, recipe: Recipe) -> dict[str, str]:
+    """What errors call an argument: its flag, the flag of the pair that gives it, or the recipe where that alone says it."""
+    names = {f.name: _flag(f.name) for f in dataclasses.fields(AlignmentConfig) if hasattr(args, f.name)}
+    names |= DATA | {name: _flag(name) for name in (*_TOPOLOGY, "reconstruct_steps")}
+    partner = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}
+    said = recipe.alignment.keys() | recipe.topology.keys()
+    for name in names.keys() - DATA.keys():
+        other = partner.get(name, name)
+        if getattr(args, name) is not None:
+            continue
+        if getattr(args, other) is not None:
+            names[name] = f"{name} of {_flag(other)}"
+        elif {name, other} & said:
+            names[name] = f"{name} in recipe {args.recipe}"
+    return names
+
+
+def _fill_in(args: argparse.Namespace, recipe: Recipe) -> tuple[AlignmentConfig, dict[str, Any]]:
+    """The training options and the topology of convert: a flag goes before the recipe, and that before the default."""
     flags = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(AlignmentConfig)}
     options = AlignmentConfig(**(recipe.alignment | {name: value for name, value in flags.items() if value is not None}))
     topology = recipe.topology
-    for names in (("expert_size", "num_experts"), ("active_fraction", "top_k"), ("router",)):  # one of a pair replaces the other
+    for names in (*_PAIRS, ("router",)):
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         if given:
             topology = {name: value for name, value in topology.items() if name not in names} | given
     args.dtype, args.seed = args.dtype or recipe.dtype, options.seed
     if args.sequence_length is None:
         args.sequence_length = recipe.sequence_length or SEQUENCE_LENGTH
-    return recipe, options, topology
+    return options, topology
 
 
 def _dry_run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, topology: dict[str, Any]) -> int:
-    require(args.sequence_length >= 2, "--sequence-length", args.sequence_length, "at least 2")
     if args.model is not None:
         require_model_folder(args.model, weights=False)
     import torch
@@ -80,7 +100,7 @@ def _stages(args: argparse.Namespace) -> list[str]:
     for stage, flags in _OF_STAGE.items():
         for flag in flags:
             value = getattr(args, flag)
-            require(value is None or stage in stages, f"--{flag.replace('_', '-')}", value, f"together with --stage {stage}")
+            require(value is None or stage in stages, _flag(flag), value, f"together with --stage {stage}")
     return stages
 
 
@@ -90,9 +110,10 @@ def _finetune_options(args: argparse.Namespace, options: AlignmentConfig) -> Fin
     shared = ("batch_size", "micro_batch_size", "clip", "z", "balance", "seed", "checkpoint_every")
     fields = {name: getattr(options, name) for name in shared}
     flags = {"steps": args.finetune_steps, "lr": args.finetune_lr, "lora_rank": args.lora_rank}
-    config = FinetuneConfig(**fields, **{name: value for name, value in flags.items() if value is not None})
-    if config.lora_rank:
-        require_lora()
+    with named(steps="--finetune-steps", lr="--finetune-lr", lora_rank="--lora-rank"):
+        config = FinetuneConfig(**fields, **{name: value for name, value in flags.items() if value is not None})
+        if config.lora_rank:
+            require_lora()
     return config
 
 
@@ -148,7 +169,7 @@ def _load_converted(args: argparse.Namespace, device: str) -> Any:
 
     for name in _TOPOLOGY:
         value = getattr(args, name)
-        require(value is None, f"--{name.replace('_', '-')}", value, "none: MODEL is converted already")
+        require(value is None, _flag(name), value, "none: MODEL is converted already")
     return load(args.model, dtype=getattr(torch, args.dtype) if args.dtype else None, device=device)
 
 
@@ -183,7 +204,19 @@ def _failed(checks: dict[str, Any]) -> int:
 
 def run_convert(args: argparse.Namespace) -> int:
     """The stages on a dense MODEL, or the fine-tuning of a converted one."""
-    recipe, options, topology = _fill_in(args)
+    with named(recipe="--recipe"):
+        recipe = Recipe("") if args.recipe is None else load_recipe(args.recipe)
+    names = _option_names(args, recipe)
+    with named(**names):
+        options, topology = _fill_in(args, recipe)
+        require_seed(args.seed, names["seed"])
+        for name, least in (("sequence_length", 2), ("reconstruct_steps", 0)):
+            value = getattr(args, name)
+            require(value is None or value >= least, _flag(name), value, f"at least {least}")
+        return _run(args, recipe, options, topology)
+
+
+def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, topology: dict[str, Any]) -> int:
     stages = _stages(args)
     if args.dry_run:
         require(stages == ["align"], "--stage", ",".join(stages), "align, which is what a dry run predicts")

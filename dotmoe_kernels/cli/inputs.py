@@ -1,11 +1,34 @@
-"""What the commands of `dotmoe` share: the device, the tokenizer and the model's folder that the arguments name."""
+"""What the commands of `dotmoe` share: the device, the tokenizer and the model's folder that the arguments name, and the names
+that errors call them by."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .._checks import require
+
+# what load_tokens calls the options of the data
+DATA = {"sources": "--data", "text_field": "--text-field", "sequence_length": "--sequence-length", "max_tokens": "--max-tokens"}
+
+
+@contextmanager
+def named(**options: str) -> Iterator[None]:
+    """Inside, an error that begins with one of these arguments, as every one of ours does, names what the user typed instead."""
+    try:
+        yield
+    except ValueError as error:
+        argument, _, rest = str(error).partition(" ")
+        if argument not in options:
+            raise
+        raise ValueError(f"{options[argument]} {rest}") from None
+
+
+def require_seed(seed: int, argument: str = "--seed") -> None:
+    """Training makes seeds of a few steps or epochs from it, and torch takes 64 bits."""
+    require(abs(seed) < 1 << 32, argument, seed, "an integer below 2^32")
 
 
 def find_device(name: str) -> str:

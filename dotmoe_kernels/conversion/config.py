@@ -250,7 +250,7 @@ class DotMoeConfig(PreTrainedConfig):
             fraction = 0.25 if active_fraction is None else active_fraction
             require(isinstance(fraction, int | float) and 0 < fraction <= 1, "active_fraction", fraction, "a number in (0, 1]")
             top_k = fraction * num_experts
-        whole = math.ceil(top_k - 1e-9)  # 0.28 * 100 is 28.000000000000004
+        whole = top_k if isinstance(top_k, int) else math.ceil(top_k - 1e-9)  # 0.28 * 100 is 28.000000000000004
         return cls(num_experts=num_experts, num_experts_per_tok=whole, dense_config=dense_config, **kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:

@@ -187,15 +187,16 @@ def run_demo(
         ValueError: too little text.
     """
     folder, size, begin = Path(folder), QUICK if quick else FULL, time.monotonic()
+    source = ", ".join(data) if data else "the Python standard library's sources"
     texts = list(read_documents(data)) if data else standard_library()
     train_texts, held_texts = split_documents(texts, seed)
     tokenizer = train_tokenizer(train_texts)
-    train = pack_documents(train_texts, tokenizer, sequence_length=_SEQUENCE)
-    held = pack_documents(held_texts, tokenizer, sequence_length=_SEQUENCE)[: size.held_out]
+    train = pack_documents(train_texts, tokenizer, sequence_length=_SEQUENCE, given=f"the training part of {source}")
+    held = pack_documents(held_texts, tokenizer, sequence_length=_SEQUENCE, given=f"the held-out twentieth of {source}")
+    held = held[: size.held_out]
     if overwrite and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    source = ", ".join(data) if data else "the Python standard library's sources"
     say(f"text: {source}: {train.numel():,} training and {held.numel():,} held-out tokens")
 
     start = time.monotonic()
