@@ -170,7 +170,7 @@ def test_no_folder(tmp_path):
 
 def test_folder_is_a_file(tmp_path):
     (tmp_path / "f").write_text("")
-    with pytest.raises(ValueError, match=r"folder is .*f, which is none; allowed: a folder"):
+    with pytest.raises(ValueError, match=r"folder is .*f, which is no folder; allowed: a folder"):
         dk.load(tmp_path / "f")
 
 

@@ -447,6 +447,11 @@ def test_help_has_examples(capsys):
     assert (status, out) == (0, f"dotmoe_kernels {dk.__version__}\n")
 
 
+def test_help_names_what_the_errors_name(capsys):
+    for command in ("convert", "eval", "generate", "info"):
+        assert re.search(r"^  MODEL +a ", call(capsys, command, "--help")[1], re.MULTILINE)
+
+
 def test_the_examples_of_the_help_parse():
     parser = cli.build_parser()
     texts = [action.epilog for action in parser._subparsers._group_actions[0].choices.values()]
@@ -515,18 +520,18 @@ def wrong(here, tokenizer, tmp_path_factory):
 
 
 MODELS = {
-    "no config": "without config.json",
-    "no weights": "without weights",
-    "no tokenizer": "has no tokenizer that can be read",
-    "config no json": "config.json",
-    "config no model": "model_type",
-    "weights cut off": "weights cut off cannot be read",
+    "no config": "MODEL is {}, without config.json",
+    "no weights": "MODEL is {}, without weights",
+    "no tokenizer": "{} has no tokenizer that can be read",
+    "config no json": "MODEL is {}, which cannot be read (",
+    "config no model": "Unrecognized model in {}",
+    "weights cut off": "MODEL is {}, which cannot be read (",
     "narrow": "entries from 0 to 63",
     "another width": "--expert-size is 8; allowed: a divisor of F = 60",
     "tensor missing": "without the tensor model.layers.1.mlp.up_proj.weight",
-    "gpt2": "no FFN was recognised",
-    "empty folder": "without config.json",
-    "not there": "which is no folder; allowed: a Hugging Face model folder",
+    "gpt2": "MODEL is GPT2LMHeadModel, in which no FFN was recognised",
+    "empty folder": "MODEL is {}, without config.json",
+    "not there": "MODEL is {}, which is no folder; allowed: a Hugging Face model folder",
 }
 
 
@@ -536,9 +541,33 @@ def test_convert_a_model_that_is_none(capsys, here, wrong, tmp_path, model, mess
     arguments[1] = str(wrong / model)
     before = contents(wrong)
     status, _, err = call(capsys, *arguments)
-    assert_one_line(status, err, "convert", message)
+    assert_one_line(status, err, "convert", message.format(wrong / model))
     assert list(tmp_path.iterdir()) == []
     assert contents(wrong) == before
+
+
+@pytest.mark.parametrize("command", ["convert", "dry run", "info"])
+def test_a_name_that_cannot_be_fetched(capsys, here, tmp_path, monkeypatch, command):
+    """What transformers raises without a network, or for a name that nobody has, speaks of neither."""
+
+    def unreachable(*args, **kwargs):
+        raise OSError("We couldn't connect")
+
+    import transformers
+
+    for kind in (transformers.AutoConfig, transformers.AutoModelForCausalLM):
+        monkeypatch.setattr(kind, "from_pretrained", unreachable)
+    arguments = {
+        "convert": convert_arguments(here, tmp_path / "moe"),
+        "dry run": ["convert", "", "--dry-run"],
+        "info": ["info", ""],
+    }[command]
+    arguments[1] = "a/name"
+    status, out, err = call(capsys, *arguments)
+    message = "MODEL is a/name, which cannot be read (We couldn't connect); allowed: a Hugging Face model folder, or a name"
+    assert_one_line(status, err, arguments[0], message)
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_convert_an_encoder(capsys, here, wrong, tmp_path):
@@ -720,16 +749,21 @@ COMMANDS = {
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("dense", "model_type of"),
-        ("empty folder", "without a config.json"),
-        ("not there", "does not exist"),
-        ("moe without weights", "without weights"),
-        ("moe cut off", "cannot be read"),
+        ("dense", "model_type of {}/config.json is 'llama'; allowed: 'dotmoe'"),
+        ("empty folder", "MODEL is {}, without a config.json; allowed: a folder written by dotmoe_kernels.save"),
+        ("not there", "MODEL is {}, which does not exist; allowed: a folder written by dotmoe_kernels.save"),
+        ("short.txt", "MODEL is {}, which is no folder; allowed: a folder written by dotmoe_kernels.save"),
+        ("config no json", "{}/config.json is not valid JSON ("),
+        ("config no model", "model_type of {}/config.json is None; allowed: 'dotmoe'"),
+        ("a/name", "MODEL is {}, which does not exist; allowed: a folder written by dotmoe_kernels.save"),
+        ("", "MODEL is '', which does not exist; allowed: a folder written by dotmoe_kernels.save"),
+        ("moe without weights", "MODEL is {}, without weights"),
+        ("moe cut off", "{}/model.safetensors cannot be read"),
         ("moe without tokenizer", "has no tokenizer that can be read"),
     ],
 )
 def test_a_folder_that_is_no_converted_model(capsys, here, wrong, converted, tmp_path, command, model, message):
-    folder = {"dense": here / "dense"}.get(model, wrong / model)
+    folder = {"dense": here / "dense", "a/name": model, "": model}.get(model, wrong / model)
     if model.startswith("moe"):
         folder = tmp_path / "moe"
         left_out = {"moe without weights": ["*.safetensors"], "moe without tokenizer": ["token*", "special*"]}.get(model, [])
@@ -738,19 +772,20 @@ def test_a_folder_that_is_no_converted_model(capsys, here, wrong, converted, tmp
             (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-99])
     extra = [here / "held.txt" if part == "held.txt" else part for part in COMMANDS[command]]
     status, out, err = call(capsys, command, folder, *extra)
-    assert_one_line(status, err, command, message)
+    assert_one_line(status, err, command, message.format(folder))
     assert out == ""
 
 
 INFOS = {name: MODELS[name] for name in ("empty folder", "not there", "no config", "no weights", "config no json", "gpt2")}
-INFOS["bert"] = "no FFN was recognised"
+INFOS["bert"] = "MODEL is BertLMHeadModel, in which no FFN was recognised"
+INFOS["short.txt"] = "which is no folder; allowed: a Hugging Face model folder, or a name"
 
 
 @pytest.mark.parametrize(("model", "message"), INFOS.items(), ids=INFOS)
 @pytest.mark.parametrize("form", [(), ("--json",)], ids=["text", "json"])
 def test_info_of_what_is_no_model(capsys, wrong, model, message, form):
     status, out, err = call(capsys, "info", wrong / model, *form)
-    assert_one_line(status, err, "info", message)
+    assert_one_line(status, err, "info", message.format(wrong / model))
     assert out == ""
 
 
@@ -996,11 +1031,12 @@ def test_info_of_the_paths(capsys, converted):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--paths", "dense"), "allowed: a converted model"),
+        (("--paths", "dense"), "MODEL is {}/dense; allowed: a converted model"),
+        (("",), "MODEL is ''; allowed: a Hugging Face model folder"),
         (("moe", "--dtype", "float16"), "--dtype is float16; allowed: together with --paths"),
     ],
 )
 def test_info_of_paths_that_there_are_none_of(capsys, here, converted, arguments, message):
     status, out, err = call(capsys, "info", *(here / a if a in ("dense", "moe") else a for a in arguments))
-    assert_one_line(status, err, "info", message)
+    assert_one_line(status, err, "info", message.format(here))
     assert out == ""

@@ -11,7 +11,7 @@ from typing import Any
 
 from .._checks import require, require_range
 from .convert import run_convert
-from .inputs import DATA, find_device, named, read_tokenizer, require_model_folder, require_seed
+from .inputs import DATA, find_device, named, read_tokenizer, reading, require_model_folder, require_seed
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -42,7 +42,8 @@ def _load(args: argparse.Namespace) -> Any:
     from ..conversion import load
 
     device = find_device(args.device)
-    return load(args.model, dtype=getattr(torch, args.dtype) if args.dtype else None, device=device).eval()
+    with reading(args.model):
+        return load(args.model, dtype=getattr(torch, args.dtype) if args.dtype else None, device=device).eval()
 
 
 def _bars(counts: list[int]) -> str:
@@ -138,7 +139,8 @@ def _info(args: argparse.Namespace) -> int:
     require(args.paths or not args.dtype, "--dtype", args.dtype, "together with --paths")
     require_model_folder(args.model)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    report = describe_paths(args.model, dtype=dtype) if args.paths else describe(args.model)
+    with reading(args.model):
+        report = describe_paths(args.model, dtype=dtype) if args.paths else describe(args.model)
     if args.json:
         print(json.dumps(report, indent=2))
         return 0

@@ -11,12 +11,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from .._checks import require, require_range
 from ..alignment.config import AlignmentConfig
 from ..conversion.recipes import Recipe, load_recipe
-from .inputs import DATA, find_device, named, read_tokenizer, require_model_folder, require_seed
+from .inputs import DATA, find_device, named, read_tokenizer, reading, require_model_folder, require_seed
 from .parser import SEQUENCE_LENGTH, STAGES
 
 if TYPE_CHECKING:
@@ -72,7 +70,8 @@ def _dry_run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig,
     from ..conversion import DotMoeConfig
     from ..conversion.dryrun import dense_config, predict_run, run_lines
 
-    dense = dense_config(args.model, recipe)
+    with reading(args.model or recipe.model or ""):
+        dense = dense_config(args.model, recipe)
     report = predict_run(
         dense,
         DotMoeConfig.for_dense(dense.get_text_config(), **topology),
@@ -149,15 +148,13 @@ def _load_dense(args: argparse.Namespace, stages: list[str], device: str) -> Any
     from ..conversion import find_ffns
 
     dtype = getattr(torch, args.dtype) if args.dtype else "auto"
-    try:
+    with reading(args.model):
         loaded: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, output_loading_info=True)
-    except SafetensorError as error:
-        raise ValueError(f"the weights of {args.model} cannot be read ({error})") from None
-    dense, found = loaded
-    lacking = sorted(found["missing_keys"])
-    require(not lacking, "MODEL", f"{args.model}, without the tensor {', '.join(lacking[:4])}", "a complete causal LM")
-    dense = dense.to(device)
-    find_ffns(dense)  # a model that cannot be converted ends here, before the data is read
+        dense, found = loaded
+        lacking = sorted(found["missing_keys"])
+        require(not lacking, "MODEL", f"{args.model}, without the tensor {', '.join(lacking[:4])}", "a complete causal LM")
+        dense = dense.to(device)
+        find_ffns(dense)  # a model that cannot be converted ends here, before the data is read
     require(stages != ["finetune"], "--stage", "finetune alone, of a dense MODEL", "another stage before it, or a converted MODEL")
     return dense
 
@@ -170,7 +167,8 @@ def _load_converted(args: argparse.Namespace, device: str) -> Any:
     for name in _TOPOLOGY:
         value = getattr(args, name)
         require(value is None, _flag(name), value, "none: MODEL is converted already")
-    return load(args.model, dtype=getattr(torch, args.dtype) if args.dtype else None, device=device)
+    with reading(args.model):
+        return load(args.model, dtype=getattr(torch, args.dtype) if args.dtype else None, device=device)
 
 
 def _read_data(args: argparse.Namespace, tokenizer: Any, vocabulary: int) -> tuple[Any, Any]:

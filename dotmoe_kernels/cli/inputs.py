@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .._checks import require
+from safetensors import SafetensorError
+
+from .._checks import refuse, require
 
 # what load_tokens calls the options of the data
 DATA = {"sources": "--data", "text_field": "--text-field", "sequence_length": "--sequence-length", "max_tokens": "--max-tokens"}
@@ -24,6 +26,16 @@ def named(**options: str) -> Iterator[None]:
         if argument not in options:
             raise
         raise ValueError(f"{options[argument]} {rest}") from None
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Inside MODEL ``name`` is read: what cannot be read, found or fetched is its fault, whatever transformers says of it."""
+    try:
+        with named(model="MODEL", folder="MODEL"):
+            yield
+    except (OSError, SafetensorError) as error:
+        refuse("MODEL", f"{name}, which cannot be read ({error})", "a Hugging Face model folder, or a name")
 
 
 def require_seed(seed: int, argument: str = "--seed") -> None:
@@ -56,6 +68,7 @@ def read_tokenizer(folder: str) -> Any:
 
 def require_model_folder(name: str, *, weights: bool = True) -> None:
     """A local folder must hold a config, and weights unless told otherwise; another name is left to transformers."""
+    require(bool(name), "MODEL", repr(name), "a Hugging Face model folder, or a name")
     path = Path(name).expanduser()
     if path.is_dir():
         require((path / "config.json").is_file(), "MODEL", f"{name}, without config.json", "a Hugging Face model folder")

@@ -167,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
         "dotmoe eval ./llama-moe --data held-out.txt\ndotmoe eval ./llama-moe --data held-out.txt --path masked\n"
         "dotmoe eval ./llama-moe --data held-out.jsonl --sequence-length 1024 --json",
     )
-    evaluate.add_argument("model", metavar="DIR", help="a converted model")
+    evaluate.add_argument("model", metavar="MODEL", help="a converted model")
     _add_data(evaluate, required=True, sequence_length=1024)
     evaluate.add_argument("--batch-size", type=int, default=4, help="sequences a pass (default: %(default)s)")
     evaluate.add_argument("--path", choices=_PATHS, default="auto", help="how the experts run (default: %(default)s)")
@@ -180,7 +180,7 @@ def build_parser() -> argparse.ArgumentParser:
         'dotmoe generate ./llama-moe --prompt "def main("\n'
         'dotmoe generate ./llama-moe --prompt "Once" --temperature 0.8 --max-new-tokens 100',
     )
-    generate.add_argument("model", metavar="DIR", help="a converted model, saved with its tokenizer")
+    generate.add_argument("model", metavar="MODEL", help="a converted model, saved with its tokenizer")
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: %(default)s)")
@@ -192,7 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Show the structure of a converted model, or what a dense one could become.",
         "dotmoe info ./llama-moe\ndotmoe info ./llama --json\ndotmoe info --paths ./llama-moe --dtype bfloat16",
     )
-    info.add_argument("model", metavar="DIR", help="a converted or a dense model folder")
+    info.add_argument("model", metavar="MODEL", help="a converted or a dense model folder")
     info.add_argument("--paths", action="store_true", help="which path the experts take at every number of tokens, and why")
     info.add_argument("--dtype", choices=_DTYPES, help="of the weights, for --paths (default: as saved)")
     info.add_argument("--json", action="store_true", help="print JSON")

@@ -130,7 +130,12 @@ def load(
         ValueError: no folder, config or weights; another kind of model; a newer format; a tensor that is missing, has a wrong
             shape or cannot be read; a neuron_order that is no permutation. Each names what it found.
     """
-    require(os.path.exists(folder), "folder", f"{folder}, which does not exist", "a folder written by dotmoe_kernels.save")
+    require(
+        os.path.exists(folder),
+        "folder",
+        f"{folder or repr(folder)}, which does not exist",
+        "a folder written by dotmoe_kernels.save",
+    )
     model = DotMoeForCausalLM.from_pretrained(folder, dtype="auto" if dtype is None else dtype, **kwargs)
     return model if device is None else model.to(device)
 
@@ -202,7 +207,7 @@ def check_folder(folder: str | os.PathLike[str]) -> DotMoeConfig:
         ValueError: see ``load``.
     """
     path = Path(folder).expanduser()
-    require(path.is_dir(), "folder", f"{path}, which is none", "a folder written by dotmoe_kernels.save")
+    require(path.is_dir(), "folder", f"{path}, which is no folder", "a folder written by dotmoe_kernels.save")
     config = _read_config(path)
     with torch.device("meta"):
         model = DotMoeForCausalLM(config)
