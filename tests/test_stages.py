@@ -345,7 +345,7 @@ def test_the_loss_falls(make):
     held = progressions(70)[64:]
     before = make()
     model = tune(copy.deepcopy(before), held_out=held)
-    figures = model.config.stages["finetune"]
+    (figures,) = model.config.stages["finetune"]
     assert figures["loss"][1] < figures["loss"][0] - 0.3
     assert figures["perplexity"][1] < 0.8 * figures["perplexity"][0]
     assert (figures["steps"], figures["tokens"]) == (12, 12 * 4 * 16)
@@ -443,7 +443,7 @@ def test_adapters_are_merged_into_the_attention(kind, tmp_path):
     moved = {n for (n, p), q in zip(model.named_parameters(), start.parameters(), strict=True) if not torch.equal(p, q)}
     attention = {n for n in flags if ".self_attn." in n and n.endswith("proj.weight")}
     assert moved == attention | {f"{name}.gate.weight" for name in moe_blocks(start)}
-    figures = model.config.stages["finetune"]
+    (figures,) = model.config.stages["finetune"]
     assert figures["lora_rank"] == 4
     assert figures["perplexity"][1] < 0.9 * figures["perplexity"][0]
     dk.save(model, tmp_path / "moe")
@@ -515,6 +515,64 @@ def test_the_card_says_that_the_weights_moved():
     assert "with every expert active it is not the dense model any more" in text
 
 
+def test_every_run_has_a_row_in_the_card(tmp_path):
+    """In their order, through a file, beside figures that another run does not have."""
+    held = progressions(70)[64:]
+    model = tune(steps=3)
+    dk.save(model, tmp_path / "once")
+    model = tune(dk.load(tmp_path / "once"), steps=2, held_out=held, folder=tmp_path / "run")
+    dk.save(model, tmp_path / "twice")
+    first, second = dk.load(tmp_path / "twice").config.stages["finetune"]
+    assert (first["steps"], second["steps"]) == (3, 2)
+    text = (tmp_path / "twice" / "README.md").read_text()
+    arrow = "{:.6g} -> {:.6g}".format
+    table = [
+        "| run | steps | tokens | loss | perplexity |",
+        "|---|---|---|---|---|",
+        f"| 1 | 3 | {3 * 4 * 16} | {arrow(*first['loss'])} | - |",
+        f"| 2 | 2 | {2 * 4 * 16} | {arrow(*second['loss'])} | {arrow(*second['perplexity'])} |",
+    ]
+    assert "## Stage: finetune\n\n" + "\n".join(table) + "\n\n" in text
+
+
+def test_a_resumed_run_has_one_row(tmp_path):
+    dk.save(tune(steps=1), tmp_path / "once")
+    run = {"steps": 4, "checkpoint_every": 2, "folder": tmp_path / "run"}
+
+    def stop(done):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(dk.load(tmp_path / "once"), **run, on_step=stop)
+    for _ in range(2):  # the second time there is no step left
+        model = tune(dk.load(tmp_path / "once"), **run, resume=True)
+        assert [figures["steps"] for figures in model.config.stages["finetune"]] == [1, 4]
+
+
+def test_a_run_that_moved_no_weight_is_not_counted_again(tmp_path):
+    run = {"steps": 2, "lr": 1e-12, "folder": tmp_path, "resume": True, "held_out": progressions(66)[64:]}
+    model = tune(sparse_model(dtype=torch.bfloat16), **run)
+    assert len(tune(model, **run).config.stages["finetune"]) == 1
+
+
+def test_figures_of_a_folder_that_has_those_of_one_run_alone():
+    """As they were written before a run had a row of its own."""
+    model = sparse_model(initializer_range=0.1)
+    model.config.stages = {"align": {"steps": 1}, "finetune": {"steps": 7, "loss": [3.0, 2.0]}}
+    assert "| 1 | 7 | 3 -> 2 |" in model_card(model, "title", {})
+    stages = tune(model, steps=1).config.stages
+    assert [run["steps"] for run in stages["finetune"]] == [7, 1]
+    assert stages["align"] == {"steps": 1}
+
+
+def test_no_step_is_no_run():
+    """The weights are the dense model's still, and the card says so."""
+    model = tune(steps=0)
+    assert not model.config.stages
+    assert "with every expert active it equals the dense model" in model_card(model, "title", {})
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -542,7 +600,7 @@ def test_the_command_takes_every_stage_and_resumes(capsys, here, tmp_path, monke
     assert set(stages_of(whole)) == {"reconstruct", "align", "finetune"}
     for name, (before, after) in stages_of(whole)["reconstruct"]["relative_error"].items():
         assert f"  {name:<28}{before:>8.3f} -> {after:.3f}\n" in out
-    before, after = stages_of(whole)["finetune"]["perplexity"]
+    before, after = stages_of(whole)["finetune"][0]["perplexity"]
     assert f"perplexity {before:.3f} -> {after:.3f}" in out
     assert f", sparse {after:.3f} (" in out
     card = (whole / "README.md").read_text()
@@ -569,6 +627,7 @@ def test_the_command_takes_every_stage_and_resumes(capsys, here, tmp_path, monke
     assert call(capsys, *convert_arguments(here, parts, *STAGES, *SHORT, "--resume"))[0] == 0
     assert states_equal(dk.load(whole), dk.load(parts))
     assert stages_of(whole) == stages_of(parts)
+    assert len(stages_of(parts)["finetune"]) == 1
 
 
 def test_the_command_fine_tunes_a_converted_model(capsys, here, tmp_path):
@@ -582,10 +641,19 @@ def test_the_command_fine_tunes_a_converted_model(capsys, here, tmp_path):
     assert contents(tmp_path / "moe") == before
     assert set(stages_of(tmp_path / "tuned")) == {"align", "finetune"}
     assert stages_of(tmp_path / "tuned")["align"] == stages_of(tmp_path / "moe")["align"]
-    assert "finetune: loss " in out
+    assert "finetune, run 1: loss " in out
     assert not states_equal(dk.load(tmp_path / "moe"), dk.load(tmp_path / "tuned"))
     status, _, err = call(capsys, *arguments, "--top-k", "3", "--overwrite")
     assert (status, err) == (2, "dotmoe convert: error: --top-k is 3; allowed: none: MODEL is converted already\n")
+
+    arguments[1], arguments[5] = str(tmp_path / "tuned"), str(tmp_path / "again")
+    status, out, err = call(capsys, *arguments)
+    assert (status, err) == (0, "")
+    first, second = stages_of(tmp_path / "again")["finetune"]
+    assert [first] == stages_of(tmp_path / "tuned")["finetune"]
+    assert first["perplexity"][1] == pytest.approx(second["perplexity"][0], rel=1e-5)
+    assert "finetune, run 1: loss " in out
+    assert "finetune, run 2: loss " in out
 
 
 @pytest.mark.parametrize(
@@ -632,4 +700,4 @@ def test_commands_of_the_readme(capsys, here, tmp_path, monkeypatch):
         assert (status, "--lora-rank needs peft, which is not installed" in err) == (2, True)
     else:
         assert (status, err) == (0, "")
-        assert stages_of(tmp_path / "llama-moe-tuned")["finetune"]["lora_rank"] == 16
+        assert stages_of(tmp_path / "llama-moe-tuned")["finetune"][0]["lora_rank"] == 16

@@ -18,6 +18,7 @@ from .inputs import DATA, find_device, named, read_tokenizer, reading, require_m
 from .parser import SEQUENCE_LENGTH, STAGES
 
 if TYPE_CHECKING:
+    from ..conversion.config import DotMoeConfig
     from ..conversion.finetuning import FinetuneConfig
 
 _HELD_OUT = 64  # most sequences that are kept back to measure on
@@ -275,7 +276,7 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
     save(model, output, tokenizer=tokenizer, overwrite=args.overwrite, card=figures)
     checks = self_check(model, dense_logits, held[:1], folder=output)
     total, active = count_parameters(model, means)
-    for line in [*check_lines(checks), *_stage_lines(model.config.stages or {})]:
+    for line in [*check_lines(checks), *_stage_lines(model.config)]:
         print(line)
     print(f"parameters: {total:,}, active a token {active:,} ({active / total:.1%}) at {mean:.2f} experts a token")
     if dense_perplexity is not None:
@@ -291,14 +292,14 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
     return 0
 
 
-def _stage_lines(stages: dict[str, Any]) -> list[str]:
+def _stage_lines(config: DotMoeConfig) -> list[str]:
     """What the stages beside the alignment reached."""
-    lines = []
+    lines, stages = [], config.stages or {}
     if "reconstruct" in stages:
         errors = stages["reconstruct"]["relative_error"]
         lines = ["reconstruct, relative error of an FFN's output on tokens held out:"]
         lines += [f"  {name:<28}{before:>8.3f} -> {after:.3f}" for name, (before, after) in errors.items()]
-    if "finetune" in stages:
-        pairs = [f"{key} {ends[0]:.3f} -> {ends[1]:.3f}" for key, ends in stages["finetune"].items() if isinstance(ends, list)]
-        lines.append(f"finetune: {', '.join(pairs)}")
+    for n, figures in enumerate(config.finetune_runs, 1):
+        pairs = [f"{key} {ends[0]:.3f} -> {ends[1]:.3f}" for key, ends in figures.items() if isinstance(ends, list)]
+        lines.append(f"finetune, run {n}: {', '.join(pairs)}")
     return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .block import moe_blocks
@@ -14,14 +14,29 @@ if TYPE_CHECKING:
     from .modeling import DotMoeForCausalLM
 
 
+_OF_A_RUN = ("steps", "tokens", "lora_rank", "loss", "perplexity")  # the order of the columns
+
+
 def _cell(value: Any) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def _rows(heads: Sequence[Any], rows: Iterable[Iterable[Any]]) -> str:
+    lines = [f"| {' | '.join(map(_cell, row))} |" for row in (heads, *rows)]
+    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
+
+
 def _table(rows: Mapping[str, Any], heads: tuple[str, str]) -> str:
-    lines = [f"| {heads[0]} | {heads[1]} |", "|---|---|"]
-    return "\n".join(lines + [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()])
+    return _rows(heads, rows.items())
+
+
+def _run_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """A row a run; a file has the figures in the alphabet's order."""
+    rows = [dict(_stage_rows(run)) for run in runs]
+    found = {key for row in rows for key in row}
+    columns = [*(key for key in _OF_A_RUN if key in found), *sorted(found.difference(_OF_A_RUN))]
+    return _rows(["run", *columns], [[n, *(row.get(key, "-") for key in columns)] for n, row in enumerate(rows, 1)])
 
 
 def _stage_rows(figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -80,7 +95,7 @@ def model_card(model: DotMoeForCausalLM, title: str, figures: Mapping[str, Any])
         structure["active a token"] += " at that nominal number"
     stages = config.stages or {}
     with_all = "with every expert active it equals the dense model"
-    if "finetune" in stages:
+    if config.finetune_runs:
         with_all = "its weights were fine-tuned afterwards, so that with every expert active it is not the dense model any more"
     parts = [
         "\n".join(head),
@@ -98,9 +113,11 @@ def model_card(model: DotMoeForCausalLM, title: str, figures: Mapping[str, Any])
         ]
     if config.assignment:
         parts += ["## Assignment", _table(config.assignment, ("setting", "value"))]
-    for stage in ("reconstruct", "align", "finetune"):  # a config that was read has them in the alphabet's order
+    for stage in ("reconstruct", "align"):  # a config that was read has them in the alphabet's order
         if stage in stages:
             parts += [f"## Stage: {stage}", _table(dict(_stage_rows(stages[stage])), ("figure", "value"))]
+    if config.finetune_runs:
+        parts += ["## Stage: finetune", _run_table(config.finetune_runs)]
     flat = {key: value for key, value in figures.items() if not isinstance(value, Mapping)}
     if flat:
         parts += ["## Measured", _table(flat, ("figure", "value"))]

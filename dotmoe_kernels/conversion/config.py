@@ -50,7 +50,7 @@ class DotMoeConfig(PreTrainedConfig):
             below which an expert is off; the most experts of a token over k_l, at least 1. None: what ``convert`` trains with.
         dense_config: the dense model's config, as an object or as its dictionary with ``model_type``.
         assignment: where the partition came from (method, seed, steps, ...), a plain JSON dictionary.
-        stages: by training stage, what it trained on and what it reached, plain JSON dictionaries.
+        stages: by training stage, what it trained on and what it reached, plain JSON dictionaries; of "finetune" a list, one a run.
         format_version: of the checkpoint format; newer ones than ``FORMAT_VERSION`` are refused.
 
     Raises:
@@ -204,6 +204,12 @@ class DotMoeConfig(PreTrainedConfig):
             extra, most = sum(k) / len(k) - 1, config.num_experts - 1
             config.router_k = [min(most, 1 + (v - 1) * (K - 1) / extra) if extra > 0 else float(K) for v in k]
         return made
+
+    @property
+    def finetune_runs(self) -> list[dict[str, Any]]:
+        """The figures of every fine-tuning, in their order."""
+        runs = (self.stages or {}).get("finetune", [])
+        return [runs] if isinstance(runs, dict) else list(runs)  # once only the last run's were kept, without a list
 
     @property
     def dense_width(self) -> int | None:

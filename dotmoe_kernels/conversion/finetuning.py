@@ -190,8 +190,8 @@ def finetune(
         on_step: called with the number of steps done after each.
 
     Returns:
-        The model, in eval mode, with the figures in ``config.stages["finetune"]``. With every expert on it is no longer the dense
-        model it was made from.
+        The model, in eval mode, with the figures after those of earlier runs in ``config.stages["finetune"]``. With every expert
+        on it is no longer the dense model it was made from. Without a step nothing changes.
 
     Raises:
         ValueError: another kind of model, data of a wrong shape or with token ids outside the vocabulary, a checkpoint of another
@@ -227,11 +227,15 @@ def finetune(
         with _in_float32(wide):
             log = _train(model.train(), trained, tokens, options, marks, log_path, half, resume, progress, on_step)
     model.eval()
-    if options.steps:
-        figures["loss"] = ends([entry["ce"] for entry in (log if log_path is None else read_log(log_path))])
+    if not options.steps:
+        return model
+    figures["loss"] = ends([entry["ce"] for entry in (log if log_path is None else read_log(log_path))])
     if held_out is not None:
         figures["perplexity"] = [before, perplexity(model, held_out, batch_size=1)]
-    model.config.stages = {**(model.config.stages or {}), "finetune": figures}
+    runs = model.config.finetune_runs
+    if not (resume and runs[-1:] == [figures]):  # a run resumed at its end that moved no weight: its model is the one it began with
+        runs.append(figures)
+    model.config.stages = {**(model.config.stages or {}), "finetune": runs}
     return model
 
 
