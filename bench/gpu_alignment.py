@@ -13,11 +13,13 @@ DTYPE = "bfloat16"
 
 
 def ffn_groups(
-    device: str = "cuda", sizes: tuple[Shape, ...] = (shapes.L3, shapes.Q25), tokens: tuple[int, ...] = (8192, 2048)
+    device: str = "cuda",
+    sizes: tuple[Shape, ...] = (shapes.L3, shapes.Q25, shapes.MID, shapes.COARSE),
+    tokens: tuple[int, ...] = (8192, 2048),
 ) -> list[Group]:
     def group(shape: Shape, T: int) -> Group:
         case = partial(masked.case, shape, T, DTYPE, device)
-        return Group(f"alignment {shape.name} T {T}", masked.IMPLS, case, masked.info(shape, T, DTYPE))
+        return Group(f"alignment {shape.name} T {T}", masked.GPU_IMPLS, case, masked.info(shape, T, DTYPE))
 
     return [group(shape, T) for T in tokens for shape in sizes]
 

@@ -10,29 +10,40 @@ from bench.registry import BF16, Cost, Kernel, Variant
 from dotmoe_kernels import _tiles
 
 _TOKENS = {"alignment": 8192, "mid": 256}
-_ROWS = ("stride_xt", "stride_ge", "stride_gn")
+_ROWS = ("stride_gt", "stride_ut", "stride_dt", "stride_xt", "stride_ge", "stride_gn", "stride_gf", "stride_uf", "stride_dh")
+_LAST = ("stride_gf", "stride_uf", "stride_df", "stride_ik", "stride_wk", "stride_xh", "stride_gh")
 _FORMS = (("bf16", shapes.L3), ("bf16", shapes.Q25), ("bf16", shapes.COARSE), ("fp32", shapes.L3))
 
 
 def _constexprs(kind: str, shape: shapes.Shape, dtype: str, backend: str) -> tuple[dict[str, Any], dict[str, Any]]:
     product = {"UPCAST": False, "PRECISION": "ieee"}
-    last = dict.fromkeys(("stride_gf", "stride_uf", "stride_df", "stride_ik", "stride_wk", "stride_xh", "stride_gh"), 1)
+    last = dict.fromkeys(_LAST, 1)
+    if kind.startswith("pack"):
+        last = dict.fromkeys(("stride_gh", "stride_uh", "stride_df"), 1)
     if kind == "mask":
         tile, options = _tiles.mask_tile(shape.E)
         return {**tile, **last}, options
+    if kind.startswith("pack"):
+        tile, options = _tiles.pack_tile(kind.removeprefix("pack "), shape.H if kind == "pack rows" else shape.F)
+        return {**tile, **last}, options
+    if kind.startswith("slots"):
+        tile, options = _tiles.slots_tile(shape.s)
+        return {"ACTIVATION": "silu", **tile, **last, **({"d_ptr": None} if kind == "slots" else {})}, options
     if kind.startswith("up"):
         tile, options = _tiles.masked_up_tile(64 if kind == "up, few" else 256, shape.s, backend)
         return {"ACTIVATION": "silu", **product, **tile, **last}, options
-    width = shape.s if kind == "view hidden" else shape.F
+    stored, width = kind.startswith("view"), shape.s if kind == "view hidden" else shape.F
     tile, options = _tiles.masked_tile(kind.removeprefix("view "), width, shape.E, dtype == "fp32")
-    known = {"ACTIVATION": "silu", "NEEDS_GATE": True, "NEEDS_R": True, **product, **tile, **last}
-    return known | ({"expert_of_ptr": None} if kind == "view hidden" else {}), options
+    known = {"ACTIVATION": "silu", "NEEDS_GATE": not stored, "NEEDS_R": True, "STORED": stored, **product, **tile, **last}
+    return known | ({"expert_of_ptr": None} if stored else {"dr_ptr": None} if kind == "plan" else {}), options
 
 
 def _variants(function: str, kinds: tuple[str, ...]) -> Callable[[str], list[Variant]]:
     def variants(backend: str) -> list[Variant]:
         names = Kernel("", function, lambda _: []).load().arg_names
-        others = {"indices_ptr": "*i64", "expert_of_ptr": "*i64", "dr_ptr": "*fp32", "dplan_ptr": "*fp32", "weights_ptr": "*fp32"}
+        integers = ("indices_ptr", "expert_of_ptr", "order_ptr", "token_ptr", "source_ptr")
+        others = dict.fromkeys(integers, "*i64") | dict.fromkeys(("dr_ptr", "dplan_ptr", "weights_ptr"), "*fp32")
+        others["offsets_ptr"] = "*i32"
         found = []
         for kind in kinds:
             for dtype, shape in _FORMS[:1] if kind.startswith("up") else _FORMS:  # float32 takes PyTorch's product
@@ -43,7 +54,7 @@ def _variants(function: str, kinds: tuple[str, ...]) -> Callable[[str], list[Var
                     return others.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
 
                 signature = {n: type_of(n) for n in names if n not in constexprs}
-                divisible = tuple(n for n in names if n in ("F", "s", "H", "share", "stride_gt", "stride_ut", "stride_dt", *_ROWS))
+                divisible = tuple(n for n in signature if n in ("F", "s", "H", "share", *_ROWS))
                 found.append(Variant(f"{dtype} {shape.name} {kind}", signature, constexprs, options, divisible))
         return found
 
@@ -71,11 +82,20 @@ _UP_COSTS = {
     for s in (shapes.L3, shapes.Q25)
     for T in (64, 256)
 }
+_SHAPES = (shapes.L3, shapes.Q25)
+_SLOTS_COSTS = {
+    f"{s.name} T=8192{name}": Cost(2.0 * passes * 8192 * s.K * s.s)
+    for s in _SHAPES
+    for name, passes in (("", 3), (", backward", 5))
+}
 
 MASKED = (
     _kernel("masked_up", "masked", ("up", "up, few"), _UP_COSTS, needs={"sm_90": ("wgmma",)}),
     _kernel("expert_mask", "masked", ("mask",), _MASK_COSTS),
     _kernel("masked_hidden", "masked", ("hidden", "view hidden"), _costs(3, ("alignment", "mid"))),
-    _kernel("masked_hidden_bwd", "alignment", ("backward",), _costs(5, ("alignment",), product=True)),
-    _kernel("plan_gradient", "alignment", ("plan",), _costs(3, ("alignment",), product=True)),
+    _kernel("masked_hidden_bwd", "alignment", ("backward", "view backward"), _costs(5, ("alignment",), product=True)),
+    _kernel("plan_gradient", "alignment", ("plan", "view plan"), _costs(3, ("alignment",), product=True)),
+    _kernel("pack_rows", "masked_slots", ("pack rows",), {s.name: Cost(8.0 * s.F * s.H) for s in _SHAPES}),
+    _kernel("pack_columns", "masked_slots", ("pack columns",), {s.name: Cost(4.0 * s.F * s.H) for s in _SHAPES}),
+    _kernel("slots_hidden", "masked_slots", ("slots", "slots backward"), _SLOTS_COSTS),
 )

@@ -1,6 +1,7 @@
 """One layer's step of alignment: forward, and backward to the input, the plan and the router, the weights frozen.
 
-ours            ``masked_ffn``; "ours-recompute" keeps x instead of gate and up
+ours            ``masked_ffn``; "ours-recompute" keeps x instead of gate and up; "ours-all-products" does not know that the experts
+                are of equal width, so that on a GPU it multiplies the mask's zeros as well
 eager           the same in plain PyTorch, with the mask R M^T as a product [T, F]
 frozen-dense    the dense FFN forward and backward to its input: what a step must cost at least, were nothing learned
 """
@@ -24,11 +25,12 @@ from dotmoe_kernels import reference
 from tests.shapes import balanced_expert_of
 
 IMPLS = (OURS, "ours-recompute", "eager", "frozen-dense")
+GPU_IMPLS = (OURS, "ours-recompute", "ours-all-products", "eager", "frozen-dense")
 
 
-def ours(x: Tensor, plan: Tensor, probs: Tensor, dy: Tensor, recompute: bool, *fixed: Tensor) -> Any:
+def ours(x: Tensor, plan: Tensor, probs: Tensor, dy: Tensor, *fixed: Tensor, recompute: bool = False, balanced: bool = True) -> Any:
     """fixed: gate, up [F, H], down [H, F], expert_of [F], indices [T, K]"""
-    y = dk.masked_ffn(x, *fixed, plan=plan, probs=probs, recompute=recompute)
+    y = dk.masked_ffn(x, *fixed, plan=plan, probs=probs, recompute=recompute, balanced=balanced)
     return torch.autograd.grad(y, [x, plan, probs], dy)
 
 
@@ -65,8 +67,9 @@ def inputs(shape: Shape, T: int, dtype: str, device: str) -> Inputs:
 def calls_of(i: Inputs) -> dict[str, Callable[[], Any]]:
     learning = i.x, i.plan, i.probs, i.dy
     return {
-        OURS: partial(ours, *learning, False, *i.weights, *i.routed),
-        "ours-recompute": partial(ours, *learning, True, *i.weights, *i.routed),
+        OURS: partial(ours, *learning, *i.weights, *i.routed),
+        "ours-recompute": partial(ours, *learning, *i.weights, *i.routed, recompute=True),
+        "ours-all-products": partial(ours, *learning, *i.weights, *i.routed, balanced=False),
         "eager": partial(eager, *learning, *i.weights, *i.routed),
         "frozen-dense": partial(frozen_dense, i.x, i.dy, *i.weights),
     }

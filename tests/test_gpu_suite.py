@@ -307,7 +307,7 @@ def test_the_experts_kernels_are_in_the_benches(measured):
 
 def test_the_alignment_benches_are_right(measured):
     data = measured(gpu_alignment.ffn_groups("cpu", (THIN,), (5,)))
-    assert impls_of(data, "alignment thin T 5") == list(masked.IMPLS)
+    assert impls_of(data, "alignment thin T 5") == list(masked.GPU_IMPLS)
     data = measured(gpu_alignment.step_groups("cpu", (alignment.TINY,)))
     assert impls_of(data, "alignment step tiny") == list(alignment.IMPLS)
     assert "Of a step, by part" in report.table(data)

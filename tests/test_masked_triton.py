@@ -8,7 +8,8 @@ from shapes import generator, normal, routed_indices
 from test_masked import ours, plain, problem
 
 from dotmoe_kernels import _backend, _tiles
-from dotmoe_kernels.experts import activations, operators_masked
+from dotmoe_kernels.dispatch.operators import sort_slots_op
+from dotmoe_kernels.experts import activations, operators_masked, operators_slots
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -159,6 +160,166 @@ def test_what_the_mask_drops_may_overflow(dtype):
     assert error(dup, torch.where(mask != 0, gate * mask, 0)) < 1e-3
 
 
+# --- alignment without the mask's zeros --------------------------------------------------------------------------------
+
+
+EQUAL = [(13, 63, 7, 3, 10), (5, 74, 37, 9, 8), (70, 96, 12, 3, 40), (4, 16, 1, 1, 5), (9, 300, 2, 1, 6), (1, 5, 5, 2, 3)]
+FROZEN = ("gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture
+def by_slots(monkeypatch):
+    """However few tokens there are; counts the calls."""
+    calls = []
+    monkeypatch.setattr(operators_masked, "leaves_zeros_out", lambda *sizes: calls.append(sizes) or True)
+    return calls
+
+
+def frozen(function, tensors):
+    """The arguments that learn, and the function of them alone."""
+    fixed = {n: t for n, t in tensors.items() if n in FROZEN}
+    return (lambda **learning: function(**learning, **{n: t.to(learning["x"]) for n, t in fixed.items()})), {
+        n: t for n, t in tensors.items() if n not in FROZEN
+    }
+
+
+def balanced(expert_of, indices, **options):
+    return ours(expert_of, indices, balanced=True, **options)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("T", "F", "E", "K", "H", "soft", "recompute"),
+    [(*EQUAL[0], soft, recompute) for soft in SOFT for recompute in (False, True)]
+    + [(*shape, ("plan", "probs"), False) for shape in EQUAL[1:]],
+    ids=str,
+)
+def test_by_slots_equals_the_reference(T, F, E, K, H, soft, recompute, dtype, by_slots):
+    tensors, expert_of, indices = problem(T, F, E, K, H, *soft, dtype=dtype)
+    run, learning = frozen(balanced(expert_of, indices, recompute=recompute), tensors)
+    compare(run, frozen(plain(expert_of, indices), tensors)[0], device=DEVICE, **learning)
+    assert len(by_slots) == 1
+
+
+@pytest.mark.usefixtures("by_slots", "nan_filled")
+@pytest.mark.parametrize(("E", "s"), [(7, 64), (2, 128), (3, 48)])
+def test_by_slots_the_router_in_the_pass_of_the_plan(E, s):
+    """One tile an expert, two, and tiles that two experts share; several programs share the tokens."""
+    T = 150
+    tile, _ = _tiles.masked_tile("plan", E * s, E, True)
+    assert tile["BLOCK_F"] == 64
+    assert _tiles.masked_splits(E * s, T, tile["BLOCK_F"], tile["BLOCK_T"])[0] > 1
+    tensors, expert_of, indices = problem(T, E * s, E, 1, 8, "plan", "probs", seed=70, dtype=torch.float32)
+    run, learning = frozen(balanced(expert_of, indices), tensors)
+    compare(run, frozen(plain(expert_of, indices), tensors)[0], device=DEVICE, **learning)
+
+
+@pytest.mark.usefixtures("by_slots")
+@pytest.mark.parametrize("activation", sorted(activations.ACTIVATIONS))
+def test_by_slots_activations(activation):
+    tensors, expert_of, indices = problem(9, 24, 4, 2, 6, "plan", "probs", seed=60, dtype=torch.float32)
+    tensors["gate_proj"] *= 3  # where they bend
+    run, learning = frozen(balanced(expert_of, indices, activation=activation), tensors)
+    compare(run, frozen(plain(expert_of, indices, activation), tensors)[0], device=DEVICE, **learning)
+
+
+@pytest.mark.usefixtures("by_slots", "nan_filled")
+@pytest.mark.parametrize("soft", [("plan", "probs"), ("plan", "weights")], ids="+".join)
+def test_by_slots_empty_and_repeated_slots(soft):
+    """Weights may be 0, and those of an expert that is named twice may cancel."""
+    tensors, expert_of, _ = problem(13, 63, 7, 3, 10, *soft, seed=61, dtype=torch.float32)
+    indices = routed_indices(13, 3, 7, seed=62, empty=0.4)
+    indices[2], indices[3], indices[4], indices[5] = 7, 1, torch.tensor([5, 7, 5]), torch.tensor([0, 0, 6])
+    if "weights" in soft:
+        tensors["weights"][5] = torch.tensor([0.5, -0.5, 0.0])
+    run, learning = frozen(balanced(expert_of, indices), tensors)
+    compare(run, frozen(plain(expert_of, indices), tensors)[0], device=DEVICE, **learning)
+    results = value_and_gradients(run, there(learning))
+    assert (results["output 0"][2] == 0).all()
+    assert_same(results, value_and_gradients(run, there(learning)))
+
+
+@pytest.mark.usefixtures("by_slots")
+def test_by_slots_any_strides():
+    tensors, expert_of, indices = problem(9, 24, 4, 2, 6, "plan", "probs", seed=63, dtype=torch.float32)
+    expected = value_and_gradients(*frozen(balanced(expert_of, indices), there(tensors)))
+    wide = torch.zeros(48, dtype=torch.int64)[::2].copy_(expert_of)
+    transposed = there({n: t.T.contiguous().T for n, t in tensors.items()})
+    found = value_and_gradients(*frozen(balanced(wide, indices.T.contiguous().T), transposed))
+    assert all(error(found[name], expected[name]) < 2e-6 for name in expected)
+
+
+@pytest.mark.parametrize("name", ["x", "plan", "probs"])
+def test_by_slots_only_one_argument_needs_a_gradient(name, by_slots):
+    tensors, expert_of, indices = problem(9, 24, 4, 2, 6, "plan", "probs", seed=65, dtype=torch.float32)
+    expected = value_and_gradients(plain(expert_of, indices), tensors)
+    fixed = {n: t for n, t in there(tensors).items() if n != name}
+    found = value_and_gradients(lambda **leaf: balanced(expert_of, indices)(**fixed, **leaf), {name: tensors[name].to(DEVICE)})
+    assert error(found[f"gradient of {name}"], expected[f"gradient of {name}"]) < 2e-6
+    assert all(t.grad is None for t in fixed.values())
+    assert by_slots
+
+
+def test_weights_that_learn_take_all_products(by_slots):
+    tensors, expert_of, indices = problem(9, 24, 4, 2, 6, "plan", "probs", seed=66, dtype=torch.float32)
+    compare(balanced(expert_of, indices), plain(expert_of, indices), device=DEVICE, **tensors)
+    compare(ours(expert_of, indices), plain(expert_of, indices), device=DEVICE, **tensors)
+    assert len(by_slots) == 1  # asked of the first call alone, and not taken
+
+
+@pytest.mark.usefixtures("by_slots")
+@pytest.mark.parametrize("triton", [True, False], ids=["triton", "pytorch"])
+def test_unequal_experts_are_no_result(triton):
+    """Where values can be seen an error, elsewhere NaN."""
+    tensors, expert_of, indices = problem(9, 24, 4, 2, 6, "plan", "probs", seed=67, dtype=torch.float32)
+    expert_of[(expert_of == 3).nonzero()[0]] = 0
+    with (
+        _backend.interpreted(triton),
+        pytest.raises(ValueError, match=r"expert_of is with 7 neurons of one expert; allowed: F / E = 6"),
+    ):
+        balanced(expert_of, indices)(**tensors)
+    x, gate, up, down, plan, probs = there(tensors).values()
+    arguments = expert_of.to(DEVICE), indices.to(DEVICE), plan, probs, None, 4, "silu", False, True
+    with _backend.interpreted():
+        assert operators_masked.masked(x, gate, up, down, *arguments).isnan().any()
+
+
+@pytest.mark.usefixtures("by_slots")
+def test_by_slots_what_the_mask_drops_may_overflow():
+    tensors, expert_of, _ = problem(6, 12, 3, 1, 5, seed=68, dtype=torch.float32)
+    tensors = there(tensors)
+    indices = torch.tensor([0, 1, 0, 1, 3, 0])[:, None].to(DEVICE)  # nobody takes expert 2
+    tensors["gate_proj"][expert_of.to(DEVICE) == 2] = 1e38
+    tensors["x"] *= 1e3
+    found = value_and_gradients(lambda x: balanced(expert_of, indices)(x, *(tensors[n] for n in FROZEN)), {"x": tensors["x"]})
+    assert_finite(found)
+    tensors["gate_proj"][expert_of.to(DEVICE) == 2] = 0
+    assert_same(
+        found, value_and_gradients(lambda x: balanced(expert_of, indices)(x, *(tensors[n] for n in FROZEN)), {"x": tensors["x"]})
+    )
+
+
+@SECOND
+@pytest.mark.usefixtures("by_slots")
+def test_by_slots_a_second_derivative_is_refused(how):
+    tensors, expert_of, indices = problem(4, 9, 3, 2, 5, "plan", "probs", seed=69, dtype=torch.float32)
+    tensors = there(tensors)
+    x = tensors.pop("x")
+    with pytest.raises(RuntimeError, match="second derivative"):
+        second_derivative(lambda x: balanced(expert_of, indices)(x, **tensors), x, how)
+
+
+def test_where_the_zeros_are_left_out():
+    """Not where nothing is saved, and not where the copies of the weights cost more than what is."""
+    takes = _tiles.leaves_zeros_out
+    assert takes(8192, 112, 128, 28, 4096)
+    assert takes(8192, 8, 1792, 2, 4096)
+    assert not takes(256, 112, 128, 28, 4096)
+    assert not takes(8192, 112, 128, 112, 4096)
+    assert not takes(8192, 112, 128, 0, 4096)
+    assert not takes(0, 8, 16, 2, 64)
+
+
 # --- the routed FFN ----------------------------------------------------------------------------------------------------
 
 
@@ -229,14 +390,27 @@ def test_opcheck():
     product = normal(6, 16, seed=9, dtype=torch.float32).to(DEVICE)  # four experts of two neurons
     torch.library.opcheck(operators_masked.masked_view_hidden_op, (product, r, "silu"))
     torch.library.opcheck(operators_masked.expert_mask_op, (indices, weights.requires_grad_(), 4, torch.float32))
+    weights = weights.detach()
+    x, dy, gate_proj, up_proj, down_proj = (
+        normal(*s, seed=10, dtype=torch.float32).to(DEVICE) for s in (*[(6, 5)] * 2, *[(12, 5)] * 2, (5, 12))
+    )
+    order, slots = sort_slots_op(expert_of[:, None], 4)[0], sort_slots_op(indices, 4)
+    routed = weights, expert_of, order, indices, *slots
+    torch.library.opcheck(operators_slots.masked_slots_op, (x, gate_proj, up_proj, down_proj, *routed, "silu"))
+    for needs in ((True, True, True), (False, True, False)):
+        arguments = dy, x, None, gate_proj, up_proj, down_proj, r.detach(), *routed, "silu", *needs
+        torch.library.opcheck(operators_slots.masked_slots_backward_op, arguments)
 
 
-def test_compiles_into_one_graph():
+@pytest.mark.usefixtures("by_slots")
+@pytest.mark.parametrize("equal", [False, True], ids=["all products", "by slots"])
+def test_compiles_into_one_graph(equal):
     tensors, expert_of, indices = problem(9, 24, 4, 2, 6, "plan", "probs", seed=44, dtype=torch.float32)
     expert_of, indices = expert_of.to(DEVICE), indices.to(DEVICE)
+    fixed = [tensors.pop(n).to(DEVICE) for n in FROZEN]
 
-    def function(x, gate_proj, up_proj, down_proj, plan, probs):
-        return operators_masked.masked(x * 2, gate_proj, up_proj, down_proj, expert_of, indices, plan, probs, None, 4, "silu") + 1
+    def function(x, plan, probs):
+        return operators_masked.masked(x * 2, *fixed, expert_of, indices, plan, probs, None, 4, "silu", False, equal) + 1
 
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -249,28 +423,37 @@ def test_compiles_into_one_graph():
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("by_slots")
+@pytest.mark.parametrize("equal", [False, True], ids=["all products", "by slots"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("F", "E", "K"), [(14336, 112, 28), (18944, 148, 37), (14336, 8, 2), (4096, 512, 64)])
-def test_real_sizes(F, E, K, dtype):
+def test_real_sizes(F, E, K, dtype, equal):
     T, H = 2048, 512
     tensors, expert_of, indices = problem(T, F, E, K, H, "plan", "probs", seed=50, dtype=dtype)
     tensors, expert_of, indices = there(tensors), expert_of.cuda(), indices.cuda()
-    exact = value_and_gradients(plain(expert_of, indices), {n: t.float() for n, t in tensors.items()})
-    same = value_and_gradients(plain(expert_of, indices), tensors)
-    found = value_and_gradients(ours(expert_of, indices), tensors)
+
+    def results(function, dtype=dtype):
+        wanted = {n: t.to(dtype) for n, t in tensors.items()}
+        return value_and_gradients(*frozen(function, wanted)) if equal else value_and_gradients(function, wanted)
+
+    exact, same = results(plain(expert_of, indices), torch.float32), results(plain(expert_of, indices))
+    found = results(ours(expert_of, indices, balanced=equal))
     floor = 4e-3 if dtype == torch.bfloat16 else 5e-4
     for name, value in found.items():
         assert error(value, exact[name]) <= 2 * error(same[name], exact[name]) + floor, name
-    assert_same(found, value_and_gradients(ours(expert_of, indices), tensors))
+    assert_same(found, results(ours(expert_of, indices, balanced=equal)))
 
 
 @pytest.mark.gpu
-def test_in_a_graph_and_without_synchronisation():
+@pytest.mark.usefixtures("by_slots")
+@pytest.mark.parametrize("equal", [False, True], ids=["all products", "by slots"])
+def test_in_a_graph_and_without_synchronisation(equal):
     tensors, expert_of, indices = problem(512, 14336, 112, 28, 512, "plan", "probs", seed=51, dtype=torch.bfloat16)
-    leaves, expert_of, indices = {n: t.cuda().requires_grad_() for n, t in tensors.items()}, expert_of.cuda(), indices.cuda()
+    leaves, expert_of, indices = {n: t.cuda() for n, t in tensors.items()}, expert_of.cuda(), indices.cuda()
+    learning = [t.requires_grad_() for n, t in leaves.items() if not (equal and n in FROZEN)]
 
     def step():
-        return torch.autograd.grad(ours(expert_of, indices)(**leaves).sum(), list(leaves.values()))
+        return torch.autograd.grad(ours(expert_of, indices, balanced=equal)(**leaves).sum(), learning)
 
     expected = step()
     torch.cuda.synchronize()
@@ -298,3 +481,16 @@ def test_addresses_beyond_two_to_the_31():
     assert (dgate[-1] == 0.25).all()
     assert (dr[-1] == 16).all()  # 128 neurons of 0.125
     assert error(dplan, torch.full((F, E), 0.125 * T)) < 1e-5
+
+
+@pytest.mark.gpu
+def test_slots_of_addresses_beyond_two_to_the_31():
+    from dotmoe_kernels.experts.gpu.masked_slots import _slots_hidden
+
+    T, F, E = 160_000, 14_336, 112
+    product = torch.empty(T, 2 * F, dtype=torch.bfloat16, device="cuda").fill_(0.5)
+    d = torch.full((T, F), 2.0, dtype=torch.bfloat16, device="cuda")
+    indices = (torch.arange(T, device="cuda") % E)[:, None]
+    token, source, offsets, _ = sort_slots_op(indices, E)
+    assert (_slots_hidden(product, None, indices, token, source, offsets, "linear") == 0.25).all()
+    assert (_slots_hidden(product, d, indices, token, source, offsets, "linear") == 1).all()

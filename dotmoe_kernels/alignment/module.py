@@ -43,7 +43,8 @@ class AlignmentFFN(nn.Module):
         top_k: K.
         activation: an ACT2FN name.
         affinity: [F, E] float32, trains; None for a fixed assignment.
-        expert_of: [F] int64; the fixed assignment, or the one that the affinity starts from.
+        expert_of: [F] int64; the fixed assignment, or the one that the affinity starts from; F / E neurons an expert where E
+            divides F.
         router: "top_k", or "soft", which ``soft`` then sets the budget of, step by step.
     """
 
@@ -108,6 +109,7 @@ class AlignmentFFN(nn.Module):
             probs=self.routing.probs.detach() if soft else self.routing.probs,
             weights=self.routing.weights if soft else None,
             activation=self.activation,
+            balanced=len(self.gate_proj) % self.num_experts == 0,
         )
         finite = torch.isfinite(y.detach().sum() + self.routing.z_loss.detach())
         self.finite = finite if self.finite is None else self.finite & finite

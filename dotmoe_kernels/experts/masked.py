@@ -9,7 +9,7 @@ in the neurons' first order. M is one-hot in the forward, so R M^T is a gather R
 
     dG = dU^ * U [T, F];  dQ_te = sum_{i in e} dG_ti;  dP = dG^T R [F, E];  dU = dU^ * R[:, expert_of]
 
-On a CPU, with frozen projections and tokens enough, the products behind the mask leave its zeros out (``masked_cpu``).
+With frozen projections and tokens enough the products behind the mask leave its zeros out (``masked_cpu``, ``masked_gpu``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._autograd import first_order, wants_gradient
 from .._backend import use_triton
-from .._checks import compute_dtype, require, require_float, require_indices, require_range, require_same, require_shape
+from .._checks import compute_dtype, has_values, require, require_float, require_indices, require_range, require_same, require_shape
 from .activations import find_activation
 from .masked_cpu import SparseMaskedFFN, worth_splitting
 
@@ -129,6 +129,7 @@ def masked_ffn(
     weights: Tensor | None = None,
     activation: str = "silu",
     recompute: bool = False,
+    balanced: bool = False,
 ) -> Tensor:
     """Alignment forward (eq. 4): y = (U * (R M^T)) Wd^T with U = act(x Wg^T) * (x Wu^T), hard forward, soft backward.
 
@@ -143,13 +144,16 @@ def masked_ffn(
             never together with ``probs``.
         activation: an ACT2FN name.
         recompute: keep x instead of gate and up [T, F] for the backward pass, which then computes them again.
+        balanced: every expert has F / E neurons, as ``balanced_assignment`` gives them; a GPU, where nobody looks, then leaves the
+            mask's zeros out of the products behind it, and returns NaN if it was not so.
 
     Returns:
         y [T, H] in the dtype of ``x``.
 
     Raises:
         ValueError: a wrong rank, shape, dtype or device, an unknown activation, probs together with weights that need a
-            gradient; on CPU entries of expert_of or indices outside the experts.
+            gradient, balanced where E does not divide F; on CPU entries of expert_of or indices outside the experts, and experts
+            of unequal width where balanced.
 
     Gradient: to x, plan, probs, weights and the three projections, each only if it needs one. A second derivative is refused.
 
@@ -179,11 +183,17 @@ def masked_ffn(
             require_shape(soft, name, (rows, E), f"[{'F' if name == 'plan' else 'T'}, E]")
             require_same(soft, name, x, "x", dtype=False)
     if E is None:
-        # any E beyond the largest index does: an empty slot then gets a column that no neuron belongs to
         E = int(expert_of.max()) + 1 if F else 1
-        E = max(E, int(indices.max()) + 1) if indices.numel() else E
+        if indices.numel() and not balanced:
+            # any E beyond the largest index does: an empty slot then gets a column that no neuron belongs to
+            E = max(E, int(indices.max()) + 1)
     require_range(expert_of, "expert_of", 0, E - 1)
     require_range(indices, "indices", 0, E)
+    if balanced:
+        require(F % E == 0, "balanced", f"True with E = {E}", f"True only where E divides F = {F}")
+        if has_values(expert_of):
+            most = int(torch.bincount(expert_of, minlength=E).max()) if F else 0
+            require(most == F // E, "expert_of", f"with {most} neurons of one expert", f"F / E = {F // E} of each where balanced")
     if weights is not None:
         require_float(weights, "weights", 2, "[T, K]")
         require_shape(weights, "weights", tuple(indices.shape), "[T, K]")
@@ -198,7 +208,8 @@ def masked_ffn(
         if use_triton(x) and x.dtype != torch.float64:
             from .operators_masked import masked
 
-            return masked(x, gate_proj, up_proj, down_proj, expert_of, indices, plan, probs, weights, E, activation, recompute)
+            tensors = x, gate_proj, up_proj, down_proj, expert_of, indices, plan, probs, weights
+            return masked(*tensors, E, activation, recompute, balanced)
         r = _expert_mask(indices, weights, E, x.dtype)
         arguments = (x, gate_proj, up_proj, down_proj, r, plan, probs, expert_of, activation)
         sparse = worth_splitting(T, indices.shape[1], E, F) and x.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .._tiles import masked_up_in_triton
+from .._autograd import wants_gradient
+from .._tiles import leaves_zeros_out, masked_up_in_triton
+from .masked_gpu import masked_by_slots
 
 
 @torch.library.custom_op("dotmoe_kernels::expert_mask", mutates_args=())
@@ -184,9 +186,15 @@ def masked(
     num_experts: int,
     activation: str,
     recompute: bool = False,
+    balanced: bool = False,
 ) -> Tensor:
     """``masked_ffn``, its arguments checked there."""
     r = expert_mask_op(indices, weights, num_experts, x.dtype)
+    (T, H), F, K = x.shape, gate_proj.shape[0], indices.shape[1]
+    by_slots = balanced and leaves_zeros_out(T, num_experts, F // num_experts, K, H)
+    if by_slots and not wants_gradient(gate_proj, up_proj, down_proj):
+        routed = expert_of, indices, plan, probs, weights, r
+        return masked_by_slots(x, gate_proj, up_proj, down_proj, *routed, activation, recompute and torch.is_grad_enabled())
 
     def hidden_of(x: Tensor, r: Tensor) -> Tensor:
         gate, up = functional.linear(x, gate_proj), functional.linear(x, up_proj)  # [T, F]
