@@ -160,6 +160,23 @@ def test_what_the_mask_drops_may_overflow(dtype):
     assert error(dup, torch.where(mask != 0, gate * mask, 0)) < 1e-3
 
 
+@pytest.mark.parametrize("wrong", [2, -1, 10**6])
+def test_neurons_of_no_expert_are_dropped(wrong):
+    """Nobody looks on a GPU; what lies beside R is not read."""
+    around = torch.full((4, 2), torch.nan, device=DEVICE)
+    r = around[1:3]
+    r.copy_(torch.tensor([[1.0, 0.0], [0.0, 0.5]]))
+    gate, up = (normal(2, 4, seed=32 + i, dtype=torch.float32).to(DEVICE) for i in range(2))
+    expert_of = torch.tensor([0, wrong, 1, wrong], device=DEVICE)
+    hidden = operators_masked.masked_hidden_op(gate, up, r, expert_of, None, None, "silu")
+    arguments = (torch.ones_like(gate), gate, up, r, expert_of, "silu", True, True, False)
+    dgate, dup, dr, _ = operators_masked.masked_hidden_backward_op(*arguments)
+    assert all((t[:, 1::2] == 0).all() for t in (hidden, dgate, dup))
+    assert hidden[0, 0] != 0
+    expected = torch.nn.functional.silu(gate) * up
+    assert error(dr, expected[:, ::2]) < 1e-6
+
+
 # --- alignment without the mask's zeros --------------------------------------------------------------------------------
 
 

@@ -86,7 +86,8 @@ def _masked_hidden_bwd_kernel(
                 product, one_hot = product.to(tl.float32), one_hot.to(tl.float32)
             dr = tl.dot(product, one_hot, dr, input_precision=PRECISION)
         if NEEDS_GATE:
-            r = tl.load(r_ptr + t[:, None] * E + expert[None, :], mask=inside, other=0.0).to(tl.float32)
+            known = ((expert >= 0) & (expert < E))[None, :]  # a neuron of no expert is dropped
+            r = tl.load(r_ptr + t[:, None] * E + expert[None, :], mask=inside & known, other=0.0).to(tl.float32)
             d *= r
             out = t[:, None] * F + at
             dup = tl.where(r != 0, d * a, 0.0)  # whatever a neuron of another expert gives

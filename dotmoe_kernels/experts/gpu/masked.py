@@ -91,7 +91,8 @@ def _masked_hidden_kernel(
         e = tl.load(expert_of_ptr + f, mask=f < F, other=0).to(tl.int32)
         at_gate = f.to(tl.int64)
         at_up = at_gate
-        r = tl.load(r_ptr + t[:, None] * E + e[None, :], mask=inside, other=0.0).to(tl.float32)
+        known = ((e >= 0) & (e < E))[None, :]  # a neuron of no expert is dropped
+        r = tl.load(r_ptr + t[:, None] * E + e[None, :], mask=inside & known, other=0.0).to(tl.float32)
         read = inside
     gate = tl.load(gate_ptr + t[:, None] * stride_gt + at_gate[None, :] * stride_gf, mask=read, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + t[:, None] * stride_ut + at_up[None, :] * stride_uf, mask=read, other=0.0).to(tl.float32)
