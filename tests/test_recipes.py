@@ -11,13 +11,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import dense_model, sparse_model
+from tiny import dense_model, random_layers, sparse_model
+from torch.utils.flop_counter import FlopCounterMode
 
 from dotmoe_kernels import cli
 from dotmoe_kernels.alignment.config import AlignmentConfig
 from dotmoe_kernels.alignment.transport import Transport
-from dotmoe_kernels.conversion import DotMoeConfig, count_parameters, find_ffns, pipeline
+from dotmoe_kernels.conversion import (
+    DotMoeConfig,
+    block,
+    count_parameters,
+    find_ffns,
+    finetuning,
+    materialize,
+    moe_blocks,
+    pipeline,
+)
 from dotmoe_kernels.conversion.dryrun import dense_config, predict_run, run_lines
+from dotmoe_kernels.conversion.finetuning import FinetuneConfig
 from dotmoe_kernels.conversion.recipes import load_recipe, recipe_names
 
 # E, s, K; parameters as published, in billions
@@ -35,12 +46,30 @@ OTHERS = {
 }
 
 
-def predict(name, **changes):
+def predict_all(name, stages, *, tuning=None, reconstruct_steps=100, learned=True, router="top_k", **changes):
     recipe = load_recipe(name)
     dense = dense_config(None, recipe)
-    options = AlignmentConfig(**(recipe.alignment | changes))
-    sparse = DotMoeConfig.for_dense(dense, **recipe.topology)
-    return predict_run(dense, sparse, options, sequence_length=recipe.sequence_length, dtype=getattr(torch, recipe.dtype))
+    return predict_run(
+        dense,
+        DotMoeConfig.for_dense(dense, **(recipe.topology | {"router": router})),
+        AlignmentConfig(**(recipe.alignment | changes)),
+        sequence_length=recipe.sequence_length,
+        dtype=getattr(torch, recipe.dtype),
+        learned=learned,
+        stages=stages,
+        tuning=tuning,
+        reconstruct_steps=reconstruct_steps,
+    )
+
+
+def predict(name, **changes):
+    """Structure and the alignment's figures in one."""
+    report = predict_all(name, ["align"], **changes)
+    return report | report["stages"]["align"]
+
+
+def predict_stage(name, stage, **changes):
+    return predict_all(name, [stage], **changes)["stages"][stage]
 
 
 def call(capsys, *arguments):
@@ -93,7 +122,7 @@ def test_options_of_the_paper(name):
     report = predict(name)
     assert report["tokens"] == 458_752_000
     assert 0.43 < report["active_share"] < 0.53  # 25 % of the FFN is about half of all
-    assert report["memory_gb"]["total"] < 70  # an 80 GB GPU has about 78
+    assert report["predicted_memory_gb"]["total"] < 70  # an 80 GB GPU has about 78
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-0.5b", "smollm2-135m"])
@@ -102,7 +131,7 @@ def test_small_models_take_minutes_with_the_rates_of_a_short_run(name):
     assert (recipe.alignment["affinity_lr"], recipe.alignment["router_lr"]) == (2e-2, 2e-3)
     report = predict(name)
     assert report["predicted_seconds"] < 600
-    assert report["memory_gb"]["total"] < 16
+    assert report["predicted_memory_gb"]["total"] < 16
 
 
 def test_recipes_are_package_data():
@@ -160,14 +189,16 @@ def test_activations_are_what_autograd_keeps(kv_heads):
     sparse = DotMoeConfig.for_dense(config, num_experts=16, top_k=6)
     options = AlignmentConfig(batch_size=1000)  # T = 64,000
     report = predict_run(config, sparse, options, sequence_length=64, dtype=torch.bfloat16)
-    one_layer = report["memory_gb"]["activations"] * 1e9 / 64000 - 4 * 2 * 128  # without the hidden of the layer at work
+    one_layer = (
+        report["stages"]["align"]["predicted_memory_gb"]["activations"] * 1e9 / 64000 - 4 * 2 * 128
+    )  # without the hidden of the layer at work
     assert one_layer == pytest.approx(measured, rel=0.03)  # log-sums of attention and norms, a few bytes a head, are left out
 
 
 def test_memory_and_time_grow_with_what_they_depend_on():
     small, large = predict("smollm2-135m", micro_batch_size=4), predict("smollm2-135m", micro_batch_size=16)
-    assert large["memory_gb"]["activations"] == pytest.approx(4 * small["memory_gb"]["activations"], rel=1e-3)
-    assert large["memory_gb"]["weights"] == small["memory_gb"]["weights"] == round(2 * 134_515_008 / 1e9, 3)
+    assert large["predicted_memory_gb"]["activations"] == pytest.approx(4 * small["predicted_memory_gb"]["activations"], rel=1e-3)
+    assert large["predicted_memory_gb"]["weights"] == small["predicted_memory_gb"]["weights"] == round(2 * 134_515_008 / 1e9, 3)
     assert large["predicted_seconds"] == small["predicted_seconds"]
     assert predict("smollm2-135m", steps=2000)["predicted_seconds"] == pytest.approx(2 * small["predicted_seconds"], rel=1e-3)
 
@@ -183,21 +214,154 @@ def test_flops_of_a_token_by_hand():
 
 
 def test_a_fixed_assignment_trains_the_router_alone():
-    recipe = load_recipe("smollm2-135m")
-    dense = dense_config(None, recipe)
-    sparse, options = DotMoeConfig.for_dense(dense, **recipe.topology), AlignmentConfig(**recipe.alignment)
-    report = predict_run(dense, sparse, options, sequence_length=1024, learned=False)
-    assert report["memory_gb"]["transport"] == 0
-    assert report["memory_gb"]["trained"] == round(16 * 30 * 24 * 576 / 1e9, 3)
+    for stage, copies in (("align", 16 * 30), ("reconstruct", 4 * 30 + 12)):
+        memory = predict_stage("smollm2-135m", stage, learned=False)["predicted_memory_gb"]
+        assert memory["transport"] == 0
+        assert memory["trained"] == round(copies * 24 * 576 / 1e9, 3)
+
+
+def finetune_bytes(num_layers, length, half, router, **fields):
+    """What autograd keeps of one pass of the fine-tuning through the layers."""
+    dense = dense_model("llama", num_hidden_layers=num_layers, **fields)
+    config = DotMoeConfig(num_experts=16, top_k=6, router=router, **({"router_cap": 1.5} if router == "soft" else {}))
+    model = materialize(dense, config, random_layers(dense, 16)).train()
+    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with saving, torch.autocast("cpu", torch.bfloat16, enabled=half), finetuning._router_losses(model):
+        model.model(input_ids=torch.randint(3, 64, (1, length)), use_cache=False)
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in known)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("half", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("router", ["top_k", "soft"])
+def test_activations_of_the_fine_tuning_are_what_autograd_keeps(kv_heads, half, router):
+    fields = {"hidden_size": 128, "intermediate_size": 512, "head_dim": 32, "num_key_value_heads": kv_heads}
+    (a, b), (c, d) = ([finetune_bytes(layers, length, half, router, **fields) for length in (64, 128)] for layers in (2, 3))
+    measured = (d - c - (b - a)) / 64  # of a layer and a token: neither weights cast nor what the layers share
+    dense = dense_model("llama", num_hidden_layers=1, **fields).config
+    report = predict_run(
+        dense,
+        DotMoeConfig.for_dense(dense, num_experts=16, top_k=6, router=router),
+        AlignmentConfig(cap=1.5),
+        sequence_length=64,
+        dtype=torch.bfloat16 if half else torch.float32,
+        stages=["finetune"],
+        tuning=FinetuneConfig(batch_size=1000),
+    )
+    predicted = report["stages"]["finetune"]["predicted_memory_gb"]["activations"] * 1e9 / 64000
+    assert predicted <= measured <= 1.01 * predicted  # log-sums of attention and norms, a few bytes a head, are left out
+
+
+def test_flops_of_the_fine_tuning_are_those_of_autograd(monkeypatch):
+    """All but the experts', which a CPU pads; attention as matrices, which are not halved, and no product is computed again."""
+    monkeypatch.setattr(block, "expert_ffn", lambda x, up, down, indices, weights, **_: x * weights.sum(-1, keepdim=True))
+    model = sparse_model("llama").train()
+    model.set_attn_implementation("eager")
+    S = 16
+    with FlopCounterMode(display=False) as counter, finetuning._router_losses(model) as losses:
+        ids = torch.randint(3, 64, (2, S))
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        (loss + sum(z + balance for z, balance in losses)).backward()
+    config = model.config
+    report = predict_run(
+        config.dense_config, config, AlignmentConfig(), sequence_length=S, stages=["finetune"], tuning=FinetuneConfig(steps=1)
+    )
+    figures = report["stages"]["finetune"]
+    experts = 6 * sum(layer.experts.gate_up_proj.numel() * 3 // 2 for layer in moe_blocks(model).values()) * 2 // 8  # 2 of 8
+    attention = 2 * S * 32 * 2  # a, of two layers
+    predicted = figures["flops"] / figures["tokens"] - experts - 3.5 * attention
+    assert counter.get_total_flops() / (2 * S) == pytest.approx(predicted + 3 * 2 * attention, rel=1e-9)
+
+
+def test_fine_tuning_by_hand():
+    """SmolLM2-135M, tied: the head is in the products and not in the parameters twice."""
+    L, H, F, E, K, V, S, q, v, n = 30, 576, 1536, 24, 6, 49152, 1024, 576, 192, 134_929_728
+    around, head, experts, routers = L * 2 * H * (q + v), H * V, L * 3 * K * F // E * H, L * E * H
+    attention = L * 2 * S * q
+    whole = predict_stage("smollm2-135m", "finetune", tuning=FinetuneConfig(steps=10, batch_size=4, micro_batch_size=2))
+    assert (whole["tokens"], whole["tokens_a_step"], whole["tokens_a_pass"]) == (10 * 4 * S, 4 * S, 2 * S)
+    token = 6 * (around + head + experts) + 3.5 * attention + 6 * routers
+    assert whole["flops"] / whole["tokens"] == pytest.approx(token, rel=1e-9)
+    seconds = 10 * 4 * S * token / (0.4 * 790e12) + 10 * 84 * n / 4.3e12
+    assert whole["predicted_seconds"] == pytest.approx(seconds, abs=1e-3)
+    memory = whole["predicted_memory_gb"]
+    assert memory["weights"] == round((4 * n + 2 * (around + head + L * 3 * F * H)) / 1e9, 3)
+    assert memory["trained"] == round(12 * n / 1e9, 3)
+    assert memory["loss"] == round(12 * 2 * S * V / 1e9, 3)
+
+    adapters = 8 * L * (4 * H + 2 * q + 2 * v)
+    lora = predict_stage("smollm2-135m", "finetune", tuning=FinetuneConfig(steps=10, batch_size=4, micro_batch_size=2, lora_rank=8))
+    token = 4 * (around + head + experts) + 3.5 * attention + 6 * routers + 6 * adapters
+    assert lora["flops"] / lora["tokens"] == pytest.approx(token, rel=1e-9)
+    memory = lora["predicted_memory_gb"]
+    assert memory["weights"] == round(2 * (n - routers) / 1e9, 3)
+    assert memory["trained"] == round(16 * (routers + adapters) / 1e9, 3)
+
+
+def test_reconstruction_by_hand():
+    """65,536 tokens are 64 sequences, 4 of them held out; the inputs of 14 of 30 layers fit at a time."""
+    L, H, F, E, V, S, M = 30, 576, 1536, 24, 49152, 1024, 65536
+    products, attention = L * (2 * H * (576 + 192) + 3 * F * H) + H * V, L * 2 * S * 576
+    dense, router = 6 * F * H, 2 * E * H
+    collecting = 3 * M * (2 * products + attention)
+    errors = L * (M * dense + 2 * 4 * S * (dense + router))
+    step = 1024 * (dense + 2 * F * H + 2 * router + 2 * F * E)
+    found = predict_stage("smollm2-135m", "reconstruct", reconstruct_steps=50)
+    assert (found["steps"], found["tokens"], found["tokens_a_step"]) == (50, M, 1024)
+    assert found["flops"] == pytest.approx(collecting + errors + L * 50 * step, rel=1e-9)
+    memory = found["predicted_memory_gb"]
+    assert memory["inputs"] == round(2 * 14 * M * 2 * H / 1e9, 3)
+    assert memory["activations"] == round(4096 * 2 * V / 1e9, 3)  # the logits of a pass that collects
+    # such small products are nothing beside the launches: a millisecond a step and a layer
+    assert found["predicted_seconds"] == pytest.approx((collecting + errors) / (0.4 * 790e12) + L * 50 * 1e-3, abs=1e-3)
+    wide = [predict_stage("llama3-8b", "reconstruct", reconstruct_steps=n) for n in (0, 50, 100)]
+    slope = (wide[2]["flops"] - wide[1]["flops"]) / (0.4 * 790e12)
+    seconds = [w["predicted_seconds"] for w in wide]
+    transport = 32 * 50 * 2 * 50 * 4 * 14336 * 112 / 4.3e12
+    assert seconds[2] - seconds[1] == pytest.approx(slope + transport, abs=2e-3)
+    assert seconds[1] - seconds[0] == pytest.approx(seconds[2] - seconds[1], abs=2e-3)
+
+
+def test_the_run_is_all_of_its_stages():
+    stages = ["reconstruct", "align", "finetune"]
+    report = predict_all("qwen2.5-0.5b", stages)
+    assert list(report["stages"]) == stages
+    assert report["predicted_seconds"] == pytest.approx(sum(f["predicted_seconds"] for f in report["stages"].values()), abs=3e-3)
+    totals = [figures["predicted_memory_gb"]["total"] for figures in report["stages"].values()]
+    assert report["predicted_memory_gb"] == max(totals)
+    assert report["stages"]["align"] == predict_stage("qwen2.5-0.5b", "align")
 
 
 def test_lines_say_what_is_predicted():
-    lines = run_lines(predict("qwen2.5-7b"))
-    assert lines[0].startswith("topology: 28 layers of F = 18944 = E 148 x s 128, K 37 (25.0% of the FFN)")
-    figures = [line for line in lines if " GB" in line or "H200" in line]
-    assert len(figures) == 2
+    lines = run_lines(predict_all("llama3-8b", ["reconstruct", "align", "finetune"]))
+    assert lines[0].startswith("topology: 32 layers of F = 14336 = E 112 x s 128, K 28 (25.0% of the FFN)")
+    assert [line.split(": ")[0] for line in lines if line.startswith("stage")] == [
+        "stage reconstruct",
+        "stage align",
+        "stage finetune",
+    ]
+    figures = [line.strip() for line in lines if " GB" in line or "H200" in line or "time" in line]
+    assert len(figures) == 3 * 2 + 2
     assert all(line.startswith("predicted ") for line in figures)
+    assert lines[-2].endswith(" GB, more than the 141 of one H200")
     assert "nobody measured it" in lines[-1]
+    assert "float32" not in lines[-1]
+
+
+def test_float32_is_said_to_be_slower():
+    dense = dense_model("llama").config
+    sparse = DotMoeConfig.for_dense(dense, num_experts=8, top_k=2)
+    for dtype, stages, slower in (("float32", ["align"], True), ("float16", ["align"], False), ("float16", ["finetune"], True)):
+        report = predict_run(dense, sparse, AlignmentConfig(), sequence_length=8, dtype=getattr(torch, dtype), stages=stages)
+        assert report["predicted_for"].endswith("; products in float32, which this run has, are slower") == slower
 
 
 # --- a file of one's own --------------------------------------------------------------------------------------------------
@@ -267,7 +431,7 @@ def test_dry_run_needs_no_model_no_data_and_no_network(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment, cwd=tmp_path, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("llama3-8b: LLaMA-3-8B, the paper's topology and options")
-    assert "\n".join(run_lines(predict("llama3-8b"))) in done.stdout
+    assert "\n".join(run_lines(predict_all("llama3-8b", ["align"]))) in done.stdout
 
 
 def test_flags_go_before_the_recipe(capsys):
@@ -275,7 +439,7 @@ def test_flags_go_before_the_recipe(capsys):
     assert (status, err) == (0, "")
     report = json.loads(out)
     assert (report["model"], report["recipe"]) == ("meta-llama/Meta-Llama-3-8B", "llama3-8b")
-    assert predict("llama3-8b").items() <= report.items()
+    assert predict_all("llama3-8b", ["align"]).items() <= report.items()
     flags = (
         "--expert-size",
         "256",
@@ -294,8 +458,9 @@ def test_flags_go_before_the_recipe(capsys):
     assert (status, err) == (0, "")
     changed = json.loads(out)
     assert (changed["num_experts"], changed["expert_size"], changed["top_k"], changed["router"]) == (56, 256, 5, "soft")
-    assert (changed["tokens"], changed["dtype"]) == (7 * 64 * 512, "float32")
-    assert changed["memory_gb"]["weights"] == pytest.approx(2 * report["memory_gb"]["weights"], abs=2e-3)
+    assert (changed["stages"]["align"]["tokens"], changed["dtype"]) == (7 * 64 * 512, "float32")
+    weights = [r["stages"]["align"]["predicted_memory_gb"]["weights"] for r in (report, changed)]
+    assert weights[1] == pytest.approx(2 * weights[0], abs=2e-3)
     status, out, _ = call(capsys, "convert", "--recipe", "llama3-8b", "--dry-run", "--json", "--num-experts", "64")
     assert json.loads(out)["top_k"] == 16  # the recipe's share of another number of experts
 
@@ -309,8 +474,45 @@ def test_dry_run_of_a_folder_reads_its_config_alone(capsys, tmp_path):
     assert (status, err) == (0, "")
     report = json.loads(out)
     assert report["dense_parameters"] == dense.num_parameters()
-    assert (report["hidden_size"], report["ffn_width"], report["top_k"], report["tokens_a_pass"]) == (32, 64, 2, 128)
+    assert (report["hidden_size"], report["ffn_width"], report["top_k"]) == (32, 64, 2)
+    assert report["stages"]["align"]["tokens_a_pass"] == 128
     assert sorted(path.name for path in (tmp_path / "dense").iterdir()) == before
+
+
+STAGES = ("--stage", "reconstruct,align", "--stage", "finetune")
+
+
+def test_dry_run_of_every_stage_takes_their_flags(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)  # it is not needed to count
+    flags = ("--reconstruct-steps", "7", "--finetune-steps", "5", "--lora-rank", "4", "--steps", "3", "--batch-size", "2")
+    arguments = ("convert", "--recipe", "smollm2-135m", "--dry-run", *STAGES, *flags, "--micro-batch-size", "1")
+    status, out, err = call(capsys, *arguments, "--json")
+    assert (status, err) == (0, "")
+    stages = json.loads(out)["stages"]
+    assert [(name, figures["steps"]) for name, figures in stages.items()] == [("reconstruct", 7), ("align", 3), ("finetune", 5)]
+    assert stages["finetune"]["tokens"] == 5 * 2 * 1024
+    tuning = FinetuneConfig(steps=5, batch_size=2, micro_batch_size=1, lora_rank=4)
+    assert stages["finetune"] == predict_stage("smollm2-135m", "finetune", tuning=tuning)
+    status, out, err = call(capsys, *arguments)
+    assert (status, err) == (0, "")
+    assert out.count("predicted time: ") == 3
+    status, out, _ = call(capsys, "convert", "--recipe", "smollm2-135m", "--dry-run", *STAGES[:2], "--method", "random", "--json")
+    assert [f["predicted_memory_gb"]["transport"] for f in json.loads(out)["stages"].values()] == [0, 0]
+
+
+def test_dry_run_of_fine_tuning_a_converted_model(capsys, tmp_path):
+    sparse = sparse_model("llama")
+    sparse.config.save_pretrained(tmp_path / "moe")
+    arguments = ("convert", tmp_path / "moe", "--stage", "finetune", "--dry-run", "--sequence-length", "16")
+    status, out, err = call(capsys, *arguments, "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert list(report["stages"]) == ["finetune"]
+    assert (report["num_experts"], report["top_k"]) == (8, 2)
+    assert (report["total_parameters"], report["active_parameters"]) == count_parameters(sparse)
+    status, out, err = call(capsys, *arguments, "--top-k", "3")
+    assert (status, out) == (2, "")
+    assert err == "dotmoe convert: error: --top-k is 3; allowed: none: MODEL is converted already\n"
 
 
 def test_a_converted_model_is_refused(capsys, tmp_path):
@@ -356,6 +558,14 @@ def test_a_run_takes_the_recipe(capsys, tmp_path, monkeypatch):
 
 
 WRONG = {
+    "fine-tuning of a dense model": (
+        ("--recipe", "smollm2-135m", "--dry-run", "--stage", "finetune"),
+        "--stage is finetune alone, of a dense MODEL; allowed: another stage before it, or a converted MODEL",
+    ),
+    "a flag of another stage": (
+        ("--recipe", "smollm2-135m", "--dry-run", "--finetune-steps", "5"),
+        "--finetune-steps is 5; allowed: together with --stage finetune",
+    ),
     "no recipe of that name": (("--recipe", "llama", "--dry-run"), "--recipe is 'llama'; allowed: llama2-7b, "),
     "no recipe file": (
         ("--recipe", "./none.toml", "--dry-run"),

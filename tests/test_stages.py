@@ -673,7 +673,6 @@ def test_the_command_fine_tunes_a_converted_model(capsys, here, tmp_path):
             ("--stage", "reconstruct,align", "--reconstruct-steps", "-4"),
             "--reconstruct-steps is -4; allowed: at least 0",
         ),
-        (("--stage", "reconstruct", "--dry-run"), "--stage is reconstruct; allowed: align, which is what a dry run predicts"),
     ],
 )
 def test_wrong_flags_of_the_stages(capsys, here, tmp_path, monkeypatch, flags, message):

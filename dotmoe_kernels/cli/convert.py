@@ -26,6 +26,8 @@ _PAIRS = (("expert_size", "num_experts"), ("active_fraction", "top_k"))  # one o
 _TOPOLOGY = (*_PAIRS[0], *_PAIRS[1], "router")
 _OF_STAGE = {"reconstruct": ("reconstruct_steps",), "finetune": ("finetune_steps", "finetune_lr", "lora_rank")}
 
+_ALONE = ("finetune alone, of a dense MODEL", "another stage before it, or a converted MODEL")
+
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
@@ -63,7 +65,9 @@ def _fill_in(args: argparse.Namespace, recipe: Recipe) -> tuple[AlignmentConfig,
     return options, topology
 
 
-def _dry_run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, topology: dict[str, Any]) -> int:
+def _dry_run(
+    args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, topology: dict[str, Any], stages: list[str]
+) -> int:
     if args.model is not None:
         require_model_folder(args.model, weights=False)
     import torch
@@ -71,16 +75,27 @@ def _dry_run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig,
     from ..conversion import DotMoeConfig
     from ..conversion.dryrun import dense_config, predict_run, run_lines
 
+    tuning = _finetune_options(args, options) if "finetune" in stages else None
     with reading(args.model or recipe.model or ""):
-        dense = dense_config(args.model, recipe)
-    report = predict_run(
-        dense,
-        DotMoeConfig.for_dense(dense.get_text_config(), **topology),
-        options,
-        sequence_length=args.sequence_length,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
-        learned=args.method == "dot",
-    )
+        if _is_tuning_alone(args, stages):
+            _refuse_topology(args)
+            sparse = DotMoeConfig.from_pretrained(args.model)
+            dense = sparse.dense_config
+        else:
+            dense = dense_config(args.model, recipe)
+            require(stages != ["finetune"], "--stage", *_ALONE)
+            sparse = DotMoeConfig.for_dense(dense.get_text_config(), **topology)
+        report = predict_run(
+            dense,
+            sparse,
+            options,
+            sequence_length=args.sequence_length,
+            dtype=getattr(torch, args.dtype) if args.dtype else None,
+            learned=args.method == "dot",
+            stages=stages,
+            tuning=tuning,
+            **({} if args.reconstruct_steps is None else {"reconstruct_steps": args.reconstruct_steps}),
+        )
     if args.json:
         print(json.dumps({"model": args.model or recipe.model, "recipe": args.recipe, **report}, indent=2))
         return 0
@@ -105,16 +120,13 @@ def _stages(args: argparse.Namespace) -> list[str]:
 
 
 def _finetune_options(args: argparse.Namespace, options: AlignmentConfig) -> FinetuneConfig:
-    from ..conversion.finetuning import FinetuneConfig, require_lora
+    from ..conversion.finetuning import FinetuneConfig
 
     shared = ("batch_size", "micro_batch_size", "clip", "z", "balance", "seed", "checkpoint_every")
     fields = {name: getattr(options, name) for name in shared}
     flags = {"steps": args.finetune_steps, "lr": args.finetune_lr, "lora_rank": args.lora_rank}
     with named(steps="--finetune-steps", lr="--finetune-lr", lora_rank="--lora-rank"):
-        config = FinetuneConfig(**fields, **{name: value for name, value in flags.items() if value is not None})
-        if config.lora_rank:
-            require_lora()
-    return config
+        return FinetuneConfig(**fields, **{name: value for name, value in flags.items() if value is not None})
 
 
 def _folders(args: argparse.Namespace) -> tuple[Path, Path]:
@@ -156,8 +168,21 @@ def _load_dense(args: argparse.Namespace, stages: list[str], device: str) -> Any
         require(not lacking, "MODEL", f"{args.model}, without the tensor {', '.join(lacking[:4])}", "a complete causal LM")
         dense = dense.to(device)
         find_ffns(dense)  # a model that cannot be converted ends here, before the data is read
-    require(stages != ["finetune"], "--stage", "finetune alone, of a dense MODEL", "another stage before it, or a converted MODEL")
+    require(stages != ["finetune"], "--stage", *_ALONE)
     return dense
+
+
+def _is_tuning_alone(args: argparse.Namespace, stages: list[str]) -> bool:
+    """Whether it is the fine-tuning of a converted MODEL."""
+    from ..conversion.inspect import is_converted
+
+    return stages == ["finetune"] and args.model is not None and is_converted(args.model)
+
+
+def _refuse_topology(args: argparse.Namespace) -> None:
+    for name in _TOPOLOGY:
+        value = getattr(args, name)
+        require(value is None, _flag(name), value, "none: MODEL is converted already")
 
 
 def _load_converted(args: argparse.Namespace, device: str) -> Any:
@@ -165,9 +190,7 @@ def _load_converted(args: argparse.Namespace, device: str) -> Any:
 
     from ..conversion import load
 
-    for name in _TOPOLOGY:
-        value = getattr(args, name)
-        require(value is None, _flag(name), value, "none: MODEL is converted already")
+    _refuse_topology(args)
     with reading(args.model):
         return load(args.model, dtype=getattr(torch, args.dtype) if args.dtype else None, device=device)
 
@@ -218,8 +241,7 @@ def run_convert(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, topology: dict[str, Any]) -> int:
     stages = _stages(args)
     if args.dry_run:
-        require(stages == ["align"], "--stage", ",".join(stages), "align, which is what a dry run predicts")
-        return _dry_run(args, recipe, options, topology)
+        return _dry_run(args, recipe, options, topology, stages)
     require(not args.json, "--json", "given", "together with --dry-run")
     args.model = args.model or recipe.model
     missing = [name for name, value in (("MODEL", args.model), ("--data", args.data), ("--output", args.output)) if not value]
@@ -231,11 +253,14 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
     import torch
 
     from ..conversion import DotMoeConfig, check_lines, convert, count_parameters, finetune, save, self_check
-    from ..conversion.inspect import is_converted
+    from ..conversion.finetuning import require_lora
     from ..evaluation import collect_load, perplexity, retention
 
     tuning = _finetune_options(args, options) if "finetune" in stages else None
-    started_sparse = stages == ["finetune"] and is_converted(args.model)
+    if tuning is not None and tuning.lora_rank:
+        with named(lora_rank="--lora-rank"):
+            require_lora()
+    started_sparse = _is_tuning_alone(args, stages)
     model = _load_converted(args, device) if started_sparse else _load_dense(args, stages, device)
     text = model.config.get_text_config()
     config = None if started_sparse else DotMoeConfig.for_dense(text, **topology)

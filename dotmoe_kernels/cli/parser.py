@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--dry-run",
         action="store_true",
-        help="only print topology, parameters, tokens, and the memory and time predicted, from the config alone",
+        help="only print topology, parameters, and the tokens, memory and time predicted of every stage, from the config alone",
     )
     convert.add_argument("--json", action="store_true", help="print JSON, with --dry-run")
     _add_data(convert, required=False, sequence_length=SEQUENCE_LENGTH)

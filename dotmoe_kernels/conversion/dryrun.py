@@ -1,34 +1,10 @@
-"""What a conversion would take, from the dense config alone: topology, parameters, memory, tokens and PREDICTED time.
-
-The models are built without storage; nothing is loaded or computed. L layers, S tokens a sequence, T = micro-batch size * S tokens
-a pass, w bytes a weight, q and v the widths of queries and of keys (= values), V the vocabulary, N parameters of the dense model.
-
-Memory of a GPU that holds the whole model (every GPU of a data-parallel run does), in bytes:
-
-    weights      w N                            frozen
-    trained      16 L (F E + E H)               A and the routers in float32, their gradients, AdamW's two moments
-    transport    12 L F E                       A of all layers in one tensor, the plan and its gradient, float32
-    activations  T L (w (2 F + 2 q + 2 v + E)   kept for the backward pass: gate, up; queries, keys, values, attention's output; R;
-                      + 4 (3 H + 2 E) + 12 K)   in float32 the inputs of two norms and of the router, logits, Q; the K chosen
-                 + 4 T w F                      while one layer works: the hidden and its gradients
-    loss         3 T w H + 16 C V               both last hidden states and a gradient; four float32 [C, V] of a chunk
-
-What is not in it: the context of the driver and the allocator's gaps. The backward pass of Sinkhorn, rounding and AdamW come when
-the activations are gone, and take less.
-
-Time: flops a token, P parameters in products (the head included), a = 2 S q L of causal attention:
-
-    teacher      2 P + a
-    sparse pass  2 P + a + 2 L E H              of the dense width: the straight-through rule needs every neuron
-    backward     2 P + 2.5 a + 4 L E H          through the activations alone, since the weights are frozen; through the router;
-                 + 2 L F E                      and to the plan
-
-over a share of the bfloat16 rate of one H200, plus 2 num_iters reads of A a step (Sinkhorn and its adjoint) at its memory's rate.
-The share is an estimate: the paper's 3 hours on 8 H100 for LLaMA-3-8B would be a third of the same rate.
+"""What a conversion would take, from the dense config alone: topology, parameters, and of every stage the tokens, the memory and
+the PREDICTED time that ``costs`` counts. The models are built without storage; nothing is loaded or computed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,16 +12,18 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from .._checks import require
-from .._tiles import H200_BANDWIDTH, H200_BF16
-from ..alignment.chunked import chunk_rows
+from .._tiles import H200_BF16
 from ..alignment.config import AlignmentConfig
+from ..alignment.soft import slots
 from .checks import count_parameters
 from .config import DotMoeConfig
+from .costs import SHARE, Cost, Sizes, align_cost, finetune_cost, reconstruct_cost
+from .finetuning import FinetuneConfig
 from .modeling import DotMoeForCausalLM, meta_backbone
 from .recipes import Recipe
 from .surgery import find_ffns
 
-_SHARE = 0.4  # of the rate that a whole step reaches [estimate]
+_H200_GB = 141  # as published
 
 
 def dense_config(model: str | None, recipe: Recipe | None) -> PreTrainedConfig:
@@ -70,6 +48,46 @@ def dense_config(model: str | None, recipe: Recipe | None) -> PreTrainedConfig:
     return config
 
 
+def _most_experts(sparse: DotMoeConfig, cap: float) -> int:
+    """Of a token."""
+    E, K = sparse.num_experts, sparse.num_experts_per_tok
+    return K if sparse.router != "soft" else max(slots(k, sparse.router_cap or cap, E) for k in sparse.router_k or [K])
+
+
+def _sizes(dense: PreTrainedConfig, sparse: DotMoeConfig, sequence_length: int, w: int, learned: bool, cap: float) -> Sizes:
+    most = _most_experts(sparse, cap)
+    with torch.device("meta"):
+        n, active = count_parameters(DotMoeForCausalLM(sparse))  # fills in what the config leaves out
+    model = meta_backbone(dense)
+    ffns, text = find_ffns(model), dense.get_text_config()
+    F, H = next(iter(ffns.values())).gate_proj.shape
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or H // heads
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    inside, head = tuple(f"{name}." for name in ffns), model.get_output_embeddings()
+    around = [m for name, m in linears.items() if m is not head and not name.startswith(inside)]  # what adapters go on
+    return Sizes(
+        L=len(ffns),
+        F=F,
+        H=H,
+        E=sparse.num_experts,
+        K=sparse.num_experts_per_tok,
+        slots=most,
+        soft=sparse.router == "soft",
+        V=text.vocab_size,
+        S=sequence_length,
+        q=heads * width,
+        v=(getattr(text, "num_key_value_heads", None) or heads) * width,
+        w=w,
+        N=sum(p.numel() for p in model.parameters()),
+        n=n,
+        active=active,
+        P=sum(m.weight.numel() for m in linears.values()),
+        adapters=sum(m.in_features + m.out_features for m in around),
+        learned=learned,
+    )
+
+
 def predict_run(
     dense: PreTrainedConfig,
     sparse: DotMoeConfig,
@@ -78,8 +96,11 @@ def predict_run(
     sequence_length: int,
     dtype: torch.dtype | None = None,
     learned: bool = True,
+    stages: Sequence[str] = ("align",),
+    reconstruct_steps: int = 100,
+    tuning: FinetuneConfig | None = None,
 ) -> dict[str, Any]:
-    """The figures of the docstring above, in seconds on a CPU.
+    """The figures of ``costs``.
 
     Args:
         dense: config of the dense model.
@@ -88,65 +109,62 @@ def predict_run(
         sequence_length: S.
         dtype: of the weights. None: as the config says, or float32.
         learned: the assignment is learned; False: fixed, and the router alone trains.
+        stages: those of the run, of reconstruct, align and finetune.
+        reconstruct_steps: of each layer.
+        tuning: options of the stage finetune. None: FinetuneConfig().
 
     Returns:
-        topology, parameters, memory in GB by part, tokens, flops, predicted seconds, and what they rest on.
+        topology, parameters; ``stages``: of each its steps, tokens, predicted memory in GB by part, flops and predicted seconds;
+        the predicted memory and seconds of the whole run, and what they rest on.
 
     Raises:
         ValueError: a model without recognisable FFNs or already sparse, a topology that does not fit.
     """
-    model = meta_backbone(dense)
-    ffns = find_ffns(model)
-    text = dense.get_text_config()
-    kind = dtype or getattr(text, "dtype", None) or torch.float32
+    kind = dtype or getattr(dense.get_text_config(), "dtype", None) or torch.float32
     kind = getattr(torch, kind) if isinstance(kind, str) else kind
-    F, H = next(iter(ffns.values())).gate_proj.shape
-    L, S, V = len(ffns), sequence_length, text.vocab_size
-    heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or H // heads
-    q, v = heads * width, (getattr(text, "num_key_value_heads", None) or heads) * width
-    dense_total = sum(p.numel() for p in model.parameters())
-    in_products = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    with torch.device("meta"):
-        total, active = count_parameters(DotMoeForCausalLM(sparse))
-    E, K = sparse.num_experts, sparse.num_experts_per_tok
-    plan = L * F * E if learned else 0
-
-    w, T = kind.itemsize, (options.micro_batch_size or options.batch_size) * S
-    kept = w * (2 * F + 2 * q + 2 * v + E) + 4 * (3 * H + 2 * E) + 12 * K  # bytes a token and layer
-    memory = {
-        "weights": w * dense_total,
-        "trained": 16 * (plan + L * E * H),
-        "transport": 12 * plan,
-        "activations": T * L * kept + 4 * T * w * F,
-        "loss": 3 * T * w * H + 16 * min(chunk_rows(V, torch.device("cuda")), T) * V,
-    }
-    attention = 2 * S * q * L
-    flops = 6 * in_products + 4.5 * attention + 6 * L * E * H + 2 * plan  # a token
-    tokens = options.steps * options.batch_size * S
-    seconds = tokens * flops / (_SHARE * H200_BF16) + options.steps * 2 * options.num_iters * 4 * plan / H200_BANDWIDTH
+    z = _sizes(dense, sparse, sequence_length, kind.itemsize, learned, options.cap)
+    costs: dict[str, Cost] = {}
+    for stage in stages:
+        if stage == "reconstruct":
+            costs[stage] = reconstruct_cost(z, options, reconstruct_steps)
+        elif stage == "align":
+            costs[stage] = align_cost(z, options)
+        else:
+            costs[stage] = finetune_cost(z, tuning or FinetuneConfig(), kind)
+    rests_on = f"one H200 at {SHARE:.0%} [estimate] of {H200_BF16 / 1e12:.0f} TFLOP/s in bfloat16; nobody measured it"
+    if kind == torch.float32 or (kind == torch.float16 and "finetune" in costs):
+        rests_on += "; products in float32, which this run has, are slower"
     return {
-        "layers": L,
-        "hidden_size": H,
-        "ffn_width": F,
-        "num_experts": E,
-        "expert_size": F // E,
-        "top_k": K,
+        "layers": z.L,
+        "hidden_size": z.H,
+        "ffn_width": z.F,
+        "num_experts": z.E,
+        "expert_size": z.F // z.E,
+        "top_k": z.K,
         "router": sparse.router,
-        "dense_parameters": dense_total,
-        "total_parameters": total,
-        "active_parameters": active,
-        "active_share": round(active / total, 4),
+        "dense_parameters": z.N,
+        "total_parameters": z.n,
+        "active_parameters": z.active,
+        "active_share": round(z.active / z.n, 4),
         "dtype": str(kind).removeprefix("torch."),
-        "memory_gb": {name: round(size / 1e9, 3) for name, size in [*memory.items(), ("total", sum(memory.values()))]},
-        "tokens_a_pass": T,
-        "steps": options.steps,
-        "batch_size": options.batch_size,
-        "sequence_length": S,
-        "tokens": tokens,
-        "flops": float(tokens * flops),
-        "predicted_seconds": round(seconds, 3),
-        "predicted_for": f"one H200 at {_SHARE:.0%} [estimate] of {H200_BF16 / 1e12:.0f} TFLOP/s in bfloat16; nobody measured it",
+        "sequence_length": z.S,
+        "stages": {name: _figures(cost) for name, cost in costs.items()},
+        "predicted_memory_gb": round(max(sum(cost.memory.values()) for cost in costs.values()) / 1e9, 3),
+        "predicted_seconds": round(sum(cost.seconds for cost in costs.values()), 3),
+        "predicted_for": rests_on,
+    }
+
+
+def _figures(cost: Cost) -> dict[str, Any]:
+    memory = [*cost.memory.items(), ("total", sum(cost.memory.values()))]
+    return {
+        "steps": cost.steps,
+        "tokens": cost.tokens,
+        "tokens_a_step": cost.tokens_a_step,
+        "tokens_a_pass": cost.tokens_a_pass,
+        "predicted_memory_gb": {name: round(size / 1e9, 3) for name, size in memory},
+        "flops": cost.flops,
+        "predicted_seconds": round(cost.seconds, 3),
     }
 
 
@@ -157,18 +175,31 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.3g} seconds"
 
 
+def _stage_lines(stage: str, figures: dict[str, Any], dtype: str) -> list[str]:
+    f, memory = figures, dict(figures["predicted_memory_gb"])
+    whole = memory.pop("total")
+    steps = f"{f['steps']:,} steps of {f['tokens_a_step']:,} tokens"
+    given = (
+        f"{steps} in each layer, from the first {f['tokens']:,}" if stage == "reconstruct" else f"{f['tokens']:,} tokens, {steps}"
+    )
+    return [
+        f"stage {stage}: {given}, {f['tokens_a_pass']:,} a pass",
+        f"  predicted memory a GPU: {whole:.1f} GB in {dtype}: " + ", ".join(f"{name} {size:.3g}" for name, size in memory.items()),
+        f"  predicted time: {_duration(f['predicted_seconds'])}",
+    ]
+
+
 def run_lines(report: dict[str, Any]) -> list[str]:
     """The result of ``predict_run`` in words."""
-    r, memory = report, dict(report["memory_gb"])
-    whole = memory.pop("total")
+    r = report
     E, s, K = r["num_experts"], r["expert_size"], r["top_k"]
     return [
         f"topology: {r['layers']} layers of F = {r['ffn_width']} = E {E} x s {s}, K {K} ({K / E:.1%} of the FFN), "
         f"router {r['router']}",
         f"parameters: {r['total_parameters']:,} (dense {r['dense_parameters']:,}), "
         f"active a token {r['active_parameters']:,} ({r['active_share']:.1%})",
-        f"tokens: {r['tokens']:,} ({r['steps']:,} steps of {r['batch_size']} x {r['sequence_length']})",
-        f"predicted memory a GPU: {whole:.1f} GB in {r['dtype']}, {r['tokens_a_pass']:,} tokens a pass: "
-        + ", ".join(f"{name} {size:.3g}" for name, size in memory.items()),
-        f"predicted time: {_duration(r['predicted_seconds'])} on {r['predicted_for']}",
+        *(line for stage, figures in r["stages"].items() for line in _stage_lines(stage, figures, r["dtype"])),
+        f"predicted in all: {_duration(r['predicted_seconds'])}, up to {r['predicted_memory_gb']:.1f} GB"
+        + (f", more than the {_H200_GB} of one H200" if r["predicted_memory_gb"] > _H200_GB else ""),
+        f"predicted for {r['predicted_for']}",
     ]

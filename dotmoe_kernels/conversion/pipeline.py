@@ -37,6 +37,7 @@ from .surgery import DenseFFN, find_ffns, swap_ffn
 
 METHODS = ("dot", *PARTITIONS)
 STAGES = ("reconstruct", "align")
+RECONSTRUCT_TOKENS, RECONSTRUCT_BATCH = 65536, 1024  # that the reconstruction collects at most, and takes a step
 _CALIBRATION_TOKENS = 2048  # that the activation partition clusters on
 
 
@@ -214,7 +215,8 @@ def convert(
             run: dict[str, Any] = {"resume": resume, "progress": progress, "fingerprint": fingerprint}
             if early:
                 place = None if folder is None else Path(folder) / "reconstruct"
-                begun = reconstruct(model, layers, tokens, dataclasses.replace(options, steps=early), folder=place, **run)
+                sample: dict[str, Any] = {"tokens": RECONSTRUCT_TOKENS, "batch_tokens": RECONSTRUCT_BATCH}
+                begun = reconstruct(model, layers, tokens, dataclasses.replace(options, steps=early), folder=place, **sample, **run)
                 errors = {name: list(pair) for name, pair in begun.errors.items()}  # a config is JSON
                 figures["reconstruct"] = {"steps": begun.steps, "tokens": begun.tokens, "relative_error": errors}
             if "align" in stages and options.steps:

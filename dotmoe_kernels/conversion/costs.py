@@ -1,0 +1,185 @@
+"""What each stage of a conversion would take: memory of a GPU that holds the whole model, flops, and PREDICTED time of one H200.
+
+L layers, S tokens a sequence, T tokens a pass, w bytes a weight, q and v the widths of queries and of keys (= values), V the
+vocabulary, N parameters of the dense model and n of the sparse one, P parameters in the dense model's products (the head included),
+a = 2 S q L flops a token of causal attention.
+
+align, in bytes:
+
+    weights      w N                            frozen
+    trained      16 L (F E + E H)               A and the routers in float32, their gradients, AdamW's two moments
+    transport    12 L F E                       A of all layers in one tensor, the plan and its gradient, float32
+    activations  T L (w (2 F + 2 q + 2 v + E)   kept for the backward pass: gate, up; queries, keys, values, attention's output; R;
+                      + 4 (3 H + 2 E) + 12 K)   in float32 the inputs of two norms and of the router, logits, Q; the K chosen
+                 + 4 T w F                      while one layer works: the hidden and its gradients
+    loss         3 T w H + 16 C V               both last hidden states and a gradient; four float32 [C, V] of a chunk
+
+and in flops a token:
+
+    teacher      2 P + a
+    sparse pass  2 P + a + 2 L E H              of the dense width: the straight-through rule needs every neuron
+    backward     2 P + 2.5 a + 4 L E H          through the activations alone, since the weights are frozen; through the router;
+                 + 2 L F E                      and to the plan
+
+reconstruct, one layer after the other on a sample of M tokens, B a step. The inputs of as many layers as fit are collected at a
+time, in G passes of the dense model:
+
+    weights      w N
+    trained      4 L (F E + E H) + 12 (F E + E H)    the gradients and moments of one layer at a time
+    transport    12 F E
+    inputs       2 M w H a layer of a group     once more while they are joined; afterwards the outputs take no more
+    activations  the most of: a step's B (w (2 F + E) + 4 (H + 2 E) + 12 K) + 4 B w F; 3 R w F and R w V of a pass of R tokens
+                                                without gradients
+    flops        G M (2 P + a)                  the inputs
+                 + L M 6 F H                    the dense outputs
+                 + 2 L M / 16 (6 F H + 2 E H)   the errors on what is held out, before and after
+                 + L steps B (8 F H + 4 E H + 2 F E)    a step: as above, but no gradient goes on to the inputs
+
+finetune, of P' = P - 3 L F H + 3 L K s H parameters in products, in bytes:
+
+    weights      4 n, + 2 P where they were bfloat16    in float32, and the casts of autocast; with adapters w n, frozen
+    trained      12 n                           gradients, AdamW's two moments; with adapters 16 (L E H + A) of the A in adapters
+    activations  T L (28 H + 2 (2 q + 2 v + 2 K s)    norms in float32, every product's input in bfloat16; gate and up of the
+                      + 8 E + 32 K)             experts; logits and Q, the K chosen and their order. In float32 24 H, and 4 for that
+                                                2. The soft router 44 E, and its most experts for K. With adapters the same:
+                                                frozen weights need less, the adapters' inputs more [estimate]
+    loss         12 T V                         log-probabilities and two gradients in float32 [estimate]
+
+and in flops a token 3 (2 P') + 3.5 a + 6 L E H; with adapters 2 (2 P') + 3.5 a + 6 L E H + 6 A. A step of AdamW moves 84 bytes a
+trained parameter: 21 reads and writes of float32 by the kernels of its multi-tensor form and of the clipping [estimate].
+
+What is not in it: the context of the driver and the allocator's gaps; padding of the grouped products; what is measured before,
+between and after the stages. The backward pass of Sinkhorn, rounding and AdamW come when the activations are gone, and take less.
+
+Time: the flops over a share of the bfloat16 rate, plus 2 num_iters reads of A a step (Sinkhorn and its adjoint) and AdamW's bytes
+at the memory's rate. The share is an estimate: the paper's 3 hours on 8 H100 for LLaMA-3-8B would be a third of the same rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .._tiles import H200_BANDWIDTH, H200_BF16
+from ..alignment.chunked import chunk_rows
+from ..alignment.config import AlignmentConfig
+from ..alignment.reconstruction import _MEMORY, _ROWS
+from .finetuning import FinetuneConfig
+from .pipeline import RECONSTRUCT_BATCH, RECONSTRUCT_TOKENS
+
+SHARE = 0.4  # of the rate that a whole step reaches [estimate]
+_LEAST_STEP = 1e-3  # seconds of a step of one layer, which small ones are bound by: two hundred launches of 5 us [estimate]
+_ADAM_BYTES = 84  # a trained parameter
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The symbols of the module's docstring."""
+
+    L: int
+    F: int
+    H: int
+    E: int
+    K: int
+    slots: int  # K, or the most that the soft router takes
+    soft: bool
+    V: int
+    S: int
+    q: int
+    v: int
+    w: int
+    N: int
+    n: int
+    active: int  # of the n, those that a token touches
+    P: int
+    adapters: int  # parameters of the adapters of rank 1
+    learned: bool  # the assignment is; otherwise the router alone trains
+
+    @property
+    def attention(self) -> int:
+        return 2 * self.S * self.q * self.L
+
+    @property
+    def plan(self) -> int:
+        """F E of a layer whose assignment is learned."""
+        return self.F * self.E if self.learned else 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one stage."""
+
+    steps: int
+    tokens: int  # that it trains on, those of a repeated sequence each time
+    tokens_a_step: int
+    tokens_a_pass: int
+    memory: dict[str, float]  # bytes
+    flops: float
+    seconds: float
+
+
+def align_cost(z: Sizes, options: AlignmentConfig) -> Cost:
+    T = (options.micro_batch_size or options.batch_size) * z.S
+    kept = z.w * (2 * z.F + 2 * z.q + 2 * z.v + z.E) + 4 * (3 * z.H + 2 * z.E) + 12 * z.K  # bytes a token and layer
+    memory: dict[str, float] = {
+        "weights": z.w * z.N,
+        "trained": 16 * z.L * (z.plan + z.E * z.H),
+        "transport": 12 * z.L * z.plan,
+        "activations": T * z.L * kept + 4 * T * z.w * z.F,
+        "loss": 3 * T * z.w * z.H + 16 * min(chunk_rows(z.V, torch.device("cuda")), T) * z.V,
+    }
+    a_token = 6 * z.P + 4.5 * z.attention + 6 * z.L * z.E * z.H + 2 * z.L * z.plan
+    a_step = options.batch_size * z.S
+    tokens = options.steps * a_step
+    transport = options.steps * 2 * options.num_iters * 4 * z.L * z.plan / H200_BANDWIDTH
+    seconds = tokens * a_token / (SHARE * H200_BF16) + transport
+    return Cost(options.steps, tokens, a_step, T, memory, float(tokens * a_token), seconds)
+
+
+def reconstruct_cost(z: Sizes, options: AlignmentConfig, steps: int) -> Cost:
+    B, count = RECONSTRUCT_BATCH, max(1, RECONSTRUCT_TOKENS // z.S)
+    sample, held = count * z.S, (max(1, count // 16) if count > 1 else 1) * z.S
+    group = min(max(1, _MEMORY // (sample * z.H * z.w)), z.L)
+    passes = max(1, _ROWS // z.S) * z.S
+    memory: dict[str, float] = {
+        "weights": z.w * z.N,
+        "trained": (4 * z.L + 12) * (z.plan + z.E * z.H),
+        "transport": 12 * z.plan,
+        "inputs": 2 * group * sample * z.w * z.H,
+        "activations": max(
+            B * (z.w * (2 * z.F + z.E) + 4 * (z.H + 2 * z.E) + 12 * z.K) + 4 * B * z.w * z.F,
+            3 * max(passes, _ROWS) * z.w * z.F,
+            passes * z.w * z.V,
+        ),
+    }
+    dense, router, rate = 6 * z.F * z.H, 2 * z.E * z.H, SHARE * H200_BF16
+    around = -(-z.L // group) * sample * (2 * z.P + z.attention) + z.L * (sample * dense + 2 * held * (dense + router))
+    a_step = B * (dense + 2 * z.F * z.H + 2 * router + 2 * z.plan)
+    step_seconds = max(a_step / rate + 2 * options.num_iters * 4 * z.plan / H200_BANDWIDTH, _LEAST_STEP)
+    flops, seconds = around + z.L * steps * a_step, around / rate + z.L * steps * step_seconds
+    return Cost(steps, sample, B, B, memory, float(flops), seconds)
+
+
+def finetune_cost(z: Sizes, options: FinetuneConfig, dtype: torch.dtype) -> Cost:
+    T, half = (options.micro_batch_size or options.batch_size) * z.S, dtype == torch.bfloat16
+    routers, adapters = z.L * z.E * z.H, options.lora_rank * z.adapters
+    trained = routers + adapters if options.lora_rank else z.n
+    width = 2 if half else 4  # bytes of what enters a product: a float16 model is float32 here
+    kept = (
+        (28 if half else 24) * z.H
+        + width * (2 * z.q + 2 * z.v + 2 * z.slots * (z.F // z.E))
+        + (44 if z.soft else 8) * z.E
+        + 32 * z.slots
+    )
+    if options.lora_rank:
+        weights, moments = width * (z.n - routers), 16 * trained
+    else:
+        weights, moments = 4 * z.n + (2 * z.P if half else 0), 12 * z.n
+    memory: dict[str, float] = {"weights": weights, "trained": moments, "activations": T * z.L * kept, "loss": 12 * T * z.V}
+    active = z.P - 3 * z.L * z.F * z.H + 3 * z.L * z.K * (z.F // z.E) * z.H
+    a_token = (4 if options.lora_rank else 6) * active + 3.5 * z.attention + 6 * routers + 6 * adapters
+    a_step = options.batch_size * z.S
+    tokens = options.steps * a_step
+    seconds = tokens * a_token / (SHARE * H200_BF16) + options.steps * _ADAM_BYTES * trained / H200_BANDWIDTH
+    return Cost(options.steps, tokens, a_step, T, memory, float(tokens * a_token), seconds)
