@@ -63,10 +63,11 @@ class Size(NamedTuple):
 
 
 SMALL = Size("7M", Shape("7M", 256, 16, 64, 4), 6, 2048, 4, 4, 8, 128, torch.float32)
+FEWER = tuple(SMALL._replace(name=f"7M-T{128 * n}", batch=n) for n in (1, 2, 4))  # tokens a step, as micro-batches have them
 TINY = Size("tiny", Shape("tiny", 64, 8, 16, 2), 2, 128, 4, 4, 2, 64, torch.float32)
 Q25 = Size("Q25", shapes.Q25, 4, 152064, 28, 4, 2, 2048, torch.bfloat16)  # four of its 28 layers
 L3 = Size("L3", shapes.L3, 4, 128256, 32, 8, 2, 2048, torch.bfloat16)  # four of 32
-SIZES = {size.name: size for size in (SMALL, TINY, Q25, L3)}
+SIZES = {size.name: size for size in (SMALL, *FEWER, TINY, Q25, L3)}
 
 
 # --- the split ---------------------------------------------------------------------------------------------------------

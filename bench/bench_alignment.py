@@ -56,7 +56,7 @@ def _groups() -> list[Group]:
         step("quick-", alignment.TINY, 3, 1.0),
         *(layer("", small, 1024, dtype, 15, 8.0) for dtype in ("float32", "bfloat16")),
         *(layer("", shapes.CPU, T, "float32", 5, 10.0) for T in (512, 2048)),
-        step("", alignment.SMALL, 15, 30.0),
+        *(step("", size, 15, 30.0) for size in (alignment.SMALL, *alignment.FEWER)),
     ]
 
 

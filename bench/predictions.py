@@ -12,10 +12,9 @@ from typing import Any
 from bench import shapes
 from bench.registry import BANDWIDTH, BF16
 from bench.shapes import Shape
-from dotmoe_kernels._tiles import SUM_WORKSPACE
+from dotmoe_kernels._tiles import SUM_WORKSPACE, TRITON_SHARE
 
 _LAUNCH = 2.5e-6  # seconds of a small launch in a CUDA graph [estimate]
-_TRITON = 0.75  # of the vendor's rate that a Triton product reaches [estimate]
 _ATOMICS = 0.25  # of the copy rate that float32 additions in L2 reach [estimate]
 SHAPES = (shapes.L3, shapes.Q25, shapes.COARSE, shapes.MID)
 REDUCTIONS = ("rows", "chunks", "dense", "atomics")
@@ -46,27 +45,27 @@ def masked_seconds(T: int, c: Shape) -> float:
     return dense_seconds(T, c) + _LAUNCH  # the mask [T, E]
 
 
-def _token_sums(T: int, c: Shape, width: int) -> float:
+def token_sums(T: int, c: Shape, width: int) -> float:
     """A grouped product with rows of ``width`` and the sums of its rows [S, H], in parts that fit the workspace."""
     S, weights, rows = T * c.K, 2 * union(T, c) * c.E * width * c.H, 2 * T * c.K * c.H
     parts = -(-rows // SUM_WORKSPACE)
-    return _pass(weights + 2 * parts * S * width + rows, 2 * S * width * c.H, _TRITON * BF16) + _pass(rows + 2 * T * c.H)
+    return _pass(weights + 2 * parts * S * width + rows, 2 * S * width * c.H, TRITON_SHARE * BF16) + _pass(rows + 2 * T * c.H)
 
 
 def grouped_seconds(T: int, c: Shape, reduction: str = "rows") -> float:
     """Sort, up product, and the down product with one of the reductions."""
     S, used = T * c.K, union(T, c)
     sort = 3 * _LAUNCH
-    up = _pass(2 * (2 * used * c.F * c.H + S * (c.H + c.s)), 4 * S * c.s * c.H, _TRITON * BF16)
+    up = _pass(2 * (2 * used * c.F * c.H + S * (c.H + c.s)), 4 * S * c.s * c.H, TRITON_SHARE * BF16)
     flops, weights = 2 * S * c.s * c.H, 2 * used * c.F * c.H
     if reduction == "rows":
-        return sort + up + _token_sums(T, c, c.s)
+        return sort + up + token_sums(T, c, c.s)
     if reduction == "chunks":  # 2048 tokens and 256 columns at a time; their rows stay in L2
         parts = -(-T // 2048) * -(-c.H // 256)
-        return sort + up + max(_pass(weights * -(-T // 2048) + 2 * S * c.s, flops, _TRITON * BF16), 2 * parts * _LAUNCH)
+        return sort + up + max(_pass(weights * -(-T // 2048) + 2 * S * c.s, flops, TRITON_SHARE * BF16), 2 * parts * _LAUNCH)
     if reduction == "dense":  # the dense hidden is zeroed, and read by a product over all F
         return sort + up + _pass(2 * T * c.F) + _pass(2 * (c.F * c.H + T * c.F), 2 * T * c.F * c.H)
-    return sort + up + max(_pass(weights + 2 * S * c.s, flops, _TRITON * BF16), 4 * S * c.H / (_ATOMICS * BANDWIDTH)) + _LAUNCH
+    return sort + up + max(_pass(weights + 2 * S * c.s, flops, TRITON_SHARE * BF16), 4 * S * c.H / (_ATOMICS * BANDWIDTH)) + _LAUNCH
 
 
 def dense_training_seconds(T: int, c: Shape) -> float:
@@ -81,12 +80,12 @@ def training_seconds(T: int, c: Shape) -> float:
     S, weights = T * c.K, union(T, c) * c.F * c.H
     slots = S * c.s * c.H
     sort = 5 * _LAUNCH  # and token and source in 32 bits
-    up = _pass(2 * (2 * weights + S * (c.H + 3 * c.s)), 4 * slots, _TRITON * BF16)
-    forward = sort + up + _token_sums(T, c, c.s)
-    hidden = _pass(2 * (weights + S * (c.H + 5 * c.s)), 2 * slots, _TRITON * BF16)
-    down = _pass(2 * (c.F * c.H + S * (c.H + c.s)), 2 * slots, _TRITON * BF16)
-    gate_up = _pass(2 * (2 * c.F * c.H + S * (c.H + 2 * c.s)), 4 * slots, _TRITON * BF16)
-    return forward + hidden + down + gate_up + _token_sums(T, c, 2 * c.s)
+    up = _pass(2 * (2 * weights + S * (c.H + 3 * c.s)), 4 * slots, TRITON_SHARE * BF16)
+    forward = sort + up + token_sums(T, c, c.s)
+    hidden = _pass(2 * (weights + S * (c.H + 5 * c.s)), 2 * slots, TRITON_SHARE * BF16)
+    down = _pass(2 * (c.F * c.H + S * (c.H + c.s)), 2 * slots, TRITON_SHARE * BF16)
+    gate_up = _pass(2 * (2 * c.F * c.H + S * (c.H + 2 * c.s)), 4 * slots, TRITON_SHARE * BF16)
+    return forward + hidden + down + gate_up + token_sums(T, c, 2 * c.s)
 
 
 def training_limit_seconds(T: int, c: Shape) -> float:

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 from bench import shapes
 from bench.alignment import PARTS, STEPS
 from bench.kernels import KERNELS
+from bench.predictions import token_sums
 from bench.registry import BANDWIDTH, BF16, FP32
 from bench.shapes import Shape
+from dotmoe_kernels._tiles import leaves_zeros_out
 
 _ATTENTION = 0.6  # of the matrix rate that causal attention reaches [estimate]
 _GREEDY_LOOP = 0.6  # seconds a layer of Q25 of the argsort and Python loop, as measured on a CPU; L3's in proportion to F E
@@ -59,11 +61,18 @@ def ffn_backward(T: int, c: Shape, passes: float) -> float:
     return 3 * _product(T, c.H, c.F) + _passes(passes, T, c.F) + _passes(3, T, c.H)
 
 
-def masked_ffn_seconds(T: int, c: Shape) -> float:
-    """Forward: one masking pass (3). Backward: one pass (5) with dR, and one (3) with the plan's gradient, each with a thin
-    product [T, F] x [F, E] beside it."""
-    thin = 2 * max(0.0, 2 * T * c.F * c.E / BF16 - 3 * 2 * T * c.F / BANDWIDTH)
-    return ffn_forward(T, c, 3) + ffn_backward(T, c, 8) + thin
+def masked_ffn_seconds(T: int, c: Shape, *, all_products: bool = False) -> float:
+    """With the mask's zeros left out where that pays: a copy of the weights in either pass, gate and up, the slots' hidden, its
+    sums; back dU^, one pass (3) for the router's and the plan's gradients, the slots' gradients, their sums. Else silu, up and mask
+    in one pass (3); back one pass (5) with the router's gradient, and one (3) with the plan's. A thin product [T, F] x [F, E] lies
+    beside each of those gradients."""
+    thin = max(0.0, 2 * T * c.F * c.E / BF16 - 3 * 2 * T * c.F / BANDWIDTH)
+    if all_products or not leaves_zeros_out(T, c.E, c.s, c.K, c.H):
+        return ffn_forward(T, c, 3) + ffn_backward(T, c, 8) + 2 * thin
+    copies = 2 * _passes(6, c.F, c.H)
+    dense = 3 * _product(T, c.H, c.F) + _passes(3, T, c.F) + thin
+    slots = _passes(3 + 5, T * c.K, c.s) + token_sums(T, c, c.s) + token_sums(T, c, 2 * c.s)
+    return copies + dense + slots
 
 
 def frozen_dense_seconds(T: int, c: Shape) -> float:

@@ -11,6 +11,7 @@ BACKEND = "hip" if torch.version.hip else "cuda"
 # of one H200, measured elsewhere: what predictions are made from
 H200_BANDWIDTH = 4.3e12  # bytes/s, device copy, read plus written
 H200_BF16 = 790e12  # flops/s, bfloat16 matrix product
+TRITON_SHARE = 0.75  # of that rate, which a product in Triton reaches [estimate]
 
 # bytes of one float32 [tokens, vocabulary] of a chunk of the distillation loss: a core's cache; what keeps a GPU's product busy
 LOSS_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 28}
@@ -226,14 +227,11 @@ def masked_up_in_triton(T: int, num_experts: int) -> bool:
     return False
 
 
-_TRITON_SHARE = 0.75  # of the vendor's product rate that a product in Triton reaches [estimate]
-
-
 def leaves_zeros_out(T: int, E: int, s: int, K: int, H: int) -> bool:
     """Whether ``masked_ffn`` takes the products behind its mask by slots: a third of the arithmetic at 25 % active is saved, the
     rows [T K, H] of two sums are written and read, and the weights are copied in both passes. Predicted, not measured."""
     products = 6 * T * E * s * H / H200_BF16  # the three behind the mask
-    saved = products * (1 - K / (_TRITON_SHARE * E))
+    saved = products * (1 - K / (TRITON_SHARE * E))
     return K > 0 and saved * H200_BANDWIDTH > 2 * (4 * T * K * H + 12 * E * s * H)  # bytes in 16 bits
 
 

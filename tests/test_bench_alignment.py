@@ -1,5 +1,6 @@
 """The bench of alignment: its step is ``align``'s, its parts sum to the step, and its peers compute the same."""
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed with the package
 
-from bench import alignment, predictions_alignment, splits
+from bench import alignment, predictions_alignment, shapes, splits
 from bench.alignment import PARTS, REST, TINY, Clock, Step
 from dotmoe_kernels.alignment import AlignmentConfig
 from dotmoe_kernels.alignment.loop import align
@@ -88,5 +89,13 @@ def test_predicted_steps_hold_the_products_that_nobody_can_leave_out():
             parts = row[f"{impl}_predicted_seconds"]
             assert set(parts) == set(PARTS)
             assert parts["teacher"] > flops / predictions_alignment.BF16
-            assert parts["masked FFN"] > 2 * flops / predictions_alignment.BF16
+            assert parts["masked FFN"] > (1 + b.ffn.K / b.ffn.E) * flops / predictions_alignment.BF16
+        assert row["eager_predicted_seconds"]["masked FFN"] > 2 * flops / predictions_alignment.BF16
         assert row["masked_ffn_over_frozen_dense"] < 1.2
+
+
+def test_predicted_masked_ffn_is_the_faster_form():
+    """Where the zeros are left out, it is predicted to pay."""
+    for c, T in itertools.product((shapes.L3, shapes.Q25, shapes.MID, shapes.COARSE), (1024, 2048, 4096, 8192, 16384)):
+        all_products = predictions_alignment.masked_ffn_seconds(T, c, all_products=True)
+        assert predictions_alignment.masked_ffn_seconds(T, c) <= all_products
