@@ -143,7 +143,7 @@ def compile_all(kernels: list[str], targets: list[str], first: bool = False) -> 
     for name in kernels:
         kernel = KERNELS[name]
         for target in targets:
-            variants = kernel.variants(TARGETS[target].backend)
+            variants = [one for one in kernel.variants(TARGETS[target].backend) if target in (one.targets or (target,))]
             for variant in variants[:1] if first else variants:
                 try:
                     rows.append(compile_variant(kernel, variant, target))

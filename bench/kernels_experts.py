@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _WIDTH = 128  # s of the variants
 _EXPERTS = 112
 _ROWS = (2048, 64, 32, 16)  # rows an expert: one for each tile
+_EARLY, _LATE = ("sm_80",), ("sm_90", "sm_100")  # as ``_tiles.before_hopper`` has it
 _TRAINING = ("backward:_grouped_hidden_bwd_kernel", "down:_grouped_weight_kernel")
 
 
@@ -44,8 +46,10 @@ def _up(backend: str) -> list[Variant]:
             forms.append((" odd H", {**bare, "EVEN": False, "ACTIVATION": "gelu"}))
         for form, constexprs in forms:
             name, keep = f"{dtype} rows<={rows}{form}", form == " keep"
-            tile = _tiles.grouped_up_tile(rows * _EXPERTS, _EXPERTS, _WIDTH, _DTYPES[dtype], backend, keep=keep)
-            found.append(_variant("grouped:_grouped_up_kernel", name, dtype, {**last, **constexprs, **tile.block}, tile.options))
+            for targets, early in ((_LATE, False), (_EARLY, True)) if backend == "cuda" else (((), False),):
+                tile = _tiles.grouped_up_tile(rows * _EXPERTS, _EXPERTS, _WIDTH, _DTYPES[dtype], backend, keep=keep, early=early)
+                one = _variant("grouped:_grouped_up_kernel", name, dtype, {**last, **constexprs, **tile.block}, tile.options)
+                found.append(replace(one, targets=targets))
     return found
 
 
@@ -59,6 +63,7 @@ def _mm(backend: str) -> list[Variant]:
         if rows == 2048:
             forms.append((" of contiguous down_proj", {**base, "stride_bk": 1, **bare}))
             forms.append((" odd", {**base, "stride_bn": 1, **bare, "EVEN": False, "EVEN_N": False, "ZERO": True}))
+            forms.append((" atomics", {**base, "stride_bk": 1, "ATOMIC": True, "ZERO": False}))
         for form, constexprs in forms:
             name = f"{dtype} rows<={rows}{form}"
             found.append(_variant("down:_grouped_mm_kernel", name, dtype, {**constexprs, **tile.block}, tile.options))

@@ -34,13 +34,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Variant:
-    """One form of a kernel: its tile, its dtype."""
+    """One form of a kernel: its tile, its dtype. ``targets``: those where it is launched so; none named: all."""
 
     name: str
     signature: dict[str, str]
     constexprs: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
     divisible: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
