@@ -184,6 +184,17 @@ def test_broken_config(saved):
     (saved / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
         dk.load(saved)
+    (saved / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config.json is a JSON list; allowed: an object"):
+        dk.load(saved)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+def test_broken_index(saved, text):
+    (saved / "model.safetensors").unlink()
+    (saved / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json cannot be read \(.*\); allowed: a weight_map of files"):
+        dk.load(saved)
 
 
 def test_another_kind_of_model(tmp_path):

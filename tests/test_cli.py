@@ -429,6 +429,13 @@ def test_info_of_a_dense_model(capsys, tmp_path):
     assert "  expert_size 32, num_experts 8, top_k 2, active_parameters " in out
 
 
+def test_info_of_a_dense_model_from_a_folder_named_dotmoe(capsys, wrong):
+    """As the demo's is."""
+    status, out, err = call(capsys, "info", wrong / "by that name", "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["kind"] == "dense"
+
+
 def test_describe_of_a_model_without_config(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises((ValueError, OSError)):
@@ -489,6 +496,10 @@ def wrong(here, tokenizer, tmp_path_factory):
     dense("no tokenizer", without=["token*", "special*"])
     (dense("config no json") / "config.json").write_text("{not json")
     (dense("config no model") / "config.json").write_text("{}")
+    config = dense("wrong field") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": "wide"}))
+    config = dense("by that name") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_name_or_path": "dotmoe"}))
     weights = dense("weights cut off") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     dense("narrow", vocab_size=64)
@@ -525,6 +536,7 @@ MODELS = {
     "no tokenizer": "{} has no tokenizer that can be read",
     "config no json": "MODEL is {}, which cannot be read (",
     "config no model": "Unrecognized model in {}",
+    "wrong field": "MODEL is {}, which cannot be read (Validation error for field 'hidden_size'",
     "weights cut off": "MODEL is {}, which cannot be read (",
     "narrow": "entries from 0 to 63",
     "another width": "--expert-size is 8; allowed: a divisor of F = 60",
@@ -776,7 +788,9 @@ def test_a_folder_that_is_no_converted_model(capsys, here, wrong, converted, tmp
     assert out == ""
 
 
-INFOS = {name: MODELS[name] for name in ("empty folder", "not there", "no config", "no weights", "config no json", "gpt2")}
+INFOS = {
+    name: MODELS[name] for name in ("empty folder", "not there", "no config", "no weights", "config no json", "wrong field", "gpt2")
+}
 INFOS["bert"] = "MODEL is BertLMHeadModel, in which no FFN was recognised"
 INFOS["short.txt"] = "which is no folder; allowed: a Hugging Face model folder, or a name"
 

@@ -398,6 +398,10 @@ BAD = {
     "router": ('[topology]\nrouter = "hard"', "topology.router in recipe {0} is 'hard'; allowed: top_k | soft"),
     "dtype": ('dtype = "int8"', "dtype in recipe {0} is 'int8'; allowed: float32 | bfloat16 | float16"),
     "length": ("sequence_length = 1", "sequence_length in recipe {0} is 1; allowed: at least 2 tokens"),
+    "no layers": (
+        "[backbone]\nnum_hidden_layers = 0",
+        "backbone.num_hidden_layers in recipe {0} is 0; allowed: at least 1",
+    ),
     "no table": ("topology = 3", "topology in recipe {0} is 3; allowed: a table"),
     "no TOML": ("steps == 3", "recipe {0} is no TOML file ("),
 }
@@ -617,11 +621,13 @@ def test_what_the_recipe_says_is_named_with_it(capsys, tmp_path):
 def test_backbone_that_transformers_does_not_know(capsys, tmp_path):
     for text, message in (
         ('[backbone]\nmodel_type = "lama"\n', "is 'lama'; allowed: one of transformers"),
+        ('[backbone]\nmodel_type = "llama"\nhidden_size = 7\nnum_attention_heads = 4\n', "is no llama ("),
         ("[backbone]\nhidden_size = 8\n", 'is without model_type; allowed: a model type, such as "llama"'),
     ):
         status, _, err = call(capsys, "convert", "--recipe", write(tmp_path, text), "--dry-run")
         assert status == 2
         assert message in err
+        assert err.count("\n") == 1
 
 
 def test_help_names_the_recipes(capsys):

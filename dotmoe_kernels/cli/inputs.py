@@ -31,10 +31,12 @@ def named(**options: str) -> Iterator[None]:
 @contextmanager
 def reading(name: str) -> Iterator[None]:
     """Inside MODEL ``name`` is read: what cannot be read, found or fetched is its fault, whatever transformers says of it."""
+    from huggingface_hub.errors import StrictDataclassError  # of a config's fields; transformers imports it anyway
+
     try:
         with named(model="MODEL", folder="MODEL"):
             yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, StrictDataclassError) as error:
         refuse("MODEL", f"{name}, which cannot be read ({error})", "a Hugging Face model folder, or a name")
 
 

@@ -184,6 +184,7 @@ def _read_config(path: Path) -> DotMoeConfig:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}); allowed: a config.json written by dotmoe_kernels.save") from None
+    require(isinstance(values, dict), str(file), f"a JSON {type(values).__name__}", "an object")
     kind = values.get("model_type")
     require(kind == DotMoeConfig.model_type, f"model_type of {file}", repr(kind), repr(DotMoeConfig.model_type))
     require(isinstance(values.get("dense_config"), dict), f"dense_config of {file}", "absent", "the dense model's config")
@@ -194,7 +195,12 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / _WEIGHTS).is_file():
         return [path / _WEIGHTS]
     require((path / _INDEX).is_file(), "folder", f"{path}, without weights", f"a folder with {_WEIGHTS} or {_INDEX}")
-    shards = sorted({path / name for name in json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()})
+    try:
+        shards = sorted({path / name for name in json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, or none of that form
+        raise ValueError(
+            f"{path / _INDEX} cannot be read ({type(error).__name__}: {error}); allowed: a weight_map of files by tensor"
+        ) from None
     absent = [shard.name for shard in shards if not shard.is_file()]
     require(not absent, "folder", f"{path}, without {', '.join(absent)}", f"a folder with every shard of {_INDEX}")
     return shards

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from .._checks import require
+from .._checks import refuse, require
 from .._tiles import H200_BF16
 from ..alignment.config import AlignmentConfig
 from ..alignment.soft import slots
@@ -38,6 +39,8 @@ def dense_config(model: str | None, recipe: Recipe | None) -> PreTrainedConfig:
         require(kind is not None, f"backbone in recipe {recipe.name}", "without model_type", 'a model type, such as "llama"')
         try:
             return AutoConfig.for_model(kind, **values)
+        except StrictDataclassError as error:
+            refuse(f"backbone in recipe {recipe.name}", f"no {kind} ({error})", "sizes that fit one another")
         except ValueError:
             raise ValueError(f"backbone.model_type in recipe {recipe.name} is {kind!r}; allowed: one of transformers") from None
     name = model or (recipe.model if recipe is not None else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,11 @@ _SIZES = (32, 64, 96, 112, 128, 192, 256, 512, 1024)
 def is_converted(folder: str | os.PathLike[str]) -> bool:
     """Whether it is the folder of a converted model."""
     path = Path(folder).expanduser() / "config.json"
-    return path.is_file() and '"dotmoe"' in path.read_text(encoding="utf-8", errors="replace")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # whoever reads it says what is amiss
+        return False
+    return isinstance(values, dict) and values.get("model_type") == DotMoeConfig.model_type
 
 
 def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:

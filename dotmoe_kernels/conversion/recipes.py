@@ -83,6 +83,8 @@ def _checked(name: str, values: dict[str, Any]) -> Recipe:
     _check_table(name, "", values, _TOP)
     for table, kinds in _TABLES.items():
         _check_table(name, f"{table}.", values.get(table, {}), kinds)
+    for key, value in values.get("backbone", {}).items():
+        require(key not in _SIZES or value >= 1, f"backbone.{key} in recipe {name}", value, "at least 1")
     topology = values.get("topology", {})
     for pair in _PAIRS:
         given = [key for key in pair if key in topology]
