@@ -624,7 +624,8 @@ def test_data_that_cannot_be_read(capsys, here, converted, wrong, tmp_path, comm
         arguments[arguments.index("--data") + 1] = data
     if command == "finetune":
         arguments[1] = str(converted)
-        del arguments[arguments.index("--expert-size") : arguments.index("--expert-size") + 2]
+        for flag in ("--expert-size", "--steps"):
+            del arguments[arguments.index(flag) : arguments.index(flag) + 2]
         arguments += ["--stage", "finetune"]
     status, out, err = call(capsys, *arguments)
     assert_one_line(status, err, arguments[0], ": error: " + message.format(data))

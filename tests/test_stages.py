@@ -630,12 +630,15 @@ def test_the_command_takes_every_stage_and_resumes(capsys, here, tmp_path, monke
     assert len(stages_of(parts)["finetune"]) == 1
 
 
+def finetune_arguments(model, data, output, *flags):
+    common = ("--sequence-length", "16", "--batch-size", "2", "--no-progress", "--stage", "finetune")
+    return ["convert", model, "--data", data, "--output", output, *common, *flags]
+
+
 def test_the_command_fine_tunes_a_converted_model(capsys, here, tmp_path):
     assert call(capsys, *convert_arguments(here, tmp_path / "moe"))[0] == 0
     before = contents(tmp_path / "moe")
-    flags = ("--stage", "finetune", *SHORT[2:])
-    arguments = convert_arguments(tmp_path, tmp_path / "tuned", *flags, model="moe", data=here / "text.txt")
-    del arguments[arguments.index("--expert-size") : arguments.index("--expert-size") + 2]
+    arguments = finetune_arguments(tmp_path / "moe", here / "text.txt", tmp_path / "tuned", *SHORT[2:])
     status, out, err = call(capsys, *arguments)
     assert (status, err) == (0, "")
     assert contents(tmp_path / "moe") == before
@@ -646,7 +649,7 @@ def test_the_command_fine_tunes_a_converted_model(capsys, here, tmp_path):
     status, _, err = call(capsys, *arguments, "--top-k", "3", "--overwrite")
     assert (status, err) == (2, "dotmoe convert: error: --top-k is 3; allowed: none: MODEL is converted already\n")
 
-    arguments[1], arguments[5] = str(tmp_path / "tuned"), str(tmp_path / "again")
+    arguments[1], arguments[5] = tmp_path / "tuned", tmp_path / "again"
     status, out, err = call(capsys, *arguments)
     assert (status, err) == (0, "")
     first, second = stages_of(tmp_path / "again")["finetune"]
@@ -657,15 +660,36 @@ def test_the_command_fine_tunes_a_converted_model(capsys, here, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("flag", "value", "stage"),
+    [
+        ("steps", "50", "align"),  # --finetune-steps is what was meant
+        ("method", "kmeans", "reconstruct or align"),
+        ("tau-end", "0.5", "reconstruct or align"),
+    ],
+)
+def test_the_fine_tuning_refuses_what_it_does_not_read(capsys, here, tmp_path, flag, value, stage):
+    sparse_model().config.save_pretrained(tmp_path / "moe")
+    arguments = finetune_arguments(tmp_path / "moe", here / "text.txt", tmp_path / "tuned", f"--{flag}", value)
+    status, out, err = call(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert err == f"dotmoe convert: error: --{flag} is {value}; allowed: together with --stage {stage}\n"
+
+
+def test_fine_tuning_a_dense_model(capsys, here, tmp_path):
+    status, out, err = call(capsys, *finetune_arguments(here / "dense", here / "text.txt", tmp_path / "tuned"))
+    assert (status, out) == (2, "")
+    message = "--stage is finetune alone, of a dense MODEL; allowed: another stage before it, or a converted MODEL"
+    assert err == f"dotmoe convert: error: {message}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--stage", "prune"), "--stage is 'prune'; allowed: reconstruct, align, finetune"),
-        (
-            ("--stage", "finetune"),
-            "--stage is finetune alone, of a dense MODEL; allowed: another stage before it",
-        ),
         (("--lora-rank", "4"), "--lora-rank is 4; allowed: together with --stage finetune"),
         (("--reconstruct-steps", "4"), "--reconstruct-steps is 4; allowed: together with --stage reconstruct"),
+        (("--stage", "reconstruct"), "--steps is 3; allowed: together with --stage align"),
         (("--stage", "align,finetune", "--finetune-lr", "0"), "--finetune-lr is 0.0; allowed: a positive number"),
         (("--stage", "align,finetune", "--finetune-steps", "-1"), "--finetune-steps is -1; allowed: an integer of at least 0"),
         (("--stage", "align,finetune", "--lora-rank", "4"), "--lora-rank needs peft, which is not installed"),

@@ -24,7 +24,16 @@ if TYPE_CHECKING:
 _HELD_OUT = 64  # most sequences that are kept back to measure on
 _PAIRS = (("expert_size", "num_experts"), ("active_fraction", "top_k"))  # one of a pair gives the other
 _TOPOLOGY = (*_PAIRS[0], *_PAIRS[1], "router")
-_OF_STAGE = {"reconstruct": ("reconstruct_steps",), "finetune": ("finetune_steps", "finetune_lr", "lora_rank")}
+_BOTH = "reconstruct or align"
+_OF_STAGE = {  # flags that no other stage reads
+    "reconstruct": ("reconstruct_steps",),
+    "align": ("steps", "budget_lr"),
+    "finetune": ("finetune_steps", "finetune_lr", "lora_rank"),
+    _BOTH: (
+        *("method", "init", "affinity_lr", "router_lr", "tau_start", "tau_end", "refresh_every"),
+        *("router_temperature_start", "router_temperature_end", "threshold", "cap"),
+    ),
+}
 
 _ALONE = ("finetune alone, of a dense MODEL", "another stage before it, or a converted MODEL")
 
@@ -113,9 +122,11 @@ def _stages(args: argparse.Namespace) -> list[str]:
         require(name in STAGES, "--stage", repr(name), ", ".join(STAGES))
     stages = [name for name in STAGES if name in given]
     for stage, flags in _OF_STAGE.items():
+        read = stage in stages or (stage == _BOTH and stages != ["finetune"])
         for flag in flags:
             value = getattr(args, flag)
-            require(value is None or stage in stages, _flag(flag), value, f"together with --stage {stage}")
+            require(value is None or read, _flag(flag), value, f"together with --stage {stage}")
+    args.method = args.method or "dot"
     return stages
 
 

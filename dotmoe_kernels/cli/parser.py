@@ -115,8 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--method",
         choices=("dot", "random", "kmeans", "activation"),
-        default="dot",
-        help="what finds the expert of a neuron; all but dot keep their assignment and train the router (default: %(default)s)",
+        help="what finds the expert of a neuron; all but dot keep their assignment and train the router (default: dot)",
     )
     train.add_argument("--init", choices=INITS, help=f'what "dot" starts from (default: {AlignmentConfig.init})')
     for name, kind, meaning in (
