@@ -538,7 +538,7 @@ MODELS = {
     "config no model": "Unrecognized model in {}",
     "wrong field": "MODEL is {}, which cannot be read (Validation error for field 'hidden_size'",
     "weights cut off": "MODEL is {}, which cannot be read (",
-    "narrow": "entries from 0 to 63",
+    "narrow": "MODEL is {}, whose tokenizer gives ids up to 299; allowed: ids below its vocabulary, 64",
     "another width": "--expert-size is 8; allowed: a divisor of F = 60",
     "tensor missing": "without the tensor model.layers.1.mlp.up_proj.weight",
     "gpt2": "MODEL is GPT2LMHeadModel, in which no FFN was recognised",
@@ -802,6 +802,31 @@ def test_info_of_what_is_no_model(capsys, wrong, model, message, form):
     status, out, err = call(capsys, "info", wrong / model, *form)
     assert_one_line(status, err, "info", message.format(wrong / model))
     assert out == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_tokenizer_of_another_model(capsys, here, wrong, tmp_path, command):
+    with pytest.warns(UserWarning, match="data is None"):
+        model = dk.convert(AutoModelForCausalLM.from_pretrained(wrong / "narrow"), dk.DotMoeConfig(num_experts=8, top_k=2))
+    dk.save(model, tmp_path / "moe", tokenizer=AutoTokenizer.from_pretrained(here / "dense"))
+    extra = [here / "held.txt" if part == "held.txt" else part for part in COMMANDS[command]]
+    status, out, err = call(capsys, command, tmp_path / "moe", *extra)
+    assert_one_line(status, err, command, f"MODEL is {tmp_path / 'moe'}, whose tokenizer gives ids up to ")
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [("eval", " A smaller --batch-size or --sequence-length takes less."), ("generate", "")],
+)
+def test_a_gpu_without_memory_for_it_exits_1(capsys, converted, monkeypatch, command, advice):
+    def full(args):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+
+    monkeypatch.setitem(cli.COMMANDS, command, full)
+    extra = ("--data", "x.txt") if command == "eval" else ("--prompt", "x")
+    expected = f"dotmoe {command}: error: CUDA out of memory. Tried to allocate 2 GiB.{advice}\n"
+    assert call(capsys, command, converted, *extra) == (1, "", expected)
 
 
 @pytest.mark.parametrize(

@@ -550,6 +550,25 @@ def test_a_resumed_run_has_one_row(tmp_path):
         assert [figures["steps"] for figures in model.config.stages["finetune"]] == [1, 4]
 
 
+def test_a_log_that_was_removed_gives_no_figure(tmp_path):
+    """The first losses are gone with it."""
+
+    def stop(done):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    run = {"steps": 4, "checkpoint_every": 2, "folder": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        tune(**run, on_step=stop)
+    (tmp_path / "log.jsonl").unlink()
+    (figures,) = tune(**run, resume=True).config.stages["finetune"]
+    assert figures == {"steps": 4, "tokens": 4 * 4 * 16}
+    convert(["align"], folder=tmp_path / "moe")
+    (tmp_path / "moe" / "log.jsonl").unlink()
+    figures = convert(["align"], folder=tmp_path / "moe", resume=True).config.stages["align"]
+    assert figures == {"steps": 4, "tokens": 4 * 4 * 16}
+
+
 def test_a_run_that_moved_no_weight_is_not_counted_again(tmp_path):
     run = {"steps": 2, "lr": 1e-12, "folder": tmp_path, "resume": True, "held_out": progressions(66)[64:]}
     model = tune(sparse_model(dtype=torch.bfloat16), **run)

@@ -16,6 +16,8 @@ from .parser import build_parser
 
 __all__ = ["build_parser", "main"]
 
+_SMALLER = {"convert": "--micro-batch-size or --sequence-length", "eval": "--batch-size or --sequence-length"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `dotmoe`; returns the exit status: 0, 1 for a run that failed, 2 for wrong arguments, 130 for an interruption."""
@@ -31,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dotmoe {args.command}: error: {error}", file=sys.stderr)
         return 1
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # of torch, which need not be imported here
+            less = f" A smaller {_SMALLER[args.command]} takes less." if args.command in _SMALLER else ""
+            print(f"dotmoe {args.command}: error: {' '.join(str(error).split())}{less}", file=sys.stderr)
+            return 1
         # the bare class is what tokenizers raises when a file cannot be written
         if type(error) is not Exception and not isinstance(error, ValueError | ImportError | OSError | SafetensorError):
             raise

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .._checks import require, require_range
+from .._checks import require
 from .convert import run_convert
-from .inputs import DATA, find_device, named, read_tokenizer, reading, require_model_folder, require_seed
+from .inputs import DATA, find_device, named, read_tokenizer, reading, require_model_folder, require_seed, require_vocabulary
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -71,7 +71,7 @@ def _eval(args: argparse.Namespace) -> int:
             max_tokens=args.max_tokens,
             text_field=args.text_field,
         )
-    require_range(tokens, "--data", 0, model.config.get_text_config().vocab_size - 1)
+    require_vocabulary(tokens, model.config.get_text_config().vocab_size, args.model)
     with all_experts(model):
         dense = perplexity(model, tokens, batch_size=args.batch_size)
     with collect_load(model) as counts:
@@ -124,6 +124,7 @@ def _generate(args: argparse.Namespace) -> int:
     tokenizer = read_tokenizer(args.model)
     inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     require(inputs["input_ids"].numel() > 0, "--prompt", repr(args.prompt), "text of at least one token")
+    require_vocabulary(inputs["input_ids"], model.config.get_text_config().vocab_size, args.model)
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id or 0, **sampling)

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._checks import require, require_range
+from .._checks import require
 from ..alignment.config import AlignmentConfig
 from ..conversion.recipes import Recipe, load_recipe
-from .inputs import DATA, find_device, named, read_tokenizer, reading, require_model_folder, require_seed
+from .inputs import DATA, find_device, named, read_tokenizer, reading, require_model_folder, require_seed, require_vocabulary
 from .parser import SEQUENCE_LENGTH, STAGES
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def _read_data(args: argparse.Namespace, tokenizer: Any, vocabulary: int) -> tup
         f"{tokens.numel()} tokens",
         f"at least two sequences of {args.sequence_length}, one to train and one to measure on",
     )
-    require_range(tokens, "--data", 0, vocabulary - 1)
+    require_vocabulary(tokens, vocabulary, args.model)
     keep = min(max(len(tokens) // 20, 1), _HELD_OUT)
     print(f"data: {tokens[:-keep].numel():,} tokens to train on, {tokens[-keep:].numel():,} held out (the end of the data)")
     return tokens[:-keep], tokens[-keep:]

@@ -79,3 +79,11 @@ def require_model_folder(name: str, *, weights: bool = True) -> None:
     else:
         local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
         require(not local, "MODEL", f"{name}, which is no folder", "a Hugging Face model folder, or a name")
+
+
+def require_vocabulary(tokens: Any, vocabulary: int, name: str) -> None:
+    """The tokenizer of MODEL ``name`` must know no more ids than the model."""
+    most = int(tokens.max())
+    require(
+        most < vocabulary, "MODEL", f"{name}, whose tokenizer gives ids up to {most}", f"ids below its vocabulary, {vocabulary}"
+    )

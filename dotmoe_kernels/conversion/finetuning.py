@@ -229,7 +229,9 @@ def finetune(
     model.eval()
     if not options.steps:
         return model
-    figures["loss"] = ends([entry["ce"] for entry in (log if log_path is None else read_log(log_path))])
+    entries = log if log_path is None else read_log(log_path)
+    if len(entries) == options.steps:  # otherwise the log was removed before the run was resumed, and the beginning with it
+        figures["loss"] = ends([entry["ce"] for entry in entries])
     if held_out is not None:
         figures["perplexity"] = [before, perplexity(model, held_out, batch_size=1)]
     runs = model.config.finetune_runs

@@ -222,8 +222,10 @@ def convert(
             if "align" in stages and options.steps:
                 result = align(model, layers, tokens, options, folder=folder, label=method, **run)
                 steps, budgets = result.steps, result.budgets
-                log = result.log if folder is None else read_log(Path(folder) / "log.jsonl")
-                curves = {name: ends([entry[name] for entry in log]) for name in ("loss", "kl", "ce")}
+                written = None if folder is None else Path(folder) / "log.jsonl"
+                log = result.log if written is None or not written.is_file() else read_log(written)
+                whole = len(log) == steps  # a log that was removed before the run was resumed says nothing of the beginning
+                curves = {name: ends([entry[name] for entry in log]) for name in ("loss", "kl", "ce") if whole}
                 figures["align"] = {"steps": steps, "tokens": steps * options.batch_size * tokens.shape[1], **curves}
         if method == "dot" and not figures:
             Transport(layers, options).refresh(options.tau_end)
