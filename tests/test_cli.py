@@ -370,6 +370,18 @@ def test_eval_as_text(capsys, here, converted):
         assert part in out
 
 
+def test_eval_of_a_fine_tuned_model_claims_nothing_of_the_dense_one(capsys, here, converted, tmp_path):
+    model = dk.load(converted)
+    model.config.stages = {"finetune": [{"steps": 1}]}
+    dk.save(model, tmp_path / "moe", tokenizer=AutoTokenizer.from_pretrained(converted))
+    arguments = ("eval", tmp_path / "moe", "--data", here / "held.txt", "--sequence-length", S)
+    status, out, err = call(capsys, *arguments)
+    assert (status, err) == (0, "")
+    assert "which after fine-tuning is not the dense model's" in out
+    assert "retained" not in out
+    assert json.loads(call(capsys, *arguments, "--json")[1])["fine_tuned"] is True
+
+
 def test_generate_continues_the_prompt(capsys, converted):
     arguments = ("generate", converted, "--prompt", "the router", "--max-new-tokens", "5")
     status, out, err = call(capsys, *arguments)
@@ -720,6 +732,41 @@ def test_output_never_replaces_the_model(capsys, here, tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_the_folder_of_the_run_never_replaces_the_model(capsys, here, tmp_path):
+    shutil.copytree(here / "dense", tmp_path / "moe.run")
+    before = contents(tmp_path)
+    for extra in ((), ("--overwrite",)):
+        status, _, err = call(capsys, *convert_arguments(here, tmp_path / "moe", *extra, model=tmp_path / "moe.run"))
+        assert_one_line(status, err, "convert", "which would replace MODEL; allowed: another folder")
+    assert contents(tmp_path) == before
+
+
+def test_the_folder_of_the_run_replaces_runs_alone(capsys, here, tmp_path):
+    (tmp_path / "moe.run").mkdir()
+    (tmp_path / "moe.run" / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    for extra in ((), ("--overwrite",), ("--resume",)):
+        status, _, err = call(capsys, *convert_arguments(here, tmp_path / "moe", *extra))
+        assert_one_line(status, err, "convert", f"and {tmp_path / 'moe.run'} holds something else than a run; allowed: ")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (".", "--output is {}, which exists; allowed: a new folder, or --overwrite"),
+        ("..", "--output is {.parent}, which exists; allowed: a new folder, or --overwrite"),
+        ("/", "--output is /; allowed: a folder that can be made"),
+    ],
+)
+def test_output_without_a_name(capsys, here, tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call(capsys, *convert_arguments(here, name))
+    assert_one_line(status, err, "convert", message.format(tmp_path))
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("kind", ["a model", "something else", "empty", "a file"])
 def test_output_that_exists(capsys, here, converted, tmp_path, kind):
     output = tmp_path / "moe"
@@ -1043,6 +1090,14 @@ def test_the_demo_with_text_that_does_not_do(capsys, wrong, tmp_path, source, me
     status, _, err = call(capsys, "demo", "--quick", "--data", wrong / source, "--output", tmp_path / "demo")
     assert_one_line(status, err, "demo", message.format(wrong / source))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_reads_the_field_it_is_told(capsys, wrong, tmp_path):
+    arguments = ("demo", "--quick", "--data", wrong / "field.jsonl", "--output", tmp_path / "demo")
+    status, _, err = call(capsys, *arguments)
+    assert_one_line(status, err, "demo", "--text-field is 'text', which line 1 of")
+    status, _, err = call(capsys, *arguments, "--text-field", "body")
+    assert_one_line(status, err, "demo", "at least one sequence of 128 tokens")
 
 
 def test_the_demo_leaves_other_folders_alone(capsys, tmp_path):

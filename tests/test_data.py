@@ -107,6 +107,20 @@ def test_no_such_field(tokenizer, tmp_path):
         load_tokens(tmp_path / "x.jsonl", tokenizer, sequence_length=1)
 
 
+@pytest.mark.parametrize("value", [["a b"], {"a": "b"}, 3], ids=["list", "dict", "int"])
+def test_a_field_that_is_no_text(tokenizer, tmp_path, value):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "a"}) + "\n" + json.dumps({"text": value}) + "\n")
+    kind = type(value).__name__
+    with pytest.raises(ValueError, match=rf"text_field is 'text', a {kind} in line 2 of .*x.jsonl; allowed: a field of text"):
+        load_tokens(tmp_path / "x.jsonl", tokenizer, sequence_length=1)
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pa.table({"text": [value]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=rf"text_field is 'text', a {kind} in .*x.parquet; allowed: a field of text"):
+        load_tokens(tmp_path / "x.parquet", tokenizer, sequence_length=1)
+
+
 def test_broken_line(tokenizer, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{\n')
     with pytest.raises(ValueError, match=r"sources is .*x.jsonl, which is no JSON in line 2 \("):

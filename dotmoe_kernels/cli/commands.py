@@ -27,6 +27,7 @@ def _demo(args: argparse.Namespace) -> int:
         run_demo(
             folder,
             data=args.data,
+            text_field=args.text_field,
             router=args.router,
             quick=args.quick,
             seed=args.seed,
@@ -90,6 +91,7 @@ def _eval(args: argparse.Namespace) -> int:
         "active_parameters": active,
         "path": args.path,
         "router": model.config.router,
+        "fine_tuned": bool(model.config.finetune_runs),
         "mean_active_experts": mean,
         "load": {name: {**load_summary(load), "share": load.tolist()} for name, load in loads.items()},
         "active_experts": {name: {**active_summary(n), "tokens": n.tolist()} for name, n in counts.active.items()},
@@ -98,7 +100,10 @@ def _eval(args: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
         return 0
     print(f"{args.model} on {tokens.numel():,} tokens")
-    print(f"perplexity: dense {dense:.3f}, sparse {sparse:.3f} ({report['retention']:.1%} retained)")
+    if report["fine_tuned"]:  # the weights are no longer the dense model's
+        print(f"perplexity: {sparse:.3f}; with every expert on {dense:.3f}, which after fine-tuning is not the dense model's")
+    else:
+        print(f"perplexity: dense {dense:.3f}, sparse {sparse:.3f} ({report['retention']:.1%} retained)")
     print(f"parameters: {total:,}, active a token {active:,} ({active / total:.1%}) at {mean:.2f} experts a token")
     print("load of the experts, in multiples of the even share:")
     print(f"  {'layer':<28}{'min':>8}{'median':>8}{'max':>8}{'unused':>8}")

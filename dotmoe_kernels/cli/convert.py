@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _HELD_OUT = 64  # most sequences that are kept back to measure on
 _PAIRS = (("expert_size", "num_experts"), ("active_fraction", "top_k"))  # one of a pair gives the other
 _TOPOLOGY = (*_PAIRS[0], *_PAIRS[1], "router")
+_OF_A_RUN = (".", "log.jsonl", "checkpoints", "reconstruct", "finetune")  # how names in DIR.run begin
 _BOTH = "reconstruct or align"
 _OF_STAGE = {  # flags that no other stage reads
     "reconstruct": ("reconstruct_steps",),
@@ -143,10 +144,13 @@ def _finetune_options(args: argparse.Namespace, options: AlignmentConfig) -> Fin
 def _folders(args: argparse.Namespace) -> tuple[Path, Path]:
     """Where the model and where its run goes; everything that can be refused before the model is loaded is."""
     output = Path(args.output).expanduser()
+    if output.name in ("", ".."):
+        output = Path(os.path.abspath(output))
+    require(bool(output.name), "--output", args.output, "a folder that can be made")
     run = output.with_name(output.name + ".run")
     require(args.overwrite or not output.exists(), "--output", f"{output}, which exists", "a new folder, or --overwrite")
     source = Path(args.model).expanduser().resolve()
-    inside = source.is_dir() and output.resolve() in (source, *source.parents)
+    inside = source.is_dir() and bool({output.resolve(), run.resolve()} & {source, *source.parents})
     require(not inside, "--output", f"{output}, which would replace MODEL", "another folder")
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
@@ -155,6 +159,8 @@ def _folders(args: argparse.Namespace) -> tuple[Path, Path]:
     require(
         replaceable, "--output", f"{output}, which holds something else than a model", "a new folder, or one with a config.json"
     )
+    ours = not run.exists() or (run.is_dir() and all(p.name.startswith(_OF_A_RUN) for p in run.iterdir()))
+    require(ours, "--output", f"{output}, and {run} holds something else than a run", "a folder without one of that name beside it")
     started = any(run.rglob("step-*.pt"))
     require(
         args.resume or args.overwrite or not started,

@@ -22,6 +22,12 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def _add_text_field(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--text-field", metavar="NAME", default="text", help="field of a JSONL, parquet or dataset row (default: %(default)s)"
+    )
+
+
 def _add_data(parser: argparse.ArgumentParser, *, required: bool, sequence_length: int) -> None:
     parser.add_argument(
         "--data",
@@ -30,9 +36,7 @@ def _add_data(parser: argparse.ArgumentParser, *, required: bool, sequence_lengt
         metavar="FILE",
         help="text: .txt .md .py .jsonl .parquet files, folders of them, or a Hugging Face dataset NAME[:CONFIG][:SPLIT]",
     )
-    parser.add_argument(
-        "--text-field", metavar="NAME", default="text", help="field of a JSONL, parquet or dataset row (default: %(default)s)"
-    )
+    _add_text_field(parser)
     default = sequence_length if required else None  # a recipe may say it
     parser.add_argument(
         "--sequence-length", type=int, metavar="N", default=default, help=f"tokens a sequence (default: {sequence_length})"
@@ -71,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--output", default="dotmoe-demo", metavar="DIR", help="(default: %(default)s)")
     demo.add_argument("--data", nargs="+", default=[], metavar="FILE", help="text instead of the Python standard library's sources")
+    _add_text_field(demo)
     demo.add_argument("--quick", action="store_true", help="a minute: proves the path, not the ranking")
     demo.add_argument("--router", choices=_ROUTERS, default="top_k", help="of every method (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0)

@@ -57,7 +57,14 @@ def _whole(path: Path) -> Iterator[str]:
 def _field(row: Any, text_field: str, where: str) -> str:
     known = sorted(row) if isinstance(row, dict) else type(row).__name__
     require(isinstance(row, dict) and text_field in row, "text_field", f"{text_field!r}, which {where} lacks", f"one of {known}")
-    return str(row[text_field] or "")
+    return _text(row[text_field], text_field, where)
+
+
+def _text(value: Any, text_field: str, where: str) -> str:
+    """Nothing counts as no text; a list of messages, say, is not what a model should read as Python writes it."""
+    kind = type(value).__name__
+    require(value is None or isinstance(value, str), "text_field", f"{text_field!r}, a {kind} in {where}", "a field of text")
+    return value or ""
 
 
 def _jsonl(path: Path, text_field: str) -> Iterator[str]:
@@ -85,7 +92,7 @@ def _parquet(path: Path, text_field: str) -> Iterator[str]:
     require(text_field in names, "text_field", f"{text_field!r}, which {path} lacks", f"one of {names}")
     for batch in file.iter_batches(columns=[text_field]):
         for value in batch.column(0):
-            yield str(value.as_py() or "")
+            yield _text(value.as_py(), text_field, str(path))
 
 
 def _hub(name: str, text_field: str, seed: int) -> Iterator[str]:

@@ -164,6 +164,7 @@ def run_demo(
     folder: str | Path,
     *,
     data: Sequence[str] = (),
+    text_field: str = "text",
     router: str = "top_k",
     quick: bool = False,
     seed: int = 0,
@@ -176,6 +177,7 @@ def run_demo(
     Args:
         folder: gets dense/, dotmoe/ (the checkpoint), logs/, demo.json and demo.png.
         data: text files instead of the standard library's sources.
+        text_field: of their rows, where they have some.
         router: "top_k" or "soft", of every method.
         quick: a minute; proves the path, not the ranking.
         seed: of everything.
@@ -188,7 +190,7 @@ def run_demo(
     """
     folder, size, begin = Path(folder), QUICK if quick else FULL, time.monotonic()
     source = ", ".join(data) if data else "the Python standard library's sources"
-    texts = list(read_documents(data)) if data else standard_library()
+    texts = list(read_documents(data, text_field=text_field)) if data else standard_library()
     train_texts, held_texts = split_documents(texts, seed)
     tokenizer = train_tokenizer(train_texts)
     train = pack_documents(train_texts, tokenizer, sequence_length=_SEQUENCE, given=f"the training part of {source}")
