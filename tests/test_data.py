@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tracemalloc
 
 import pytest
 import torch
@@ -93,6 +94,27 @@ def test_empty_file(tokenizer, tmp_path, name):
     (tmp_path / name).write_text("\n")
     with pytest.raises(ValueError, match=rf"sources is .*{name}, which is empty; allowed: files with text"):
         load_tokens(tmp_path / name, tokenizer, sequence_length=2)
+
+
+def test_the_ids_are_not_copied(tmp_path):
+    """A list of them on the way to a tensor takes seven times their memory."""
+    (tmp_path / "a.txt").write_text("a")
+    ids = list(range(300_500))
+
+    class Counting:
+        eos_token_id = None
+
+        def __call__(self, *args, **kwargs):
+            return {"input_ids": ids}
+
+    tracemalloc.start()
+    try:
+        tokens = load_tokens(tmp_path / "a.txt", Counting(), sequence_length=1000)
+        assert tracemalloc.get_traced_memory()[1] < 2 * 8 * len(ids)
+    finally:
+        tracemalloc.stop()
+    assert tokens.shape == (300, 1000)
+    assert tokens.flatten().tolist() == ids[:300_000]
 
 
 def test_too_few_tokens(tokenizer, tmp_path):

@@ -169,7 +169,8 @@ def pack_documents(
             break
     count = len(ids) if max_tokens is None else min(len(ids), max_tokens)
     require(count >= sequence_length, "sources", f"{given}, {count} tokens", f"at least one sequence of {sequence_length} tokens")
-    return torch.tensor(ids[: count // sequence_length * sequence_length], dtype=torch.int64).view(-1, sequence_length)
+    rows = count // sequence_length
+    return torch.frombuffer(ids, dtype=torch.int64, count=rows * sequence_length).view(rows, sequence_length)  # not a copy
 
 
 def load_tokens(
