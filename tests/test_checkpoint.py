@@ -199,7 +199,7 @@ def test_broken_index(saved, text):
 
 def test_another_kind_of_model(tmp_path):
     dense_model().save_pretrained(tmp_path / "d")
-    with pytest.raises(ValueError, match=r"model_type of .*config.json is 'llama'; allowed: 'dotmoe'"):
+    with pytest.raises(ValueError, match=r"folder is .*d, whose model_type is 'llama'; allowed: a folder written"):
         dk.load(tmp_path / "d")
 
 

@@ -809,12 +809,12 @@ COMMANDS = {
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("dense", "model_type of {}/config.json is 'llama'; allowed: 'dotmoe'"),
+        ("dense", "MODEL is {}, whose model_type is 'llama'; allowed: a folder written by dotmoe_kernels.save"),
         ("empty folder", "MODEL is {}, without a config.json; allowed: a folder written by dotmoe_kernels.save"),
         ("not there", "MODEL is {}, which does not exist; allowed: a folder written by dotmoe_kernels.save"),
         ("short.txt", "MODEL is {}, which is no folder; allowed: a folder written by dotmoe_kernels.save"),
         ("config no json", "{}/config.json is not valid JSON ("),
-        ("config no model", "model_type of {}/config.json is None; allowed: 'dotmoe'"),
+        ("config no model", "MODEL is {}, whose model_type is None; allowed: a folder written by dotmoe_kernels.save"),
         ("a/name", "MODEL is {}, which does not exist; allowed: a folder written by dotmoe_kernels.save"),
         ("", "MODEL is '', which does not exist; allowed: a folder written by dotmoe_kernels.save"),
         ("moe without weights", "MODEL is {}, without weights"),

@@ -186,7 +186,8 @@ def _read_config(path: Path) -> DotMoeConfig:
         raise ValueError(f"{file} is not valid JSON ({error}); allowed: a config.json written by dotmoe_kernels.save") from None
     require(isinstance(values, dict), str(file), f"a JSON {type(values).__name__}", "an object")
     kind = values.get("model_type")
-    require(kind == DotMoeConfig.model_type, f"model_type of {file}", repr(kind), repr(DotMoeConfig.model_type))
+    known = kind == DotMoeConfig.model_type
+    require(known, "folder", f"{path}, whose model_type is {kind!r}", "a folder written by dotmoe_kernels.save")
     require(isinstance(values.get("dense_config"), dict), f"dense_config of {file}", "absent", "the dense model's config")
     return DotMoeConfig.from_pretrained(path)
 
