@@ -43,7 +43,7 @@ finetune, of P' = P - 3 L F H + 3 L K s H parameters in products, in bytes:
                       + 8 E + 32 K)             experts; logits and Q, the K chosen and their order. In float32 24 H, and 4 for that
                                                 2. The soft router 44 E, and its most experts for K. With adapters the same:
                                                 frozen weights need less, the adapters' inputs more [estimate]
-    loss         12 T V                         log-probabilities and two gradients in float32 [estimate]
+    loss         12 T V                         log-probabilities and two gradients in float32: a CPU takes as much
 
 and in flops a token 3 (2 P') + 3.5 a + 6 L E H; with adapters 2 (2 P') + 3.5 a + 6 L E H + 6 A. A step of AdamW moves 84 bytes a
 trained parameter: 21 reads and writes of float32 by the kernels of its multi-tensor form and of the clipping [estimate].
@@ -52,7 +52,8 @@ What is not in it: the context of the driver and the allocator's gaps; padding o
 between and after the stages. The backward pass of Sinkhorn, rounding and AdamW come when the activations are gone, and take less.
 
 Time: the flops over a share of the bfloat16 rate, plus 2 num_iters reads of A a step (Sinkhorn and its adjoint) and AdamW's bytes
-at the memory's rate. The share is an estimate: the paper's 3 hours on 8 H100 for LLaMA-3-8B would be a third of the same rate.
+at the memory's rate; a step of reconstruct, which is short, at least a millisecond of launches [estimate]. The share is an estimate:
+the paper's 3 hours on 8 H100 for LLaMA-3-8B would be a third of the same rate.
 """
 
 from __future__ import annotations
