@@ -52,8 +52,8 @@ What is not in it: the context of the driver and the allocator's gaps; padding o
 between and after the stages. The backward pass of Sinkhorn, rounding and AdamW come when the activations are gone, and take less.
 
 Time: the flops over a share of the bfloat16 rate, plus 2 num_iters reads of A a step (Sinkhorn and its adjoint) and AdamW's bytes
-at the memory's rate; a step of reconstruct, which is short, at least a millisecond of launches [estimate]. The share is an estimate:
-the paper's 3 hours on 8 H100 for LLaMA-3-8B would be a third of the same rate.
+at the memory's rate; a step of reconstruct, which is short, at least a millisecond of launches [estimate]. The share is an
+estimate: the paper's 3 hours on 8 H100 for LLaMA-3-8B would be a third of the same rate.
 """
 
 from __future__ import annotations
