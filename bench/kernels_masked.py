@@ -15,6 +15,15 @@ _LAST = ("stride_gf", "stride_uf", "stride_df", "stride_ik", "stride_wk", "strid
 _FORMS = (("bf16", shapes.L3), ("bf16", shapes.Q25), ("bf16", shapes.COARSE), ("fp32", shapes.L3))
 
 
+_THIN = shapes.Shape("s 56", 4096, 256, 56, 64)
+
+
+def _forms(kind: str) -> tuple[tuple[str, shapes.Shape], ...]:
+    if kind.startswith("up"):
+        return _FORMS[:1]  # float32 takes PyTorch's product
+    return (*_FORMS, ("bf16", _THIN)) if kind.startswith(("slots", "soft")) else _FORMS
+
+
 def _constexprs(kind: str, shape: shapes.Shape, dtype: str, backend: str) -> tuple[dict[str, Any], dict[str, Any]]:
     product = {"UPCAST": False, "PRECISION": "ieee"}
     last = dict.fromkeys(_LAST, 1)
@@ -28,25 +37,34 @@ def _constexprs(kind: str, shape: shapes.Shape, dtype: str, backend: str) -> tup
         return {**tile, **last}, options
     if kind.startswith("slots"):
         tile, options = _tiles.slots_tile(shape.s)
-        return {"ACTIVATION": "silu", **tile, **last, **({"d_ptr": None} if kind == "slots" else {})}, options
+        return {"ACTIVATION": "silu", "UNIT": 8, **tile, **({"d_ptr": None} if kind == "slots" else {})}, options
+    if kind.startswith("soft"):
+        tile, options = _tiles.masked_tile("plan", shape.s, shape.E, dtype == "fp32")
+        return {
+            "ACTIVATION": "silu",
+            "UNIT": 8,
+            **product,
+            **tile,
+            **({"dplan_ptr": None} if kind == "soft router" else {}),
+        }, options
     if kind.startswith("up"):
         tile, options = _tiles.masked_up_tile(64 if kind == "up, few" else 256, shape.s, backend)
         return {"ACTIVATION": "silu", **product, **tile, **last}, options
-    stored, width = kind.startswith("view"), shape.s if kind == "view hidden" else shape.F
+    width = shape.s if kind == "view hidden" else shape.F
     tile, options = _tiles.masked_tile(kind.removeprefix("view "), width, shape.E, dtype == "fp32")
-    known = {"ACTIVATION": "silu", "NEEDS_GATE": not stored, "NEEDS_R": True, "STORED": stored, **product, **tile, **last}
-    return known | ({"expert_of_ptr": None} if stored else {"dr_ptr": None} if kind == "plan" else {}), options
+    known = {"ACTIVATION": "silu", "NEEDS_GATE": True, "NEEDS_R": True, **product, **tile, **last}
+    return known | ({"expert_of_ptr": None} if kind == "view hidden" else {}), options
 
 
 def _variants(function: str, kinds: tuple[str, ...]) -> Callable[[str], list[Variant]]:
     def variants(backend: str) -> list[Variant]:
         names = Kernel("", function, lambda _: []).load().arg_names
-        integers = ("indices_ptr", "expert_of_ptr", "order_ptr", "token_ptr", "source_ptr")
-        others = dict.fromkeys(integers, "*i64") | dict.fromkeys(("dr_ptr", "dplan_ptr", "weights_ptr"), "*fp32")
-        others["offsets_ptr"] = "*i32"
+        others = dict.fromkeys(("indices_ptr", "expert_of_ptr"), "*i64")
+        others |= dict.fromkeys(("order_ptr", "starts_ptr", "token_ptr", "source_ptr", "offsets_ptr"), "*i32")
+        others |= dict.fromkeys(("dr_ptr", "dplan_ptr", "weights_ptr"), "*fp32")
         found = []
         for kind in kinds:
-            for dtype, shape in _FORMS[:1] if kind.startswith("up") else _FORMS:  # float32 takes PyTorch's product
+            for dtype, shape in _forms(kind):
                 given, options = _constexprs(kind, shape, dtype, backend)
                 constexprs = {n: v for n, v in given.items() if n in names}
 
@@ -54,7 +72,7 @@ def _variants(function: str, kinds: tuple[str, ...]) -> Callable[[str], list[Var
                     return others.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
 
                 signature = {n: type_of(n) for n in names if n not in constexprs}
-                divisible = tuple(n for n in signature if n in ("F", "s", "H", "share", *_ROWS))
+                divisible = tuple(n for n in signature if n in ("F", "H", "C", "share", *_ROWS) or (n == "s" and shape.s % 16 == 0))
                 found.append(Variant(f"{dtype} {shape.name} {kind}", signature, constexprs, options, divisible))
         return found
 
@@ -93,9 +111,10 @@ MASKED = (
     _kernel("masked_up", "masked", ("up", "up, few"), _UP_COSTS, needs={"sm_90": ("wgmma",)}),
     _kernel("expert_mask", "masked", ("mask",), _MASK_COSTS),
     _kernel("masked_hidden", "masked", ("hidden", "view hidden"), _costs(3, ("alignment", "mid"))),
-    _kernel("masked_hidden_bwd", "alignment", ("backward", "view backward"), _costs(5, ("alignment",), product=True)),
-    _kernel("plan_gradient", "alignment", ("plan", "view plan"), _costs(3, ("alignment",), product=True)),
+    _kernel("masked_hidden_bwd", "alignment", ("backward",), _costs(5, ("alignment",), product=True)),
+    _kernel("plan_gradient", "alignment", ("plan",), _costs(3, ("alignment",), product=True)),
     _kernel("pack_rows", "masked_slots", ("pack rows",), {s.name: Cost(8.0 * s.F * s.H) for s in _SHAPES}),
     _kernel("pack_columns", "masked_slots", ("pack columns",), {s.name: Cost(4.0 * s.F * s.H) for s in _SHAPES}),
     _kernel("slots_hidden", "masked_slots", ("slots", "slots backward"), _SLOTS_COSTS),
+    _kernel("slots_soft", "masked_slots", ("soft", "soft router"), _costs(3, ("alignment",), product=True)),
 )

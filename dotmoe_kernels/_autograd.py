@@ -21,6 +21,12 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def anchor(x: Tensor) -> Tensor | None:
+    """Nothing [0, ...] that depends on x, an input and a saved tensor for a Function whose backward pass keeps only what was made
+    from x: of a loss that is linear in its output, ``first_order`` would find nothing there that a second derivative hangs on."""
+    return x[:0].clone() if wants_gradient(x) else None
+
+
 class _Refuse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -209,6 +209,7 @@ def masked_tile(kernel: str, F: int, E: int = 1, narrow: bool = False) -> tuple[
     rows = max(16, min(64, (4096 if narrow else 16384) // block_e))  # of the sums, which stay in registers
     along = 32 if narrow or block_e > 128 else 64
     kept, passing = ("BLOCK_T", "BLOCK_F") if kernel == "backward" else ("BLOCK_F", "BLOCK_T")
+    rows = rows if kernel == "backward" else min(rows, max(16, _power_of_two(F)))
     return {kept: rows, passing: along, "BLOCK_E": block_e}, {"num_warps": 8, "num_stages": 2}
 
 
@@ -236,9 +237,12 @@ def leaves_zeros_out(T: int, E: int, s: int, K: int, H: int) -> bool:
 
 
 def pack_tile(kernel: str, width: int) -> tuple[dict[str, int], dict[str, Any]]:
-    """Part of one row of ``width``, for copies in the order of the experts: of "rows" whole, of "columns" gathered."""
-    block = min(1024, max(16, _power_of_two(width)))
-    return {"BLOCK_H" if kernel == "rows" else "BLOCK_F": block}, {"num_warps": 4}
+    """Part of one row of ``width``, for copies in the order of the experts: of "rows" whole; of "columns" gathered, where few
+    programs, with many warps each, share a cache."""
+    block = max(16, _power_of_two(width))
+    if kernel == "rows":
+        return {"BLOCK_H": min(1024, block)}, {"num_warps": 4}
+    return {"BLOCK_F": min(4096, block)}, {"num_warps": 16}
 
 
 def slots_tile(s: int) -> tuple[dict[str, int], dict[str, Any]]:
@@ -248,8 +252,9 @@ def slots_tile(s: int) -> tuple[dict[str, int], dict[str, Any]]:
 
 
 def masked_splits(kept: int, passing: int, block_kept: int, block_passing: int) -> tuple[int, int]:
-    """(programs that share a tile of sums, rows that pass through each of them); every program has rows."""
-    wanted = max(1, min(8, 512 // -(-kept // block_kept)))
+    """(programs that share a tile of sums, rows that pass through each of them); every program has rows. So many that the last
+    wave of them leaves little of a GPU idle."""
+    wanted = max(1, min(8, 1200 // -(-kept // block_kept)))
     share = -(-passing // (wanted * block_passing)) * block_passing
     return -(-passing // share), share
 

@@ -78,14 +78,19 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert torch.equal(value, b[name]), f"{name} differs"
 
 
-SECOND = pytest.mark.parametrize("how", ["grad", "backward", "grad, along another path too"])
+SECOND = pytest.mark.parametrize(
+    "how", ["grad", "backward", "grad, along another path too", "of a linear loss, along another path too"]
+)
 
 
 def second_derivative(function: Callable[[Tensor], Tensor], leaf: Tensor, how: str) -> Tensor | None:
     leaf = leaf.detach().clone().requires_grad_()
-    gradient = torch.autograd.grad(function(leaf).square().sum(), leaf, create_graph=True)[0]
+    out = function(leaf)
+    # of a linear loss the gradient that comes in does not depend on the leaf
+    first = (out * torch.linspace(-1, 2, out.numel()).view_as(out).to(out)).sum() if "linear" in how else out.square().sum()
+    gradient = torch.autograd.grad(first, leaf, create_graph=True)[0]
     loss = gradient.square().sum()
-    if how == "grad, along another path too":  # the other path's derivative alone must not pass for the whole
+    if "another path" in how:  # the other path's derivative alone must not pass for the whole
         loss = loss + leaf.square().sum()
     if how != "backward":
         return torch.autograd.grad(loss, leaf)[0]

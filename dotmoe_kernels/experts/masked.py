@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .._autograd import first_order, wants_gradient
+from .._autograd import anchor, first_order, wants_gradient
 from .._backend import use_triton
 from .._checks import compute_dtype, has_values, require, require_float, require_indices, require_range, require_same, require_shape
 from .activations import find_activation
@@ -70,13 +70,14 @@ class _MaskedFFN(torch.autograd.Function):
         probs: Tensor | None,
         expert_of: Tensor,
         activation: str,
+        anchor: Tensor | None,
     ) -> Tensor:
         """r [T, E] holds the hard weights; plan and probs only receive gradients."""
         gate, up = x @ gate_proj.T, x @ up_proj.T  # [T, F]
         hidden = find_activation(activation).forward(gate).mul_(up)
         hidden *= r.index_select(1, expert_of)
         weight_grads = any(ctx.needs_input_grad[1:4])
-        ctx.save_for_backward(x if weight_grads else None, gate_proj, up_proj, down_proj, r, expert_of, gate, up)
+        ctx.save_for_backward(x if weight_grads else None, gate_proj, up_proj, down_proj, r, expert_of, gate, up, anchor)
         ctx.activation = activation
         ctx.soft = (None if plan is None else plan.dtype, None if probs is None else probs.dtype)
         return hidden @ down_proj.T
@@ -84,7 +85,7 @@ class _MaskedFFN(torch.autograd.Function):
     @staticmethod
     @first_order("masked_ffn")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate_proj, up_proj, down_proj, r, expert_of, gate, up = ctx.saved_tensors
+        x, gate_proj, up_proj, down_proj, r, expert_of, gate, up, _ = ctx.saved_tensors
         act = find_activation(ctx.activation)
         need_x, need_gate, need_up, need_down, need_r, need_plan, need_probs = ctx.needs_input_grad[:7]
         wide = compute_dtype(dy)
@@ -113,7 +114,7 @@ class _MaskedFFN(torch.autograd.Function):
                 dgate_proj = dgate.T @ x
             if need_up:
                 dup_proj = dup.T @ x
-        return dx, dgate_proj, dup_proj, ddown_proj, dr, dplan, dprobs, None, None
+        return dx, dgate_proj, dup_proj, ddown_proj, dr, dplan, dprobs, None, None, None
 
 
 def masked_ffn(
@@ -190,7 +191,7 @@ def masked_ffn(
     require_range(expert_of, "expert_of", 0, E - 1)
     require_range(indices, "indices", 0, E)
     if balanced:
-        require(F % E == 0, "balanced", f"True with E = {E}", f"True only where E divides F = {F}")
+        require(E > 0 and F % E == 0, "balanced", f"True with E = {E}", f"True only where E divides F = {F}")
         if has_values(expert_of):
             most = int(torch.bincount(expert_of, minlength=E).max()) if F else 0
             require(most == F // E, "expert_of", f"with {most} neurons of one expert", f"F / E = {F // E} of each where balanced")
@@ -211,7 +212,7 @@ def masked_ffn(
             tensors = x, gate_proj, up_proj, down_proj, expert_of, indices, plan, probs, weights
             return masked(*tensors, E, activation, recompute, balanced)
         r = _expert_mask(indices, weights, E, x.dtype)
-        arguments = (x, gate_proj, up_proj, down_proj, r, plan, probs, expert_of, activation)
+        arguments = (x, gate_proj, up_proj, down_proj, r, plan, probs, expert_of, activation, anchor(x))
         sparse = worth_splitting(T, indices.shape[1], E, F) and x.device.type == "cpu" and not torch.compiler.is_compiling()
         function = SparseMaskedFFN if sparse and not wants_gradient(gate_proj, up_proj, down_proj) else _MaskedFFN
         if recompute and torch.is_grad_enabled():

@@ -73,6 +73,7 @@ class SparseMaskedFFN(torch.autograd.Function):
         probs: Tensor | None,
         expert_of: Tensor,
         activation: str,
+        anchor: Tensor | None,
     ) -> Tensor:
         """r [T, E] holds the hard weights; plan and probs only receive gradients."""
         act = find_activation(activation).forward
@@ -89,7 +90,7 @@ class SparseMaskedFFN(torch.autograd.Function):
             if scale is not None:
                 hidden.mul_(scale)
             y.index_add_(0, tokens, torch.mm(hidden, down[:, neurons].T, out=rows[: len(tokens)]).to(y.dtype))
-        ctx.save_for_backward(gate_proj, up_proj, down_proj, r, order, gate, up)
+        ctx.save_for_backward(gate_proj, up_proj, down_proj, r, order, gate, up, anchor)
         ctx.activation, ctx.sizes, ctx.blocks = activation, sizes, blocks
         ctx.soft = (None if plan is None else plan.dtype, None if probs is None else probs.dtype)
         return y.to(x.dtype)
@@ -97,7 +98,7 @@ class SparseMaskedFFN(torch.autograd.Function):
     @staticmethod
     @first_order("masked_ffn")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gate_proj, up_proj, down_proj, r, order, gate, up = ctx.saved_tensors
+        gate_proj, up_proj, down_proj, r, order, gate, up, _ = ctx.saved_tensors
         act, sizes = find_activation(ctx.activation), ctx.sizes
         need_x, _, _, _, need_r, need_plan, need_probs = ctx.needs_input_grad[:7]
         (T, E), F = r.shape, len(order)
@@ -128,4 +129,4 @@ class SparseMaskedFFN(torch.autograd.Function):
                 some = torch.mm(dgate, gate_proj.index_select(0, here), out=rows[: len(tokens)])
                 dx.index_add_(0, tokens, some.addmm_(dup, up_proj.index_select(0, here)).to(dx.dtype))
             dx = dx.to(dy.dtype)
-        return dx, None, None, None, dr, dplan, dprobs, None, None
+        return dx, None, None, None, dr, dplan, dprobs, None, None, None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autograd import first_order
+from .._autograd import anchor, first_order
 from ..dispatch.operators import sort_slots_op
 from .operators_slots import masked_slots_backward_op, masked_slots_op
 
@@ -26,8 +26,8 @@ class _SlotsMaskedFFN(torch.autograd.Function):
         plan: Tensor | None,
         probs: Tensor | None,
         weights: Tensor | None,
-        expert_of: Tensor,
         order: Tensor,
+        starts: Tensor,
         indices: Tensor,
         token: Tensor,
         source: Tensor,
@@ -35,12 +35,13 @@ class _SlotsMaskedFFN(torch.autograd.Function):
         slot_of: Tensor,
         activation: str,
         recompute: bool,
+        anchor: Tensor | None,
     ) -> Tensor:
         """r [T, E] receives the gradient of the weights [T, K]; plan and probs only receive gradients."""
-        routed = weights, expert_of, order, indices, token, source, offsets, slot_of
+        routed = weights, order, starts, indices, token, source, offsets, slot_of
         y, product = masked_slots_op(x, gate_proj, up_proj, down_proj, *routed, activation)
         kept = (x, None) if recompute else (None, product)
-        ctx.save_for_backward(*kept, gate_proj, up_proj, down_proj, r, *routed)
+        ctx.save_for_backward(*kept, gate_proj, up_proj, down_proj, r, *routed, anchor)
         ctx.activation = activation
         ctx.dtypes = [None if t is None else t.dtype for t in (r, plan, probs)]
         return y
@@ -50,10 +51,10 @@ class _SlotsMaskedFFN(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         need_x, _, _, _, need_r, need_plan, need_probs = ctx.needs_input_grad[:7]
         needs = need_x, need_r or need_probs, need_plan
-        dx, dr, dplan = masked_slots_backward_op(dy, *ctx.saved_tensors, ctx.activation, *needs)
+        dx, dr, dplan = masked_slots_backward_op(dy, *ctx.saved_tensors[:-1], ctx.activation, *needs)
         r_dtype, plan_dtype, probs_dtype = ctx.dtypes
         soft = dr.to(r_dtype) if need_r else None, dplan.to(plan_dtype) if need_plan else None
-        return dx if need_x else None, None, None, None, *soft, dr.to(probs_dtype) if need_probs else None, *([None] * 10)
+        return dx if need_x else None, None, None, None, *soft, dr.to(probs_dtype) if need_probs else None, *([None] * 11)
 
 
 def masked_by_slots(
@@ -72,8 +73,9 @@ def masked_by_slots(
 ) -> Tensor:
     """``masked_ffn``, its arguments checked there; r [T, E] the mask of the weights, with their gradient."""
     E = r.shape[1]
-    order, _, _, _ = sort_slots_op(expert_of[:, None], E)  # neurons as tokens of one slot
-    slots = sort_slots_op(indices, E)
+    order, _, starts, _ = sort_slots_op(expert_of[:, None], E)  # neurons as tokens of one slot
+    token, source, offsets, slot_of = sort_slots_op(indices, E)
+    slots = indices, token.int(), source.int(), offsets, slot_of
     weights = None if weights is None else weights.detach()
-    soft = r, plan, probs, weights
-    return _SlotsMaskedFFN.apply(x, gate_proj, up_proj, down_proj, *soft, expert_of, order, indices, *slots, activation, recompute)
+    soft, options = (r, plan, probs, weights), (activation, recompute, anchor(x))
+    return _SlotsMaskedFFN.apply(x, gate_proj, up_proj, down_proj, *soft, order.int(), starts, *slots, *options)

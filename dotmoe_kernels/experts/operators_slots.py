@@ -17,8 +17,8 @@ def masked_slots_op(
     up_proj: Tensor,
     down_proj: Tensor,
     weights: Tensor | None,
-    expert_of: Tensor,
     order: Tensor,
+    starts: Tensor,
     indices: Tensor,
     token: Tensor,
     source: Tensor,
@@ -28,7 +28,7 @@ def masked_slots_op(
 ) -> tuple[Tensor, Tensor]:
     from .gpu.masked_slots import forward
 
-    routed = expert_of, order, indices, token, source, offsets, slot_of
+    routed = order, starts, indices, token, source, offsets, slot_of
     return forward(x, gate_proj, up_proj, down_proj, weights, *routed, activation)
 
 
@@ -39,8 +39,8 @@ def _(
     up_proj: Tensor,
     down_proj: Tensor,
     weights: Tensor | None,
-    expert_of: Tensor,
     order: Tensor,
+    starts: Tensor,
     indices: Tensor,
     token: Tensor,
     source: Tensor,
@@ -61,8 +61,8 @@ def masked_slots_backward_op(
     down_proj: Tensor,
     r: Tensor,
     weights: Tensor | None,
-    expert_of: Tensor,
     order: Tensor,
+    starts: Tensor,
     indices: Tensor,
     token: Tensor,
     source: Tensor,
@@ -76,7 +76,7 @@ def masked_slots_backward_op(
     """Each output empty unless needed; x or the product may be None."""
     from .gpu.masked_slots import backward
 
-    tensors = dy, x, product, gate_proj, up_proj, down_proj, r, weights, expert_of, order, indices, token, source, offsets, slot_of
+    tensors = dy, x, product, gate_proj, up_proj, down_proj, r, weights, order, starts, indices, token, source, offsets, slot_of
     return backward(*tensors, activation, needs_x, needs_r, needs_plan)
 
 
@@ -90,8 +90,8 @@ def _(
     down_proj: Tensor,
     r: Tensor,
     weights: Tensor | None,
-    expert_of: Tensor,
     order: Tensor,
+    starts: Tensor,
     indices: Tensor,
     token: Tensor,
     source: Tensor,

@@ -6,9 +6,8 @@
 One pass over (d, gate, up) writes dgate and dup and adds up dR: a program keeps the tokens of its tile, walks over its share of
 the neurons, in their first order, and multiplies each tile of d * U with the one-hot rows of expert_of; the shares are added in
 their order. dP is summed over the tokens instead, which no order of the same walk gives: a second pass forms d * U again, from
-six bytes an element in 16 bits, and keeps no [T, F] product. In the stored order the neurons of a tile belong to one expert, and
-where dgate and dup are not wanted this pass adds up dR as well. Sums in float32; nothing depends on a race.
-Cost: five passes over [T, F], and three more for dP; three in all in the stored order.
+six bytes an element in 16 bits, and keeps no [T, F] product. Sums in float32; nothing depends on a race.
+Cost: five passes over [T, F], and three more for dP.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from ..._backend import device_guard
 from ..._tiles import masked_splits, masked_tile
@@ -27,17 +27,16 @@ from .pointwise import activate, activate_derivative
 @triton.jit(do_not_specialize=["T"])
 def _masked_hidden_bwd_kernel(
     d_ptr,  # [T, F]
-    gate_ptr,  # [T, F], or the product [T, 2F] of the stored order
-    up_ptr,  # [T, F], or the same
+    gate_ptr,  # [T, F]
+    up_ptr,  # [T, F]
     r_ptr,  # [T, E]
-    expert_of_ptr,  # [F], or None: the stored order
+    expert_of_ptr,  # [F]
     dgate_ptr,  # [T, F] out
     dup_ptr,  # [T, F] out
     dr_ptr,  # [SPLITS, T, E] out, float32
     T,
     F,
     E,
-    s,
     share,  # neurons of a program
     stride_dt,
     stride_df,
@@ -65,17 +64,10 @@ def _masked_hidden_bwd_kernel(
         f = start + tl.arange(0, BLOCK_F)
         at = f.to(tl.int64)[None, :]
         inside = (t < T)[:, None] & (f < end)[None, :]
-        if expert_of_ptr is None:
-            expert = tl.where(f < end, f // s, -1)
-            gate_at = (f + f // s * s).to(tl.int64)[None, :]
-            up_at = gate_at + s
-        else:
-            expert = tl.load(expert_of_ptr + f, mask=f < end, other=-1).to(tl.int32)
-            gate_at = at
-            up_at = at
+        expert = tl.load(expert_of_ptr + f, mask=f < end, other=-1).to(tl.int32)
         d = tl.load(d_ptr + t[:, None] * stride_dt + at * stride_df, mask=inside, other=0.0)
-        gate = tl.load(gate_ptr + t[:, None] * stride_gt + gate_at * stride_gf, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + t[:, None] * stride_ut + up_at * stride_uf, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + t[:, None] * stride_gt + at * stride_gf, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + t[:, None] * stride_ut + at * stride_uf, mask=inside, other=0.0).to(tl.float32)
         kind = d.dtype
         d = d.to(tl.float32)
         a = activate(gate, ACTIVATION)
@@ -102,15 +94,13 @@ def _masked_hidden_bwd_kernel(
 @triton.jit(do_not_specialize=["T"])
 def _plan_gradient_kernel(
     d_ptr,  # [T, F]
-    gate_ptr,  # [T, F], or the product [T, 2F] of the stored order
-    up_ptr,  # [T, F], or the same
-    r_ptr,  # [T, E]
-    dplan_ptr,  # [SPLITS, F, E] out, float32
-    dr_ptr,  # [s / BLOCK_F, T, E] out, float32, where a tile lies within an expert of the stored order; or None
+    gate_ptr,  # [T, F]
+    up_ptr,  # [T, F]
+    r_ptr,  # [T, C]
+    dplan_ptr,  # [SPLITS, F, C] out, float32
     T,
     F,
-    E,
-    s,
+    C,  # E, and columns of zeros, so that the rows of R are aligned
     share,  # tokens of a program
     stride_dt,
     stride_df,
@@ -118,7 +108,6 @@ def _plan_gradient_kernel(
     stride_gf,
     stride_ut,
     stride_uf,
-    STORED: tl.constexpr,  # the stored order
     ACTIVATION: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -130,32 +119,29 @@ def _plan_gradient_kernel(
     split = tl.program_id(1)
     begin = split * share
     end = tl.minimum(begin + share, T)
-    e = tl.arange(0, BLOCK_E)
+    c = tl.arange(0, BLOCK_E)
     at = f.to(tl.int64)[None, :]
-    gate_at = (f + f // s * s).to(tl.int64)[None, :] if STORED else at
-    up_at = gate_at + s if STORED else at
     acc = tl.zeros([BLOCK_F, BLOCK_E], dtype=tl.float32)
     for start in range(begin, end, BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
         t = rows.to(tl.int64)[:, None]
         inside = (rows < end)[:, None] & (f < F)[None, :]
         d = tl.load(d_ptr + t * stride_dt + at * stride_df, mask=inside, other=0.0)
-        gate = tl.load(gate_ptr + t * stride_gt + gate_at * stride_gf, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + t * stride_ut + up_at * stride_uf, mask=inside, other=0.0).to(tl.float32)
-        r = tl.load(r_ptr + t * E + e[None, :], mask=(rows < end)[:, None] & (e < E)[None, :], other=0.0)  # [T, E]
-        product = d.to(tl.float32) * activate(gate, ACTIVATION) * up
-        if dr_ptr is not None:
-            e_of = tl.program_id(0) * BLOCK_F // s
-            tile = (tl.program_id(0) * BLOCK_F - e_of * s) // BLOCK_F
-            dr_at = dr_ptr + (tile.to(tl.int64) * T + rows) * E + e_of
-            tl.store(dr_at, tl.sum(product, 1), mask=rows < end)
-        product = product.to(d.dtype)
+        gate = tl.load(gate_ptr + t * stride_gt + at * stride_gf, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + t * stride_ut + at * stride_uf, mask=inside, other=0.0).to(tl.float32)
+        r = tl.load(r_ptr + t * C + c[None, :], mask=(rows < end)[:, None] & (c < C)[None, :], other=0.0)
+        product = (d.to(tl.float32) * activate(gate, ACTIVATION) * up).to(d.dtype)
         r = r.to(d.dtype)
         if UPCAST:
             product, r = product.to(tl.float32), r.to(tl.float32)
         acc = tl.dot(tl.trans(product), r, acc, input_precision=PRECISION)
-    out = (split.to(tl.int64) * F + f)[:, None] * E + e[None, :]
-    tl.store(dplan_ptr + out, acc, mask=(f < F)[:, None] & (e < E)[None, :])
+    out = (split.to(tl.int64) * F + f)[:, None] * C + c[None, :]
+    tl.store(dplan_ptr + out, acc, mask=(f < F)[:, None] & (c < C)[None, :])
+
+
+def aligned_columns(r: Tensor) -> Tensor:
+    """With columns of zeros up to a multiple of 16, whose rows a kernel loads in wide pieces."""
+    return functional.pad(r, (0, -r.shape[1] % 16))
 
 
 def masked_hidden_backward(
@@ -163,30 +149,25 @@ def masked_hidden_backward(
     gate: Tensor,
     up: Tensor,
     r: Tensor,
-    expert_of: Tensor | None,
+    expert_of: Tensor,
     activation: str,
     needs_gate: bool,
     needs_r: bool,
     needs_plan: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dgate, dup [T, F], dR [T, E] and dP [F, E] in float32; empty where not needed.
-
-    Without expert_of all is in the stored order, and gate and up are twice the product [T, 2F]."""
-    (T, F), E = d.shape, r.shape[1]
+    """-> dgate, dup [T, F], dR [T, E] and dP [F, E] in float32; empty where not needed."""
+    (T, F), E = gate.shape, r.shape[1]
     new = gate.new_empty
     dgate, dup = (new((T, F) if needs_gate else 0) for _ in range(2))
     dr, dplan = new(0, dtype=torch.float32), new(0, dtype=torch.float32)
     if T == 0 or F == 0 or E == 0:
         dr = new((T, E), dtype=torch.float32).zero_() if needs_r else dr
         return dgate, dup, dr, new((F, E), dtype=torch.float32).zero_() if needs_plan else dplan
-    expert_of = None if expert_of is None else expert_of.contiguous()
-    r, s, strides = r.contiguous(), max(F // E, 1), (*d.stride(), *gate.stride(), *up.stride())
+    r, expert_of, strides = r.contiguous(), expert_of.contiguous(), (*d.stride(), *gate.stride(), *up.stride())
     product = product_options(gate)
     narrow = gate.element_size() > 2
-    tile, options = masked_tile("plan", F, E, narrow)
-    together = expert_of is None and needs_plan and not needs_gate and s % tile["BLOCK_F"] == 0  # dR lies in the pass of dP
     with device_guard(gate):
-        if needs_gate or (needs_r and not together):
+        if needs_gate or needs_r:
             tile, options = masked_tile("backward", F, E, narrow)
             splits, share = masked_splits(T, F, tile["BLOCK_T"], tile["BLOCK_F"])
             partial = new((splits, T, E), dtype=torch.float32) if needs_r else None
@@ -202,7 +183,6 @@ def masked_hidden_backward(
                 T,
                 F,
                 E,
-                s,
                 share,
                 *strides,
                 ACTIVATION=activation,
@@ -216,27 +196,10 @@ def masked_hidden_backward(
         if needs_plan:
             tile, options = masked_tile("plan", F, E, narrow)
             splits, share = masked_splits(F, T, tile["BLOCK_F"], tile["BLOCK_T"])
-            partial = new((splits, F, E), dtype=torch.float32)
-            parts = new((s // tile["BLOCK_F"], T, E), dtype=torch.float32) if needs_r and together else None
+            r = aligned_columns(r)
+            partial = new((splits, F, r.shape[1]), dtype=torch.float32)
             _plan_gradient_kernel[(triton.cdiv(F, tile["BLOCK_F"]), splits)](
-                d,
-                gate,
-                up,
-                r,
-                partial,
-                parts,
-                T,
-                F,
-                E,
-                s,
-                share,
-                *strides,
-                STORED=expert_of is None,
-                ACTIVATION=activation,
-                **product,
-                **tile,
-                **options,
+                d, gate, up, r, partial, T, F, r.shape[1], share, *strides, ACTIVATION=activation, **product, **tile, **options
             )
-            dplan = partial.sum(0)
-            dr = dr if parts is None else parts.sum(0)
+            dplan = partial.sum(0)[:, :E].contiguous()
     return dgate, dup, dr, dplan
