@@ -332,6 +332,19 @@ def test_every_command_exits_130_when_interrupted(capsys, here, converted, monke
     assert call(capsys, command, *arguments) == (130, "", f"dotmoe {command}: interrupted\n")
 
 
+def test_a_reader_that_leaves_ends_the_command_without_a_word(capsys, converted, monkeypatch):
+    """As head does; little text fails only when it is flushed."""
+    for lines in (1, 100_000):
+        monkeypatch.setitem(cli.COMMANDS, "info", lambda args, lines=lines: print("line\n" * lines) or 0)
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w") as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+            assert cli.main(["info", str(converted)]) == 1
+            monkeypatch.undo()
+        assert capsys.readouterr() == ("", "")
+
+
 def test_a_loss_that_is_not_finite_exits_1(capsys, here, tmp_path, monkeypatch):
     interrupt(monkeypatch, 2, FloatingPointError("non-finite loss at step 3"))
     status, _, err = call(capsys, *convert_arguments(here, tmp_path / "moe"))

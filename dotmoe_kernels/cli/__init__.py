@@ -5,6 +5,7 @@ parser.py the arguments, inputs.py what they name, convert.py and commands.py wh
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -28,7 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        return COMMANDS[args.command](args)
+        status = COMMANDS[args.command](args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, such as head, has enough; what is still in the buffer must not raise once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except FloatingPointError as error:
         print(f"dotmoe {args.command}: error: {error}", file=sys.stderr)
         return 1
