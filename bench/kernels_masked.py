@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from bench import shapes
 from bench.registry import BF16, Cost, Kernel, Variant
 from dotmoe_kernels import _tiles
@@ -32,8 +34,11 @@ def _constexprs(kind: str, shape: shapes.Shape, dtype: str, backend: str) -> tup
     if kind == "mask":
         tile, options = _tiles.mask_tile(shape.E)
         return {**tile, **last}, options
-    if kind.startswith("pack"):
-        tile, options = _tiles.pack_tile(kind.removeprefix("pack "), shape.H if kind == "pack rows" else shape.F)
+    if kind == "pack rows":
+        tile, options = _tiles.row_tile(shape.H, torch.bfloat16)
+        return {**tile, **last}, options
+    if kind == "pack columns":
+        tile, options = _tiles.columns_tile(shape.F, 4 if dtype == "fp32" else 2, backend)
         return {**tile, **last}, options
     if kind.startswith("slots"):
         tile, options = _tiles.slots_tile(shape.s)

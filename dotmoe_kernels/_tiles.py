@@ -236,13 +236,11 @@ def leaves_zeros_out(T: int, E: int, s: int, K: int, H: int) -> bool:
     return K > 0 and saved * H200_BANDWIDTH > 2 * (4 * T * K * H + 12 * E * s * H)  # bytes in 16 bits
 
 
-def pack_tile(kernel: str, width: int) -> tuple[dict[str, int], dict[str, Any]]:
-    """Part of one row of ``width``, for copies in the order of the experts: of "rows" whole; of "columns" gathered, where few
-    programs, with many warps each, share a cache."""
-    block = max(16, _power_of_two(width))
-    if kernel == "rows":
-        return {"BLOCK_H": min(1024, block)}, {"num_warps": 4}
-    return {"BLOCK_F": min(4096, block)}, {"num_warps": 16}
+def columns_tile(F: int, itemsize: int, backend: str = BACKEND) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A row of F that is ordered on the chip, or parts of it, which few programs, with many warps each, read through a cache."""
+    block = max(16, _power_of_two(F))
+    whole = block * itemsize <= 2**16 // (2 if backend == "hip" else 1)
+    return {"WHOLE": whole, "BLOCK_F": block if whole else 4096}, {"num_warps": 16 if block >= 16384 else 4}
 
 
 def slots_tile(s: int) -> tuple[dict[str, int], dict[str, Any]]:

@@ -266,6 +266,19 @@ def test_by_slots_any_strides():
     assert all(error(found[name], expected[name]) < 2e-6 for name in expected)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("F", [24, 100, 5000])
+def test_columns_in_another_order(F, whole, monkeypatch):
+    from dotmoe_kernels.experts.gpu import masked_slots
+
+    if not whole:
+        monkeypatch.setattr(masked_slots, "columns_tile", lambda *_: ({"WHOLE": False, "BLOCK_F": 64}, {"num_warps": 4}))
+    down = normal(5, F, seed=71, dtype=torch.float32).to(DEVICE)
+    order = torch.randperm(F, generator=generator(72)).to(DEVICE)
+    assert torch.equal(masked_slots.pack_columns(down, order.int()), down[:, order])
+    assert torch.equal(masked_slots.pack_columns(down.T.contiguous().T, order.int()), down[:, order])
+
+
 @pytest.mark.parametrize("name", ["x", "plan", "probs"])
 def test_by_slots_only_one_argument_needs_a_gradient(name, by_slots):
     tensors, expert_of, indices = problem(9, 24, 4, 2, 6, "plan", "probs", seed=65, dtype=torch.float32)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..._backend import device_guard
-from ..._tiles import masked_splits, masked_tile, pack_tile, slots_tile
+from ..._tiles import columns_tile, masked_splits, masked_tile, row_tile, slots_tile
 from .alignment import aligned_columns
 from .decode import product_options
 from .forward import token_sums
@@ -70,15 +70,24 @@ def _pack_columns_kernel(
     F,
     stride_dh,
     stride_df,
+    WHOLE: tl.constexpr,  # BLOCK_F >= F
     BLOCK_F: tl.constexpr,
 ):
-    """A program copies a row: its neurons lie anywhere in it, but together they are the row, which the cache keeps."""
+    """A program copies a row. It is read as it lies and ordered on the chip, where it fits; else its neurons are read from anywhere
+    in it, which together are the row, and the cache keeps it."""
     row = tl.program_id(0).to(tl.int64)
-    for start in range(0, F, BLOCK_F):
-        f = start + tl.arange(0, BLOCK_F)
-        neuron = tl.load(order_ptr + f, mask=f < F, other=0).to(tl.int64)
-        x = tl.load(down_ptr + row * stride_dh + neuron * stride_df, mask=f < F, other=0.0)
-        tl.store(packed_ptr + row * F + f, x, mask=f < F)
+    down_ptr += row * stride_dh
+    packed_ptr += row * F
+    f = tl.arange(0, BLOCK_F)
+    if WHOLE:
+        x = tl.load(down_ptr + f.to(tl.int64) * stride_df, mask=f < F, other=0.0)
+        neuron = tl.load(order_ptr + f, mask=f < F, other=0)
+        tl.store(packed_ptr + f, tl.gather(x, neuron, 0), mask=f < F)
+    else:
+        for start in range(0, F, BLOCK_F):
+            neuron = tl.load(order_ptr + start + f, mask=start + f < F, other=0).to(tl.int64)
+            x = tl.load(down_ptr + neuron * stride_df, mask=start + f < F, other=0.0)
+            tl.store(packed_ptr + start + f, x, mask=start + f < F)
 
 
 @triton.jit(do_not_specialize=["S", "E"])
@@ -180,7 +189,7 @@ def pack_rows(gate_proj: Tensor, up_proj: Tensor, order: Tensor, starts: Tensor)
     """gate_up_proj [E, 2s, H] in the stored order."""
     (F, H), E = gate_proj.shape, starts.numel() - 1
     packed = gate_proj.new_empty(E, 2 * (F // E), H)
-    tile, options = pack_tile("rows", H)
+    tile, options = row_tile(H, gate_proj.dtype)
     with device_guard(gate_proj):
         _pack_rows_kernel[F, triton.cdiv(H, tile["BLOCK_H"])](
             gate_proj,
@@ -202,7 +211,7 @@ def pack_columns(down_proj: Tensor, order: Tensor) -> Tensor:
     """down_proj [H, F] in the stored order."""
     H, F = down_proj.shape
     packed = down_proj.new_empty(H, F)
-    tile, options = pack_tile("columns", F)
+    tile, options = columns_tile(F, down_proj.element_size())
     with device_guard(down_proj):
         _pack_columns_kernel[(H,)](down_proj, order, packed, F, *down_proj.stride(), **tile, **options)
     return packed
