@@ -15,6 +15,7 @@ from tiny import dense_model, random_layers, sparse_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from dotmoe_kernels import cli
+from dotmoe_kernels._tiles import leaves_zeros_out
 from dotmoe_kernels.alignment.config import AlignmentConfig
 from dotmoe_kernels.alignment.transport import Transport
 from dotmoe_kernels.conversion import (
@@ -203,14 +204,31 @@ def test_memory_and_time_grow_with_what_they_depend_on():
     assert predict("smollm2-135m", steps=2000)["predicted_seconds"] == pytest.approx(2 * small["predicted_seconds"], rel=1e-3)
 
 
-def test_flops_of_a_token_by_hand():
+@pytest.mark.parametrize(
+    ("name", "sizes"),  # L, H, F, E, K, V, S, q, v, and whether a GPU leaves the mask's zeros out
+    [
+        ("smollm2-135m", (30, 576, 1536, 24, 6, 49152, 1024, 576, 192)),
+        ("llama3-8b", (32, 4096, 14336, 112, 28, 128256, 2048, 4096, 1024)),
+    ],
+)
+def test_flops_of_a_token_by_hand(name, sizes):
     """Products of 2 H (q + v) + 3 F H weights a layer and of the head, causal attention, routers, the plan's gradient."""
-    L, H, F, E, V, S, q, v = 30, 576, 1536, 24, 49152, 1024, 576, 192
+    L, H, F, E, K, V, S, q, v = sizes
     products, attention = L * (2 * H * (q + v) + 3 * F * H) + H * V, L * 2 * S * q
     forward, backward = 2 * products + attention, 2 * products + 2.5 * attention
     router, plan = L * 2 * E * H, L * 2 * F * E
-    report = predict("smollm2-135m")
-    assert report["flops"] / report["tokens"] == pytest.approx(2 * forward + backward + 3 * router + plan, rel=1e-9)
+    report = predict(name)
+    T = report["tokens_a_pass"]
+    dense = 2 * forward + backward + 3 * router + plan
+    behind = 3 * L * 2 * F * H  # down, and the gradients of gate and up
+    left_out = leaves_zeros_out(T, E, F // E, K, H)
+    assert left_out == (name == "llama3-8b")
+    flops = dense - behind * (1 - K / E) if left_out else dense
+    assert report["flops"] / report["tokens"] == pytest.approx(flops, rel=1e-9)
+    slow = dense - behind * (1 - K / E / 0.75) if left_out else dense
+    transport = report["steps"] * 2 * 50 * 4 * L * F * E / 4.3e12
+    seconds = report["tokens"] * slow / (0.4 * 790e12) + transport
+    assert report["predicted_seconds"] == pytest.approx(seconds, abs=1e-3)
 
 
 def test_a_fixed_assignment_trains_the_router_alone():
@@ -324,6 +342,7 @@ def test_reconstruction_by_hand():
     assert found["predicted_seconds"] == pytest.approx((collecting + errors) / (0.4 * 790e12) + L * 50 * 1e-3, abs=1e-3)
     wide = [predict_stage("llama3-8b", "reconstruct", reconstruct_steps=n) for n in (0, 50, 100)]
     slope = (wide[2]["flops"] - wide[1]["flops"]) / (0.4 * 790e12)
+    assert not leaves_zeros_out(1024, 112, 128, 28, 4096)  # so few tokens: the products are dense
     seconds = [w["predicted_seconds"] for w in wide]
     transport = 32 * 50 * 2 * 50 * 4 * 14336 * 112 / 4.3e12
     assert seconds[2] - seconds[1] == pytest.approx(slope + transport, abs=2e-3)

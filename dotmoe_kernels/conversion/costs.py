@@ -20,6 +20,8 @@ and in flops a token:
     sparse pass  2 P + a + 2 L E H              of the dense width: the straight-through rule needs every neuron
     backward     2 P + 2.5 a + 4 L E H          through the activations alone, since the weights are frozen; through the router;
                  + 2 L F E                      and to the plan
+    zeros        - 6 L F H (1 - K / E)          where a GPU leaves them out of the three products behind the mask (_tiles), which
+                                                then reach a share of that rate
 
 reconstruct, one layer after the other on a sample of M tokens, B a step. The inputs of as many layers as fit are collected at a
 time, in G passes of the dense model:
@@ -33,7 +35,8 @@ time, in G passes of the dense model:
     flops        G M (2 P + a)                  the inputs
                  + L M 6 F H                    the dense outputs
                  + 2 L M / 16 (6 F H + 2 E H)   the errors on what is held out, before and after
-                 + L steps B (8 F H + 4 E H + 2 F E)    a step: as above, but no gradient goes on to the inputs
+                 + L steps B (8 F H + 4 E H + 2 F E)    a step: as above, but no gradient goes on to the inputs, so that one
+                                                product, 2 F H, is behind the mask
 
 finetune, of P' = P - 3 L F H + 3 L K s H parameters in products, in bytes:
 
@@ -62,7 +65,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .._tiles import H200_BANDWIDTH, H200_BF16
+from .._tiles import H200_BANDWIDTH, H200_BF16, TRITON_SHARE, leaves_zeros_out
 from ..alignment.chunked import chunk_rows
 from ..alignment.config import AlignmentConfig
 from ..alignment.reconstruction import _MEMORY, _ROWS
@@ -120,6 +123,14 @@ class Cost:
     seconds: float
 
 
+def _behind_the_mask(z: Sizes, T: int, dense: float) -> tuple[float, float]:
+    """Of products behind the mask, ``dense`` flops wide: (flops, flops that the full rate would do in their time)."""
+    if not leaves_zeros_out(T, z.E, z.F // z.E, z.slots, z.H):
+        return dense, dense
+    routed = dense * z.slots / z.E
+    return routed, routed / TRITON_SHARE
+
+
 def align_cost(z: Sizes, options: AlignmentConfig) -> Cost:
     T = (options.micro_batch_size or options.batch_size) * z.S
     kept = z.w * (2 * z.F + 2 * z.q + 2 * z.v + z.E) + 4 * (3 * z.H + 2 * z.E) + 12 * z.K  # bytes a token and layer
@@ -130,12 +141,14 @@ def align_cost(z: Sizes, options: AlignmentConfig) -> Cost:
         "activations": T * z.L * kept + 4 * T * z.w * z.F,
         "loss": 3 * T * z.w * z.H + 16 * min(chunk_rows(z.V, torch.device("cuda")), T) * z.V,
     }
-    a_token = 6 * z.P + 4.5 * z.attention + 6 * z.L * z.E * z.H + 2 * z.L * z.plan
+    behind = 6 * z.L * z.F * z.H
+    routed, in_time = _behind_the_mask(z, T, behind)
+    whole = 6 * z.P - behind + 4.5 * z.attention + 6 * z.L * z.E * z.H + 2 * z.L * z.plan
     a_step = options.batch_size * z.S
     tokens = options.steps * a_step
     transport = options.steps * 2 * options.num_iters * 4 * z.L * z.plan / H200_BANDWIDTH
-    seconds = tokens * a_token / (SHARE * H200_BF16) + transport
-    return Cost(options.steps, tokens, a_step, T, memory, float(tokens * a_token), seconds)
+    seconds = tokens * (whole + in_time) / (SHARE * H200_BF16) + transport
+    return Cost(options.steps, tokens, a_step, T, memory, float(tokens * (whole + routed)), seconds)
 
 
 def reconstruct_cost(z: Sizes, options: AlignmentConfig, steps: int) -> Cost:
@@ -156,8 +169,10 @@ def reconstruct_cost(z: Sizes, options: AlignmentConfig, steps: int) -> Cost:
     }
     dense, router, rate = 6 * z.F * z.H, 2 * z.E * z.H, SHARE * H200_BF16
     around = -(-z.L // group) * sample * (2 * z.P + z.attention) + z.L * (sample * dense + 2 * held * (dense + router))
-    a_step = B * (dense + 2 * z.F * z.H + 2 * router + 2 * z.plan)
-    step_seconds = max(a_step / rate + 2 * options.num_iters * 4 * z.plan / H200_BANDWIDTH, _LEAST_STEP)
+    routed, in_time = _behind_the_mask(z, B, 2 * z.F * z.H)
+    whole = dense + 2 * router + 2 * z.plan  # gate, up and the gradient of their product: as many as in a dense pass
+    a_step = B * (whole + routed)
+    step_seconds = max(B * (whole + in_time) / rate + 2 * options.num_iters * 4 * z.plan / H200_BANDWIDTH, _LEAST_STEP)
     flops, seconds = around + z.L * steps * a_step, around / rate + z.L * steps * step_seconds
     return Cost(steps, sample, B, B, memory, float(flops), seconds)
 
