@@ -254,20 +254,25 @@ def frozen(function, tensors):
 @pytest.fixture
 def thin(monkeypatch):
     """Thin experts are split too."""
-    monkeypatch.setattr(masked_cpu, "_HIDDEN", 0)
+    for name in ("_HIDDEN", "_HIDDEN_FORWARD", "_HIDDEN_16"):
+        monkeypatch.setattr(masked_cpu, name, 0)
 
 
 def compare_frozen(expert_of, indices, tensors, **options):
-    assert masked_cpu.worth_splitting(*indices.shape, int(expert_of.max()) + 1, expert_of.numel())
+    assert masked_cpu.worth_splitting(*indices.shape, int(expert_of.max()) + 1, expert_of.numel(), 4, True)
     own, leaves = frozen(ours(expert_of, indices, **options), tensors)
     compare(own, frozen(plain(expert_of, indices), tensors)[0], **leaves)
 
 
 def test_thin_experts_are_not_split():
-    assert masked_cpu.worth_splitting(1024, 4, 16, 1024)
-    assert not masked_cpu.worth_splitting(1024, 8, 32, 512)  # 256 rows of 16 neurons each
-    assert not masked_cpu.worth_splitting(1024, 9, 16, 1024)
-    assert not masked_cpu.worth_splitting(255, 4, 16, 1024)
+    splits = masked_cpu.worth_splitting
+    assert splits(1024, 4, 16, 1024, 4, True)
+    assert not splits(1024, 8, 32, 512, 4, True)  # 256 rows of 16 neurons each
+    assert not splits(1024, 9, 16, 1024, 4, True)
+    assert not splits(255, 4, 16, 1024, 2, True)
+    assert not splits(1024, 4, 16, 1024, 4, False)  # without a backward pass there is less to spare
+    assert splits(512, 4, 16, 1024, 2, False)
+    assert not splits(512, 4, 16, 1024, 4, True)
 
 
 @pytest.mark.usefixtures("thin")

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._autograd import anchor, first_order, wants_gradient
 from .._backend import use_triton
-from .._checks import compute_dtype, has_values, require, require_float, require_indices, require_range, require_same, require_shape
+from .._checks import has_values, require, require_float, require_indices, require_range, require_same, require_shape
 from .activations import find_activation
 from .masked_cpu import SparseMaskedFFN, worth_splitting
 
@@ -57,6 +57,11 @@ def masked_view_ffn(
     return hidden @ down_proj.transpose(1, 2).reshape(-1, H)
 
 
+def _gates(r: Tensor, expert_of: Tensor) -> Tensor:
+    """M R^T [F, T]"""
+    return r.T.contiguous().index_select(0, expert_of)
+
+
 class _MaskedFFN(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -72,15 +77,16 @@ class _MaskedFFN(torch.autograd.Function):
         activation: str,
         anchor: Tensor | None,
     ) -> Tensor:
-        """r [T, E] holds the hard weights; plan and probs only receive gradients."""
-        gate, up = x @ gate_proj.T, x @ up_proj.T  # [T, F]
+        """r [T, E] holds the hard weights; plan and probs only receive gradients. Neurons are rows: R's are then copied whole."""
+        gate, up = gate_proj @ x.T, up_proj @ x.T  # [F, T]
         hidden = find_activation(activation).forward(gate).mul_(up)
-        hidden *= r.index_select(1, expert_of)
+        hidden *= _gates(r, expert_of)
         weight_grads = any(ctx.needs_input_grad[1:4])
-        ctx.save_for_backward(x if weight_grads else None, gate_proj, up_proj, down_proj, r, expert_of, gate, up, anchor)
+        kept = x if weight_grads else None, gate_proj, up_proj, down_proj, r, expert_of, gate, up, anchor
+        ctx.save_for_backward(*kept)
         ctx.activation = activation
         ctx.soft = (None if plan is None else plan.dtype, None if probs is None else probs.dtype)
-        return hidden @ down_proj.T
+        return hidden.T @ down_proj.T
 
     @staticmethod
     @first_order("masked_ffn")
@@ -88,32 +94,32 @@ class _MaskedFFN(torch.autograd.Function):
         x, gate_proj, up_proj, down_proj, r, expert_of, gate, up, _ = ctx.saved_tensors
         act = find_activation(ctx.activation)
         need_x, need_gate, need_up, need_down, need_r, need_plan, need_probs = ctx.needs_input_grad[:7]
-        wide = compute_dtype(dy)
-        a = act.forward(gate)  # [T, F]
-        du = dy @ down_proj  # [T, F], of the masked hidden
+        a = act.forward(gate)  # [F, T]
+        du = down_proj.T @ dy.T  # [F, T], of the masked hidden
         dr = dplan = dprobs = dx = dgate_proj = dup_proj = ddown_proj = None
         if need_r or need_plan or need_probs:
-            dg = (du * a).mul_(up)  # gradient of the gate R M^T
+            dg = (du * a).mul_(up)  # gradient of the gate M R^T
             if need_plan:
-                dplan = (dg.T @ r).to(ctx.soft[0])
+                dplan = (dg @ r).to(ctx.soft[0])
             if need_r or need_probs:
-                experts = functional.one_hot(expert_of, r.shape[1]).to(dg.dtype)
-                segments = dg @ experts  # [T, E]
+                experts = dg.new_zeros(r.shape[1], len(expert_of)).scatter_(0, expert_of.long()[None], 1.0)  # M^T
+                segments = (experts @ dg).T  # [T, E]
                 dprobs = segments.to(ctx.soft[1]) if need_probs else None
                 dr = segments.to(r.dtype) if need_r else None
             del dg
         if need_x or need_gate or need_up or need_down:
-            mask = r.index_select(1, expert_of)  # [T, F]
+            mask = _gates(r, expert_of)
             if need_down:
-                ddown_proj = dy.T @ (a * up).mul_(mask)
+                ddown_proj = ((a * up).mul_(mask) @ dy).T
             du *= mask
+            del mask
             dgate, dup = act.backward(du * up, gate), du.mul_(a)
             if need_x:
-                dx = (dgate @ gate_proj).to(wide).add_(dup @ up_proj).to(dy.dtype)
+                dx = (dgate.T @ gate_proj).addmm_(dup.T, up_proj)
             if need_gate:
-                dgate_proj = dgate.T @ x
+                dgate_proj = dgate @ x
             if need_up:
-                dup_proj = dup.T @ x
+                dup_proj = dup @ x
         return dx, dgate_proj, dup_proj, ddown_proj, dr, dplan, dprobs, None, None, None
 
 
@@ -213,7 +219,9 @@ def masked_ffn(
             return masked(*tensors, E, activation, recompute, balanced)
         r = _expert_mask(indices, weights, E, x.dtype)
         arguments = (x, gate_proj, up_proj, down_proj, r, plan, probs, expert_of, activation, anchor(x))
-        sparse = worth_splitting(T, indices.shape[1], E, F) and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        learns = wants_gradient(x, plan, probs, weights)
+        split = worth_splitting(T, indices.shape[1], E, F, x.element_size(), learns)
+        sparse = split and x.device.type == "cpu" and not torch.compiler.is_compiling()
         function = SparseMaskedFFN if sparse and not wants_gradient(gate_proj, up_proj, down_proj) else _MaskedFFN
         if recompute and torch.is_grad_enabled():
             return checkpoint(function.apply, *arguments, use_reentrant=False, preserve_rng_state=False)
