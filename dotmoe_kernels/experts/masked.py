@@ -30,9 +30,9 @@ from .masked_cpu import SparseMaskedFFN, worth_splitting
 
 def _expert_mask(indices: Tensor, weights: Tensor | None, num_experts: int, dtype: torch.dtype) -> Tensor:
     """R [T, E]: each token's weight for each expert; column E collects the empty slots and is dropped."""
-    w = torch.ones(indices.shape, dtype=dtype, device=indices.device) if weights is None else weights.to(dtype)
     r = torch.zeros(indices.shape[0], num_experts + 1, dtype=dtype, device=indices.device)
-    return r.scatter_add(1, indices.long(), w)[:, :num_experts]
+    w = r.new_ones(()).expand(indices.shape) if weights is None else weights.to(dtype)
+    return r.scatter_add_(1, indices.long(), w)[:, :num_experts]
 
 
 def masked_view_ffn(
@@ -97,8 +97,9 @@ class _MaskedFFN(torch.autograd.Function):
         a = act.forward(gate)  # [F, T]
         du = down_proj.T @ dy.T  # [F, T], of the masked hidden
         dr = dplan = dprobs = dx = dgate_proj = dup_proj = ddown_proj = None
+        space = torch.mul(du, a)  # the pages of a new tensor would cost as much as a pass
         if need_r or need_plan or need_probs:
-            dg = (du * a).mul_(up)  # gradient of the gate M R^T
+            dg = space.mul_(up)  # gradient of the gate M R^T
             if need_plan:
                 dplan = (dg @ r).to(ctx.soft[0])
             if need_r or need_probs:
@@ -106,14 +107,14 @@ class _MaskedFFN(torch.autograd.Function):
                 segments = (experts @ dg).T  # [T, E]
                 dprobs = segments.to(ctx.soft[1]) if need_probs else None
                 dr = segments.to(r.dtype) if need_r else None
-            del dg
         if need_x or need_gate or need_up or need_down:
             mask = _gates(r, expert_of)
             if need_down:
                 ddown_proj = ((a * up).mul_(mask) @ dy).T
             du *= mask
             del mask
-            dgate, dup = act.backward(du * up, gate), du.mul_(a)
+            dgate = act.backward(torch.mul(du, up, out=space), gate)
+            dup = du.mul_(a)
             if need_x:
                 dx = (dgate.T @ gate_proj).addmm_(dup.T, up_proj)
             if need_gate:
