@@ -138,7 +138,7 @@ def test_slots():
     [
         ({"threshold": 1.0}, r"threshold is 1.0; allowed: a number in \[0, 1\)"),
         ({"threshold": -0.1}, "threshold is -0.1; allowed"),
-        ({"router_temperature_end": 0.0}, "router_temperature_end is 0.0; allowed: a positive number"),
+        ({"router_temperature_end": 0.0}, "--router-temperature-end is 0.0; allowed: a positive number"),
         ({"router_temperature_start": -1.0}, "router_temperature_start is -1.0; allowed: a positive number"),
         ({"cap": 0.9}, "cap is 0.9; allowed: a number of at least 1"),
         ({"budget_lr": 0.0}, "budget_lr is 0.0; allowed: a positive number"),
@@ -338,9 +338,9 @@ def test_convert_eval_and_info(capsys, here, tmp_path):  # noqa: F811
     ("flags", "message"),
     [
         (("--router", "hash"), "invalid choice: 'hash'"),
-        (("--threshold", "1"), "threshold is 1.0; allowed: a number in [0, 1)"),
-        (("--cap", "0.5"), "cap is 0.5; allowed: a number of at least 1"),
-        (("--router-temperature-end", "0"), "router_temperature_end is 0.0; allowed: a positive number"),
+        (("--threshold", "1"), "--threshold is 1.0; allowed: a number in [0, 1)"),
+        (("--cap", "0.5"), "--cap is 0.5; allowed: a number of at least 1"),
+        (("--router-temperature-end", "0"), "--router-temperature-end is 0.0; allowed: a positive number"),
     ],
 )
 def test_wrong_flags(capsys, here, tmp_path, flags, message):  # noqa: F811
