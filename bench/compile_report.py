@@ -210,6 +210,7 @@ def render(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> str:
         kept = (f"{row[key] / 1e6:.0f} MB" for key in ("kept_bytes", "grouped_mm_kept_bytes"))
         training.append([row["shape"], limit, time, dense, f"{row['predicted_times_dense']:.2f}x", *kept])
     parts, ratios = predictions_alignment.tables()
+    layer = predictions_alignment.layer_table()
     ways = [[row["shape"], row["reduction"], f"{row['predicted_seconds'] * 1e3:.2f} ms"] for row in reductions()]
     return "\n\n".join(
         [
@@ -227,6 +228,8 @@ def render(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> str:
             "PREDICTED milliseconds of a step of alignment in bfloat16 by part (the eager rounding is a loop on the CPU)",
             table(parts[0], parts[1:]),
             table(ratios[0], ratios[1:]),
+            "PREDICTED time of masked_ffn, forward and back to tokens, plan and router, the limit beside it",
+            table(layer[0], layer[1:]),
         ]
     )
 
@@ -258,6 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
         result["training_against_dense_not_measured"] = training_against_dense()
         result["reductions_not_measured"] = reductions()
         result["alignment_steps_not_measured"] = predictions_alignment.steps()
+        result["alignment_layers_not_measured"] = predictions_alignment.layers()
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"\n{path}")
     return 1 if any("error" in row for row in rows) else 0

@@ -166,6 +166,35 @@ def steps() -> list[dict[str, Any]]:
     return rows
 
 
+def layers() -> list[dict[str, Any]]:
+    """A step of one layer's masked FFN; the limit is the products that nobody can leave out: three dense ones, and of the three
+    behind the mask what is not zero."""
+    rows = []
+    for c, T in [(c, T) for c in (shapes.L3, shapes.Q25, shapes.MID, shapes.COARSE) for T in (2048, *TOKENS)]:
+        ours, eager = masked_ffn_seconds(T, c), eager_ffn_seconds(T, c)
+        rows.append(
+            {
+                "shape": f"{c.name} T {T}",
+                "limit_seconds": 6 * (1 + c.K / c.E) * T * c.H * c.F / BF16,
+                "predicted_seconds": ours,
+                "all_products_predicted_seconds": masked_ffn_seconds(T, c, all_products=True),
+                "frozen_dense_predicted_seconds": frozen_dense_seconds(T, c),
+                "eager_predicted_seconds": eager,
+                "eager_over_ours": eager / ours,
+            }
+        )
+    return rows
+
+
+def layer_table() -> list[list[str]]:
+    """``layers`` under its header."""
+    rows = [["shape", "limit", "ours", "with all products", "frozen dense", "eager", "eager / ours"]]
+    for row in layers():
+        times = [f"{1e3 * value:.2f} ms" for name, value in row.items() if name.endswith("seconds")]
+        rows.append([row["shape"], *times, f"{row['eager_over_ours']:.2f}x"])
+    return rows
+
+
 def tables() -> tuple[list[list[str]], list[list[str]]]:
     """Rows (shape, impl, every part, sum) and (shape, the ratios of ``steps``), each under its header."""
     splits, ratios = [["shape", "impl", *PARTS, "sum"]], [["shape", *_RATIOS.values()]]
