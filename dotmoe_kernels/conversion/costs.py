@@ -11,7 +11,9 @@ align, in bytes:
     transport    12 L F E                       A of all layers in one tensor, the plan and its gradient, float32
     activations  T L (w (2 F + 2 q + 2 v + E)   kept for the backward pass: gate, up; queries, keys, values, attention's output; R;
                       + 4 (3 H + 2 E) + 12 K)   in float32 the inputs of two norms and of the router, logits, Q; the K chosen
-                 + 4 T w F                      while one layer works: the hidden and its gradients
+                 + 4 T w F                      while one layer works: the hidden and its gradients; or, where the mask's zeros
+                                                are left out, w (2 F H + 2 T K s), gate and up in the experts' order and the
+                                                slots' gradients, and the rows [T K, H] of a sum, as many as fit its workspace
     loss         3 T w H + 16 C V               both last hidden states and a gradient; four float32 [C, V] of a chunk
 
 and in flops a token:
@@ -65,7 +67,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .._tiles import H200_BANDWIDTH, H200_BF16, TRITON_SHARE, leaves_zeros_out
+from .._tiles import H200_BANDWIDTH, H200_BF16, SUM_WORKSPACE, TRITON_SHARE, leaves_zeros_out
 from ..alignment.chunked import chunk_rows
 from ..alignment.config import AlignmentConfig
 from ..alignment.reconstruction import _MEMORY, _ROWS
@@ -131,6 +133,15 @@ def _behind_the_mask(z: Sizes, T: int, dense: float) -> tuple[float, float]:
     return routed, routed / TRITON_SHARE
 
 
+def _working(z: Sizes, T: int) -> float:
+    """Bytes while one layer works."""
+    s, dense = z.F // z.E, 4.0 * T * z.w * z.F
+    if not leaves_zeros_out(T, z.E, s, z.slots, z.H):
+        return dense
+    rows = min(SUM_WORKSPACE, z.w * T * z.slots * z.H)
+    return max(dense, z.w * (2 * z.F * z.H + 2 * T * z.slots * s) + rows)
+
+
 def align_cost(z: Sizes, options: AlignmentConfig) -> Cost:
     T = (options.micro_batch_size or options.batch_size) * z.S
     kept = z.w * (2 * z.F + 2 * z.q + 2 * z.v + z.E) + 4 * (3 * z.H + 2 * z.E) + 12 * z.K  # bytes a token and layer
@@ -138,7 +149,7 @@ def align_cost(z: Sizes, options: AlignmentConfig) -> Cost:
         "weights": z.w * z.N,
         "trained": 16 * z.L * (z.plan + z.E * z.H),
         "transport": 12 * z.L * z.plan,
-        "activations": T * z.L * kept + 4 * T * z.w * z.F,
+        "activations": T * z.L * kept + _working(z, T),
         "loss": 3 * T * z.w * z.H + 16 * min(chunk_rows(z.V, torch.device("cuda")), T) * z.V,
     }
     behind = 6 * z.L * z.F * z.H
