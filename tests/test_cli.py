@@ -832,7 +832,7 @@ COMMANDS = {
         ("", "MODEL is '', which does not exist; allowed: a folder written by dotmoe_kernels.save"),
         ("moe without weights", "MODEL is {}, without weights"),
         ("moe cut off", "{}/model.safetensors cannot be read"),
-        ("moe without tokenizer", "has no tokenizer that can be read"),
+        ("moe without tokenizer", "has no tokenizer that can be read; allowed: a MODEL saved with one, as save("),
     ],
 )
 def test_a_folder_that_is_no_converted_model(capsys, here, wrong, converted, tmp_path, command, model, message):

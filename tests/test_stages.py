@@ -664,6 +664,10 @@ def test_the_command_fine_tunes_a_converted_model(capsys, here, tmp_path):
     assert set(stages_of(tmp_path / "tuned")) == {"align", "finetune"}
     assert stages_of(tmp_path / "tuned")["align"] == stages_of(tmp_path / "moe")["align"]
     assert "finetune, run 1: loss " in out
+    assert "every expert on = a dense model of the fine-tuned weights: relative error" in out
+    status, out, err = call(capsys, "info", tmp_path / "tuned")
+    assert (status, err) == (0, "")
+    assert "fine_tuned: 1\n" in out
     assert not states_equal(dk.load(tmp_path / "moe"), dk.load(tmp_path / "tuned"))
     status, _, err = call(capsys, *arguments, "--top-k", "3", "--overwrite")
     assert (status, err) == (2, "dotmoe convert: error: --top-k is 3; allowed: none: MODEL is converted already\n")

@@ -65,7 +65,9 @@ def read_tokenizer(folder: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} has no tokenizer that can be read ({str(error).splitlines()[0]})") from None
+        reason = " ".join(str(error).split())
+        allowed = "a MODEL saved with one, as save(model, folder, tokenizer=...) does"
+        raise ValueError(f"{folder} has no tokenizer that can be read; allowed: {allowed} ({reason})") from None
 
 
 def require_model_folder(name: str, *, weights: bool = True) -> None:

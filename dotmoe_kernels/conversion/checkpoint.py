@@ -148,7 +148,8 @@ def export(
     Args:
         folder: as written by ``save``.
         out: folder to write.
-        architecture: "dense": the source model, bit for bit, for AutoModelForCausalLM.
+        architecture: "dense": the source model, bit for bit, for AutoModelForCausalLM; of a model that was fine-tuned a dense model
+            of its weights.
         overwrite: replace a model folder that exists.
 
     Raises:

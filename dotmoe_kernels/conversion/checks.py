@@ -64,7 +64,8 @@ def self_check(
         folder: where ``model`` was saved: loads it again and compares the logits.
 
     Returns:
-        all_experts_error: relative error of the logits with every expert on, and ``tolerance`` for the dtype;
+        all_experts_error: relative error of the logits with every expert on, against the logits of ``against``, and ``tolerance``
+            for the dtype; a model restored from one that was fine-tuned is not the dense one;
         permutation: every neuron_order is one; capacities: every expert has exactly s neurons, as config says;
         reload_equal, reload_error (with ``folder``): every tensor bit for bit, and the relative error of the logits with every
             expert on (not 0 on a CPU: products differ with the alignment of a file's tensors);
@@ -76,6 +77,7 @@ def self_check(
     blocks = moe_blocks(model)
     require(bool(blocks), "model", f"a {type(model).__name__} without experts", "a converted model")
     require_indices(tokens, "tokens", 2, "[B, N]")
+    tuned = dense is None and bool(getattr(model.config, "finetune_runs", None))
     if dense is None:
         from .modeling import restore_dense
 
@@ -94,6 +96,7 @@ def self_check(
     result: dict[str, Any] = {
         "all_experts_error": relative_error(logits, reference),
         "tolerance": TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]),
+        "against": "a dense model of the fine-tuned weights" if tuned else "dense",
         "permutation": all(torch.equal(o.sort().values, torch.arange(o.numel())) for o in orders),
         "capacities": all(_has_exact_capacities(block, model.config) for block in blocks.values()),
     }
@@ -121,8 +124,9 @@ def _has_exact_capacities(block: DotMoeBlock, config: Any) -> bool:
 
 def check_lines(checks: dict[str, Any]) -> list[str]:
     """The result of ``self_check`` in words, a line a check."""
+    error = f"relative error {checks['all_experts_error']:.1e} (allowed {checks['tolerance']:.0e})"
     lines = [
-        f"every expert on = dense: relative error {checks['all_experts_error']:.1e} (allowed {checks['tolerance']:.0e})",
+        f"every expert on = {checks['against']}: {error}",
         f"assignment: {'a permutation' if checks['permutation'] else 'NOT A PERMUTATION'}, "
         + ("exact capacities" if checks["capacities"] else "WRONG CAPACITIES"),
     ]

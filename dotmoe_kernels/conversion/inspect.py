@@ -61,6 +61,7 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
             "active_parameters": active,
             "active_share": round(active / total, 4),
             "assignment": config.assignment or {},
+            "fine_tuned": len(config.finetune_runs),
             "format_version": config.format_version,
         }
     config = AutoConfig.from_pretrained(folder)

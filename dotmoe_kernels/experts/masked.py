@@ -160,8 +160,8 @@ def masked_ffn(
 
     Raises:
         ValueError: a wrong rank, shape, dtype or device, an unknown activation, probs together with weights that need a
-            gradient, balanced where E does not divide F; on CPU entries of expert_of or indices outside the experts, and experts
-            of unequal width where balanced.
+            gradient, balanced where E does not divide F; on CPU, outside torch.compile, entries of expert_of or indices outside the
+            experts, and experts of unequal width where balanced.
 
     Gradient: to x, plan, probs, weights and the three projections, each only if it needs one. A second derivative is refused.
 
