@@ -95,7 +95,8 @@ def test_recomputing_changes_nothing_but_what_is_kept(soft, triton):
 
     with _backend.interpreted(triton):
         assert_same(run(True), run(False))
-    assert kept[True].count((13, 63)) < kept[False].count((13, 63))
+    hidden = [(13, 63), (63, 13)]  # gate and up, tokens or neurons as rows
+    assert sum(shape in hidden for shape in kept[True]) < sum(shape in hidden for shape in kept[False])
 
 
 @pytest.mark.parametrize("soft", SOFT, ids=lambda s: "+".join(s) or "hard")

@@ -138,7 +138,7 @@ def test_slots():
     [
         ({"threshold": 1.0}, r"threshold is 1.0; allowed: a number in \[0, 1\)"),
         ({"threshold": -0.1}, "threshold is -0.1; allowed"),
-        ({"router_temperature_end": 0.0}, "--router-temperature-end is 0.0; allowed: a positive number"),
+        ({"router_temperature_end": 0.0}, "router_temperature_end is 0.0; allowed: a positive number"),
         ({"router_temperature_start": -1.0}, "router_temperature_start is -1.0; allowed: a positive number"),
         ({"cap": 0.9}, "cap is 0.9; allowed: a number of at least 1"),
         ({"budget_lr": 0.0}, "budget_lr is 0.0; allowed: a positive number"),

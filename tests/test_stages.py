@@ -746,4 +746,4 @@ def test_commands_of_the_readme(capsys, here, tmp_path, monkeypatch):
         assert (status, "--lora-rank needs peft, which is not installed" in err) == (2, True)
     else:
         assert (status, err) == (0, "")
-        assert stages_of(tmp_path / "llama-moe-tuned")["finetune"][0]["lora_rank"] == 16
+        assert stages_of(tmp_path / "llama-moe-tuned")["finetune"][-1]["lora_rank"] == 16
