@@ -370,6 +370,21 @@ def most_idle(width: int) -> float:
     return 0.6 if width < _CPU_WIDE else 0.5
 
 
+# masked_ffn on a CPU: tokens from which on the zeros left out outweigh the copies of the weights; rows of an expert from which on a
+# product of its own is worth its calls; rows times neurons of it from which on two threads have something to share. Without matrix
+# units for them 16-bit products are slow, and so is nothing beside them; without a backward pass one product of three is spared
+# instead of three of six
+_SPLIT_TOKENS, _SPLIT_ROWS = 256, 16
+_SPLIT_HIDDEN = {"16 bits": 8192, "both passes": 16384, "forward": 32768}
+
+
+def expert_by_expert_masked(T: int, K: int, E: int, F: int, itemsize: int, learns: bool) -> bool:
+    """Whether the products behind the mask go expert by expert on a CPU."""
+    rows = T * K // max(E, 1)  # an expert's
+    least = _SPLIT_HIDDEN["16 bits" if itemsize == 2 else "both passes" if learns else "forward"]
+    return T >= _SPLIT_TOKENS and rows >= _SPLIT_ROWS and rows * F >= least * E and 2 * K <= E
+
+
 class Choice(NamedTuple):
     """The path of ``expert_ffn``, and the reason in words."""
 

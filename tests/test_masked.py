@@ -20,8 +20,7 @@ from shapes import balanced_expert_of, dense_ffn, generator, normal, routed_indi
 from transformers.activations import ACT2FN
 
 import dotmoe_kernels as dk
-from dotmoe_kernels import reference
-from dotmoe_kernels.experts import masked_cpu
+from dotmoe_kernels import _tiles, reference
 
 SHAPES = [(13, 63, 7, 3, 10), (9, 296, 148, 37, 8), (20, 100, 37, 9, 6), (4, 16, 1, 1, 5), (1, 5, 5, 2, 3)]  # T, F, E, K, H
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["float64", "float32", "bfloat16"])
@@ -254,18 +253,17 @@ def frozen(function, tensors):
 @pytest.fixture
 def thin(monkeypatch):
     """Thin experts are split too."""
-    for name in ("_HIDDEN", "_HIDDEN_FORWARD", "_HIDDEN_16"):
-        monkeypatch.setattr(masked_cpu, name, 0)
+    monkeypatch.setattr(_tiles, "_SPLIT_HIDDEN", dict.fromkeys(_tiles._SPLIT_HIDDEN, 0))
 
 
 def compare_frozen(expert_of, indices, tensors, **options):
-    assert masked_cpu.worth_splitting(*indices.shape, int(expert_of.max()) + 1, expert_of.numel(), 4, True)
+    assert _tiles.expert_by_expert_masked(*indices.shape, int(expert_of.max()) + 1, expert_of.numel(), 4, True)
     own, leaves = frozen(ours(expert_of, indices, **options), tensors)
     compare(own, frozen(plain(expert_of, indices), tensors)[0], **leaves)
 
 
 def test_thin_experts_are_not_split():
-    splits = masked_cpu.worth_splitting
+    splits = _tiles.expert_by_expert_masked
     assert splits(1024, 4, 16, 1024, 4, True)
     assert not splits(1024, 8, 32, 512, 4, True)  # 256 rows of 16 neurons each
     assert not splits(1024, 9, 16, 1024, 4, True)

@@ -24,8 +24,9 @@ from torch.utils.checkpoint import checkpoint
 from .._autograd import anchor, first_order, wants_gradient
 from .._backend import use_triton
 from .._checks import has_values, require, require_float, require_indices, require_range, require_same, require_shape
+from .._tiles import expert_by_expert_masked
 from .activations import find_activation
-from .masked_cpu import SparseMaskedFFN, worth_splitting
+from .masked_cpu import SparseMaskedFFN
 
 
 def _expert_mask(indices: Tensor, weights: Tensor | None, num_experts: int, dtype: torch.dtype) -> Tensor:
@@ -97,9 +98,9 @@ class _MaskedFFN(torch.autograd.Function):
         a = act.forward(gate)  # [F, T]
         du = down_proj.T @ dy.T  # [F, T], of the masked hidden
         dr = dplan = dprobs = dx = dgate_proj = dup_proj = ddown_proj = None
-        space = torch.mul(du, a)  # the pages of a new tensor would cost as much as a pass
+        space = torch.empty_like(du)  # twice: the pages of a new tensor would cost as much as a pass
         if need_r or need_plan or need_probs:
-            dg = space.mul_(up)  # gradient of the gate M R^T
+            dg = torch.mul(du, a, out=space).mul_(up)  # gradient of the gate M R^T
             if need_plan:
                 dplan = (dg @ r).to(ctx.soft[0])
             if need_r or need_probs:
@@ -221,7 +222,7 @@ def masked_ffn(
         r = _expert_mask(indices, weights, E, x.dtype)
         arguments = (x, gate_proj, up_proj, down_proj, r, plan, probs, expert_of, activation, anchor(x))
         learns = wants_gradient(x, plan, probs, weights)
-        split = worth_splitting(T, indices.shape[1], E, F, x.element_size(), learns)
+        split = expert_by_expert_masked(T, indices.shape[1], E, F, x.element_size(), learns)
         sparse = split and x.device.type == "cpu" and not torch.compiler.is_compiling()
         function = SparseMaskedFFN if sparse and not wants_gradient(gate_proj, up_proj, down_proj) else _MaskedFFN
         if recompute and torch.is_grad_enabled():

@@ -20,20 +20,6 @@ from .._autograd import first_order
 from .._checks import compute_dtype
 from .activations import find_activation
 
-_TOKENS = 256  # from which on the zeros left out outweigh the copies of the weights
-_ROWS = 16  # of an expert, from which on a product of its own is worth its calls
-# rows times neurons of an expert, from which on two threads have something to share: without matrix units for them 16-bit products
-# are slow, and so is nothing beside them; without a backward pass one product of three is spared instead of three of six
-_HIDDEN, _HIDDEN_FORWARD, _HIDDEN_16 = 16384, 32768, 8192
-
-
-def worth_splitting(tokens: int, top_k: int, num_experts: int, width: int, itemsize: int, learns: bool) -> bool:
-    """Whether the products behind the mask should go expert by expert; ``width``: F, the neurons of all of them."""
-    rows = tokens * top_k // max(num_experts, 1)  # an expert's
-    hidden = _HIDDEN_16 if itemsize == 2 else _HIDDEN if learns else _HIDDEN_FORWARD
-    enough = rows >= _ROWS and rows * width >= hidden * num_experts
-    return tokens >= _TOKENS and enough and 2 * top_k <= num_experts
-
 
 class _Block(NamedTuple):
     """An expert with tokens and neurons."""
