@@ -18,7 +18,7 @@ from torch.nn import functional
 
 import dotmoe_kernels as dk
 from bench.experts import DTYPES, dense_out_of_place, ends, relative_error
-from bench.gpu_experts import draw, draw_indices
+from bench.gpu.experts import draw, draw_indices
 from bench.paired import OURS, Case
 from bench.shapes import Shape
 from dotmoe_kernels import reference

@@ -11,12 +11,12 @@ from test_experts_training import saved_elements
 
 import dotmoe_kernels as dk
 from dotmoe_kernels import _backend
-from dotmoe_kernels.experts import activations, training_gpu
-from dotmoe_kernels.experts.operators_backward import grouped_ffn_backward_op, grouped_ffn_training_op
+from dotmoe_kernels.experts import activations, training as training_gpu
+from dotmoe_kernels.experts.training.operators import grouped_ffn_backward_op, grouped_ffn_training_op
 
 if _backend.HAS_TRITON:
-    from dotmoe_kernels.experts.gpu import backward as kernels
-    from dotmoe_kernels.experts.gpu import forward as kernels_forward
+    from dotmoe_kernels.experts.training import gpu as kernels
+    from dotmoe_kernels.experts.grouped.gpu import forward as kernels_forward
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"

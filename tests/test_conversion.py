@@ -18,19 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import dotmoe_kernels as dk
 from dotmoe_kernels import reference
-from dotmoe_kernels.conversion import (
-    DotMoeConfig,
-    DotMoeForCausalLM,
-    all_experts,
-    count_parameters,
-    find_ffns,
-    interleave_storage,
-    materialize,
-    moe_blocks,
-    restore_dense,
-    self_check,
-    swap_ffn,
-)
+from dotmoe_kernels.conversion import DotMoeConfig, DotMoeForCausalLM, all_experts, count_parameters, find_ffns, interleave_storage, materialize, moe_blocks, restore_dense, self_check, swap_ffn
 
 
 def relative(a, b):
@@ -436,7 +424,7 @@ def test_registration_happens_on_first_access():
         "dk.load\n"
         "from transformers import AutoConfig\n"
         "print(type(AutoConfig.for_model('dotmoe')).__name__)\n"
-        "import importlib, dotmoe_kernels.conversion.modeling as m\n"
+        "import importlib, dotmoe_kernels.models.modeling as m\n"
         "importlib.reload(m)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=dict(os.environ))

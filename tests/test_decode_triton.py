@@ -11,10 +11,10 @@ from test_experts import plain, problem
 import dotmoe_kernels as dk
 from dotmoe_kernels import _backend, _tiles
 from dotmoe_kernels.experts import activations
-from dotmoe_kernels.experts.operators_decode import decode_op
+from dotmoe_kernels.experts.decode.operators import decode_op
 
 if _backend.HAS_TRITON:
-    from dotmoe_kernels.experts.gpu.decode import product_options
+    from dotmoe_kernels._backend import product_options
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"

@@ -10,7 +10,7 @@ from shapes import generator, normal, routed_indices, uniform
 import dotmoe_kernels as dk
 from dotmoe_kernels import _backend, _tiles, reference
 from dotmoe_kernels.dispatch import operators
-from dotmoe_kernels.experts.operators import grouped_mm_backward_op, grouped_mm_op
+from dotmoe_kernels.experts.grouped.operators import grouped_mm_backward_op, grouped_mm_op
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"

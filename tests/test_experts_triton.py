@@ -11,7 +11,7 @@ from test_experts import plain, problem
 import dotmoe_kernels as dk
 from dotmoe_kernels import _backend, reference
 from dotmoe_kernels.experts import activations
-from dotmoe_kernels.experts.operators import grouped_ffn_op, grouped_mm_op
+from dotmoe_kernels.experts.grouped.operators import grouped_ffn_op, grouped_mm_op
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -38,7 +38,7 @@ def _interpreted():
 
 @pytest.fixture
 def few_tokens_a_chunk(monkeypatch):
-    monkeypatch.setattr("dotmoe_kernels.experts.gpu.forward.REDUCTION_CHUNK", (5, 16))
+    monkeypatch.setattr("dotmoe_kernels.experts.grouped.gpu.forward.REDUCTION_CHUNK", (5, 16))
 
 
 def run(tensors, indices, activation="silu", reduction="rows"):

@@ -12,8 +12,9 @@ from transformers.activations import ACT2FN
 
 import dotmoe_kernels as dk
 from dotmoe_kernels import reference
-from dotmoe_kernels.conversion import DotMoeConfig, DotMoeForCausalLM, block, materialize, moe_blocks
-from dotmoe_kernels.experts import training
+from dotmoe_kernels.conversion import DotMoeConfig, DotMoeForCausalLM, materialize, moe_blocks
+from dotmoe_kernels.models import block
+from dotmoe_kernels.experts.training import cpu as training
 
 STEPS, BATCH, LENGTH = 10, 4, 12
 ROUTERS = pytest.mark.parametrize("router", ["top_k", "soft"])

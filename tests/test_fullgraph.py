@@ -7,7 +7,8 @@ from shapes import balanced_expert_of, dense_ffn, expert_weights, normal, routed
 
 import dotmoe_kernels as dk
 from dotmoe_kernels import reference
-from dotmoe_kernels.experts import operators, operators_host
+from dotmoe_kernels.experts.grouped import operators
+from dotmoe_kernels.experts import operators as operators_host
 
 OUTPUTS = ("test_schema", "test_faketensor")
 T, H, E, K, S = 6, 8, 4, 2, 4  # tokens, hidden, experts, experts a token, neurons an expert

@@ -10,21 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed with the package
 
-from bench import (
-    alignment,
-    experts,
-    gpu_alignment,
-    gpu_dispatch,
-    gpu_experts,
-    gpu_routing,
-    gpu_suite,
-    gpu_training,
-    gpu_transport,
-    masked,
-    report,
-    shapes,
-    training,
-)
+from bench import alignment, experts, masked, report, shapes, training
+from bench.gpu import alignment as gpu_alignment, dispatch as gpu_dispatch, experts as gpu_experts, routing as gpu_routing, suite as gpu_suite, training as gpu_training, transport as gpu_transport
 from bench.paired import Case, Group
 from dotmoe_kernels._backend import interpreted
 

@@ -9,7 +9,8 @@ from test_masked import ours, plain, problem
 
 from dotmoe_kernels import _backend, _tiles
 from dotmoe_kernels.dispatch.operators import sort_slots_op
-from dotmoe_kernels.experts import activations, operators_masked, operators_slots
+from dotmoe_kernels.experts import activations
+from dotmoe_kernels.experts.masked import operators as operators_masked, operators_slots
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -270,7 +271,7 @@ def test_by_slots_any_strides():
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("F", [24, 100, 5000])
 def test_columns_in_another_order(F, whole, monkeypatch):
-    from dotmoe_kernels.experts.gpu import masked_slots
+    from dotmoe_kernels.experts.masked.gpu import slots as masked_slots
 
     if not whole:
         monkeypatch.setattr(masked_slots, "columns_tile", lambda *_: ({"WHOLE": False, "BLOCK_F": 64}, {"num_warps": 4}))
@@ -527,7 +528,7 @@ def test_addresses_beyond_two_to_the_31():
 
 @pytest.mark.gpu
 def test_slots_of_addresses_beyond_two_to_the_31():
-    from dotmoe_kernels.experts.gpu.masked_slots import _slots_hidden
+    from dotmoe_kernels.experts.masked.gpu.slots import _slots_hidden
 
     T, F, E = 160_000, 14_336, 112
     product = torch.empty(T, 2 * F, dtype=torch.bfloat16, device="cuda").fill_(0.5)

@@ -11,8 +11,8 @@ import dotmoe_kernels as dk
 from dotmoe_kernels import reference
 from dotmoe_kernels._tiles import pick_path
 from dotmoe_kernels.dispatch import sort_slots
-from dotmoe_kernels.experts import padded
-from dotmoe_kernels.experts.padded import run_lengths, worth_padding
+from dotmoe_kernels.experts.grouped.cpu import padded
+from dotmoe_kernels.experts.grouped.cpu.padded import run_lengths, worth_padding
 
 HALF = [torch.bfloat16, torch.float16]
 

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dotmoe_kernels import experts
-from dotmoe_kernels.conversion import register_experts, registry
+from dotmoe_kernels.conversion import register_experts
+from dotmoe_kernels.models import registry
 
 H, S, E, K, V = 32, 16, 8, 3, 64
 SMALL = {
@@ -337,7 +338,7 @@ def test_a_taken_name_is_refused(monkeypatch):
 
 def test_nothing_is_registered_by_an_import():
     code = (
-        "import dotmoe_kernels.conversion.registry as r;"
+        "import dotmoe_kernels.models.registry as r;"
         "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as a;"
         "assert 'dotmoe' not in a; r.register_experts(); assert 'dotmoe' in a"
     )

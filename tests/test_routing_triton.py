@@ -72,7 +72,7 @@ def test_equals_the_reference(T, E, K, weights, masked):
 @pytest.mark.parametrize("programs", [1, 3])
 def test_programs_of_several_tiles(programs, monkeypatch):
     """The sums of every program, over all its tiles, are added."""
-    from dotmoe_kernels.routing import gpu
+    from dotmoe_kernels.routing.gpu import top_k as gpu
 
     monkeypatch.setattr(gpu, "routing_programs", lambda device: programs)
     T = 1030 if HAS_GPU else 23  # tiles of 16 or 2 rows, and a part of one

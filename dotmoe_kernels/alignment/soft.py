@@ -17,7 +17,8 @@ from torch import Tensor
 from .._checks import require
 from ..routing.budgets import LayerBudgets
 from .config import AlignmentConfig
-from .module import AlignmentFFN, SoftRouter
+from .module import AlignmentFFN
+from ..routing.budgets import SoftRouter
 
 
 def slots(k: float, cap: float, num_experts: int) -> int:

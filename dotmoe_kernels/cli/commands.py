@@ -140,7 +140,7 @@ def _generate(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     import torch
 
-    from ..conversion.inspect import describe, describe_paths
+    from ..models.inspect import describe, describe_paths
 
     require(args.paths or not args.dtype, "--dtype", args.dtype, "together with --paths")
     require_model_folder(args.model)

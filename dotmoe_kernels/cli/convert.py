@@ -18,7 +18,7 @@ from .inputs import DATA, find_device, named, read_tokenizer, reading, require_m
 from .parser import SEQUENCE_LENGTH, STAGES
 
 if TYPE_CHECKING:
-    from ..conversion.config import DotMoeConfig
+    from ..models.config import DotMoeConfig
     from ..conversion.finetuning import FinetuneConfig
 
 _HELD_OUT = 64  # most sequences that are kept back to measure on
@@ -191,7 +191,7 @@ def _load_dense(args: argparse.Namespace, stages: list[str], device: str) -> Any
 
 def _is_tuning_alone(args: argparse.Namespace, stages: list[str]) -> bool:
     """Whether it is the fine-tuning of a converted MODEL."""
-    from ..conversion.inspect import is_converted
+    from ..models.inspect import is_converted
 
     return stages == ["finetune"] and args.model is not None and is_converted(args.model)
 

@@ -9,16 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .block import DotMoeBlock, DotMoeExperts, DotMoeRouter, all_experts, interleave_storage, moe_blocks
-    from .checkpoint import export, load, save
-    from .checks import check_lines, count_parameters, self_check
-    from .config import DotMoeConfig
+    from ..models.block import DotMoeBlock, DotMoeExperts, DotMoeRouter, all_experts, interleave_storage, moe_blocks
+    from ..export import export
+    from ..models.checkpoint import load, save
+    from .checks import check_lines, self_check
+    from ..models.counts import count_parameters
+    from ..models.config import DotMoeConfig
     from .data import load_tokens
     from .finetuning import FinetuneConfig, finetune
-    from .modeling import DotMoeForCausalLM, materialize, restore_dense
+    from ..models.modeling import DotMoeForCausalLM, materialize, restore_dense
     from .pipeline import convert
-    from .registry import register_experts
-    from .surgery import DenseFFN, find_ffns, swap_ffn
+    from ..models.registry import register_experts
+    from ..models.surgery import DenseFFN, find_ffns, swap_ffn
 
 __all__ = [
     "DenseFFN",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import require, require_indices
-from .block import DotMoeBlock, all_experts, moe_blocks
+from ..models.block import DotMoeBlock, all_experts, moe_blocks
 
 # largest relative error of the logits against the dense model's: the sums of a few dozen layers in another order
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -79,7 +79,7 @@ def self_check(
     require_indices(tokens, "tokens", 2, "[B, N]")
     tuned = dense is None and bool(getattr(model.config, "finetune_runs", None))
     if dense is None:
-        from .modeling import restore_dense
+        from ..models.modeling import restore_dense
 
         dense = restore_dense(model)  # type: ignore[arg-type]
     reference = dense if isinstance(dense, Tensor) else _logits(dense, tokens)
@@ -102,7 +102,7 @@ def self_check(
     }
     passed = result["all_experts_error"] <= result["tolerance"] and result["permutation"] and result["capacities"]
     if folder is not None:
-        from .checkpoint import load
+        from ..models.checkpoint import load
 
         again = load(folder, device=next(model.parameters()).device)
         ours, theirs = model.state_dict(), again.state_dict()

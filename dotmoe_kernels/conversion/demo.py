@@ -27,9 +27,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from .._files import write_file
 from ..alignment.config import AlignmentConfig
 from ..evaluation import collect_load, perplexity, retention
-from .checkpoint import load, save
-from .checks import check_lines, count_parameters, self_check
-from .config import DotMoeConfig
+from ..models.checkpoint import load, save
+from .checks import check_lines, self_check
+from ..models.counts import count_parameters
+from ..models.config import DotMoeConfig
 from .data import pack_documents, read_documents
 from .pipeline import METHODS, convert
 

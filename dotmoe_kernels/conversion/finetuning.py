@@ -19,22 +19,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .._checks import require, require_range
-from ..alignment.checkpoints import (
-    last_checkpoint,
-    load_checkpoint,
-    read_log,
-    save_checkpoint,
-    tokens_checksum,
-    truncate_log,
-    weights_checksum,
-)
-from ..alignment.module import route_soft
+from ..alignment.checkpoints import last_checkpoint, load_checkpoint, read_log, save_checkpoint, tokens_checksum, truncate_log, weights_checksum
+from ..routing import route_soft
 from ..alignment.schedule import ends, learning_rate, shuffled_rows
 from ..evaluation import perplexity
 from ..routing import route_top_k
-from .block import DotMoeRouter, moe_blocks
+from ..models.block import DotMoeRouter, moe_blocks
 from .data import as_tokens
-from .modeling import DotMoeForCausalLM
+from ..models.modeling import DotMoeForCausalLM
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,19 +21,11 @@ from ..alignment.module import AlignmentFFN, collect_inputs
 from ..alignment.reconstruction import reconstruct
 from ..alignment.schedule import ends
 from ..alignment.transport import Transport
-from ..partitions import (
-    PARTITIONS,
-    Partition,
-    activation_partition,
-    kmeans_partition,
-    noise_router,
-    random_partition,
-    start_affinity,
-)
-from .config import DotMoeConfig
+from ..partitions import PARTITIONS, Partition, activation_partition, kmeans_partition, noise_router, random_partition, start_affinity
+from ..models.config import DotMoeConfig
 from .data import as_tokens
-from .modeling import DotMoeForCausalLM, dense_class, materialize
-from .surgery import DenseFFN, find_ffns, swap_ffn
+from ..models.modeling import DotMoeForCausalLM, dense_class, materialize
+from ..models.surgery import DenseFFN, find_ffns, swap_ffn
 
 METHODS = ("dot", *PARTITIONS)
 STAGES = ("reconstruct", "align")

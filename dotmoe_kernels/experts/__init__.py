@@ -14,9 +14,10 @@ from .._tiles import pick_path
 from ..permutation import has_dense_view
 from .activations import find_activation
 from .decode import decode_ffn
-from .grouped import grouped_ffn, grouped_mm, use_kernels
+from .grouped import grouped_ffn, grouped_mm
+from .._backend import use_kernels
 from .masked import masked_ffn, masked_view_ffn
-from .operators_host import expert_ffn_op
+from .operators import expert_ffn_op
 
 __all__ = ["expert_ffn", "grouped_mm", "masked_ffn"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import sort_slots
-from .training import Needs, backward
+from .training.cpu import Needs, backward
 
 
 @torch.library.custom_op("dotmoe_kernels::expert_ffn", mutates_args=())

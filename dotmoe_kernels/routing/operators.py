@@ -30,7 +30,7 @@ def route_top_k_op(
     logits: Tensor, mask: Tensor | None, top_k: int, weights: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> weights [T, K], indices [T, K] int64, probs [T, E], load [E], losses [3], logsumexp [T], all float32."""
-    from .gpu import forward
+    from .gpu.top_k import forward
 
     return forward(logits, mask, top_k, weights)
 
@@ -53,7 +53,7 @@ def route_top_k_backward_op(
     mode: str,
 ) -> Tensor:
     """-> dlogits [T, E] in the dtype of the logits."""
-    from .gpu import backward
+    from .gpu.top_k import backward
 
     return backward(logits, indices, load, losses, lse, dweights, dprobs, dlosses, mode)
 
@@ -95,7 +95,7 @@ def route_soft_top_k_op(
     scores: Tensor, k: Tensor, temperature: Tensor, mask: Tensor | None, threshold: float, max_active: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As ``route_top_k`` with the soft p for probs, and the solution [T, 2] float64 of LapSum; k and temperature [T] float64."""
-    from .soft_gpu import forward
+    from .gpu.soft import forward
 
     return forward(scores, k, temperature, mask, threshold, max_active)
 
@@ -121,7 +121,7 @@ def route_soft_top_k_backward_op(
     dlosses: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dscores [T, E] in the dtype of the scores, dk and dtemperature [T] float64."""
-    from .soft_gpu import backward
+    from .gpu.soft import backward
 
     return backward(scores, temperature, indices, load, losses, lse, solution, dweights, dprobs, dlosses)
 

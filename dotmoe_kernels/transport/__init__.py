@@ -25,7 +25,7 @@ from .._autograd import first_order
 from .._backend import use_triton
 from .._checks import compute_dtype, has_values, require, require_finite, require_float, require_same, require_shape, require_tensor
 from ..reference import SinkhornInfo
-from .host import adjoint_layers, solve_layers
+from .cpu import adjoint_layers, solve_layers
 from .operators import sinkhorn_op
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._backend import use_triton
-from .host import adjoint_layers, solve_layers
+from .cpu import adjoint_layers, solve_layers
 
 
 def _in_triton(computed: Tensor) -> bool:
@@ -43,7 +43,7 @@ def sinkhorn_op(
         for whole, taken in zip(history, histories, strict=True):
             whole[: len(taken)] = taken
         return plan, log_u, log_v, history, count, error
-    from .streaming import solve
+    from .gpu.streaming import solve
 
     return solve(affinity, capacity, tau, init, num_iters, tol, exact_rows)
 
@@ -81,7 +81,7 @@ def unroll_op(
     if not _in_triton(capacity):
         histories = [steps[: n + 1] for steps, n in zip(history, count.tolist(), strict=True)]
         return adjoint_layers(affinity, capacity, tau, plan, histories, grad, "row" if exact_rows else "column", needs_tau)
-    from .adjoint import unrolled_adjoint
+    from .gpu.adjoint import unrolled_adjoint
 
     return unrolled_adjoint(affinity, capacity, tau, plan, history, count, grad, exact_rows, needs_tau)
 
@@ -108,7 +108,7 @@ def implicit_op(affinity: Tensor, tau: Tensor, plan: Tensor, grad: Tensor, needs
     if not _in_triton(plan):
         capacity = plan.new_zeros(plan.shape[0], plan.shape[2])  # its values are in the plan
         return adjoint_layers(affinity, capacity, tau, plan, None, grad, "row", needs_tau)[:3]
-    from .gram import implicit_gradient
+    from .gpu.gram import implicit_gradient
 
     return implicit_gradient(affinity, tau, plan, grad, needs_tau)
 

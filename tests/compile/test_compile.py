@@ -1,6 +1,6 @@
 """Every registered kernel compiles for every target, fits it, and keeps to registers on sm_90: no GPU needed.
 
-One tile a kernel and target; ``python -m bench.compile_report`` goes through all of them. The compiler runs in processes of its
+One tile a kernel and target; ``python -m bench.kernels.compile_report`` goes through all of them. The compiler runs in processes of its
 own, since this one may interpret its kernels.
 """
 
@@ -18,12 +18,12 @@ from shapes import expert_weights, normal, routed_indices, uniform
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed with the package
 
-from bench.compile_report import TARGETS
+from bench.kernels.compile_report import TARGETS
 from bench.experts import layouts, stock_experts
 from bench.kernels import KERNELS
 from bench.machine import ROOT
 from bench.memory import kept_bytes
-from bench.predictions import experts_against_dense, grouped_mm_kept_bytes, reductions, training_against_dense
+from bench.kernels.predictions import experts_against_dense, grouped_mm_kept_bytes, reductions, training_against_dense
 from bench.shapes import Shape
 
 pytest.importorskip("triton")
@@ -36,7 +36,7 @@ def rows(tmp_path_factory):
 
     def compile_for(target):
         path = folder / f"{target}.json"
-        command = [sys.executable, "-m", "bench.compile_report", "--first", "--target", target, "--output", str(path)]
+        command = [sys.executable, "-m", "bench.kernels.compile_report", "--first", "--target", target, "--output", str(path)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert path.exists(), done.stderr
         return json.loads(path.read_text())["compiled"]

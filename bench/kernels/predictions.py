@@ -1,0 +1,145 @@
+"""PREDICTED times of the routed FFN on one H200, in bfloat16, 25 % active: arithmetic from bytes and flops, nobody measured them.
+
+A pass takes the longer of its bytes over the copy rate and its flops over the matrix rate (``bench/registry.py``) and at least a
+launch. Triton's products are taken at a share of the rate of the vendor's library [estimate]. Beside each stands the limit: the
+bytes of the weights that a call must read, or the flops it must do, whichever takes longer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench import shapes
+from bench.kernels.registry import BANDWIDTH, BF16
+from bench.shapes import Shape
+from dotmoe_kernels._tiles import SUM_WORKSPACE, TRITON_SHARE
+
+_LAUNCH = 2.5e-6  # seconds of a small launch in a CUDA graph [estimate]
+_ATOMICS = 0.25  # of the copy rate that float32 additions in L2 reach [estimate]
+SHAPES = (shapes.L3, shapes.Q25, shapes.COARSE, shapes.MID)
+REDUCTIONS = ("rows", "chunks", "dense", "atomics")
+
+
+def _pass(size: float, flops: float = 0.0, rate: float = BF16) -> float:
+    return max(size / BANDWIDTH, flops / rate, _LAUNCH)
+
+
+def dense_seconds(T: int, c: Shape) -> float:
+    """Merged gate and up product, one SwiGLU, down product."""
+    up = _pass(2 * (2 * c.F * c.H + T * (c.H + 2 * c.F)), 4 * T * c.F * c.H)
+    down = _pass(2 * (c.F * c.H + T * (c.F + c.H)), 2 * T * c.F * c.H)
+    return up + _pass(2 * 3 * T * c.F) + down
+
+
+def union(T: int, c: Shape) -> float:
+    """Share of the experts that T tokens of random routing choose."""
+    return 1 - (1 - c.K / c.E) ** T
+
+
+def decode_seconds(T: int, c: Shape) -> float:
+    weights = 2 * union(T, c) * c.F * c.H
+    return _pass(2 * weights + 2 * T * c.H) + _pass(weights) + _pass(8 * 4 * T * c.H)
+
+
+def masked_seconds(T: int, c: Shape) -> float:
+    return dense_seconds(T, c) + _LAUNCH  # the mask [T, E]
+
+
+def token_sums(T: int, c: Shape, width: int) -> float:
+    """A grouped product with rows of ``width`` and the sums of its rows [S, H], in parts that fit the workspace."""
+    S, weights, rows = T * c.K, 2 * union(T, c) * c.E * width * c.H, 2 * T * c.K * c.H
+    parts = -(-rows // SUM_WORKSPACE)
+    return _pass(weights + 2 * parts * S * width + rows, 2 * S * width * c.H, TRITON_SHARE * BF16) + _pass(rows + 2 * T * c.H)
+
+
+def grouped_seconds(T: int, c: Shape, reduction: str = "rows") -> float:
+    """Sort, up product, and the down product with one of the reductions."""
+    S, used = T * c.K, union(T, c)
+    sort = 3 * _LAUNCH
+    up = _pass(2 * (2 * used * c.F * c.H + S * (c.H + c.s)), 4 * S * c.s * c.H, TRITON_SHARE * BF16)
+    flops, weights = 2 * S * c.s * c.H, 2 * used * c.F * c.H
+    if reduction == "rows":
+        return sort + up + token_sums(T, c, c.s)
+    if reduction == "chunks":  # 2048 tokens and 256 columns at a time; their rows stay in L2
+        parts = -(-T // 2048) * -(-c.H // 256)
+        return sort + up + max(_pass(weights * -(-T // 2048) + 2 * S * c.s, flops, TRITON_SHARE * BF16), 2 * parts * _LAUNCH)
+    if reduction == "dense":  # the dense hidden is zeroed, and read by a product over all F
+        return sort + up + _pass(2 * T * c.F) + _pass(2 * (c.F * c.H + T * c.F), 2 * T * c.F * c.H)
+    return sort + up + max(_pass(weights + 2 * S * c.s, flops, TRITON_SHARE * BF16), 4 * S * c.H / (_ATOMICS * BANDWIDTH)) + _LAUNCH
+
+
+def dense_training_seconds(T: int, c: Shape) -> float:
+    """Forward; backward: dh, dDown, the SwiGLU, dx and the merged dGateUp, its products at the vendor's rate."""
+    down = _pass(2 * (c.F * c.H + T * (c.F + c.H)), 2 * T * c.F * c.H)
+    up = _pass(2 * (2 * c.F * c.H + T * (2 * c.F + c.H)), 4 * T * c.F * c.H)
+    return dense_seconds(T, c) + 2 * down + _pass(2 * 5 * T * c.F) + 2 * up
+
+
+def training_seconds(T: int, c: Shape) -> float:
+    """Forward with gate and up kept; backward: the hidden gradient, two weight gradients that gather their rows, dx."""
+    S, weights = T * c.K, union(T, c) * c.F * c.H
+    slots = S * c.s * c.H
+    sort = 5 * _LAUNCH  # and token and source in 32 bits
+    up = _pass(2 * (2 * weights + S * (c.H + 3 * c.s)), 4 * slots, TRITON_SHARE * BF16)
+    forward = sort + up + token_sums(T, c, c.s)
+    hidden = _pass(2 * (weights + S * (c.H + 5 * c.s)), 2 * slots, TRITON_SHARE * BF16)
+    down = _pass(2 * (c.F * c.H + S * (c.H + c.s)), 2 * slots, TRITON_SHARE * BF16)
+    gate_up = _pass(2 * (2 * c.F * c.H + S * (c.H + 2 * c.s)), 4 * slots, TRITON_SHARE * BF16)
+    return forward + hidden + down + gate_up + token_sums(T, c, 2 * c.s)
+
+
+def training_limit_seconds(T: int, c: Shape) -> float:
+    """Every weight read in both passes and its gradient written, or 18 flops a weight and slot."""
+    return max(2 * 3 * 3 * c.F * c.H / BANDWIDTH, 18 * T * c.K * c.s * c.H / BF16)
+
+
+def kept_bytes(T: int, c: Shape, itemsize: int = 2) -> int:
+    """What the training pass keeps beside x and the routing weights: gate and up [S, 2s], and the routing in 32 bits."""
+    S = T * c.K
+    return itemsize * S * 2 * c.s + 4 * (3 * S + c.E + 1)
+
+
+def grouped_mm_kept_bytes(T: int, c: Shape, itemsize: int = 2) -> int:
+    """The same of transformers' grouped_mm: rows in and rows out [S, H], gate and up, the activation and the hidden [S, s]; the
+    routing in 64 bits and the sorted weights are left out. A test counts it."""
+    return itemsize * T * c.K * (2 * c.H + 4 * c.s)
+
+
+def limit_seconds(T: int, c: Shape) -> float:
+    return max(2 * 3 * union(T, c) * c.F * c.H / BANDWIDTH, 6 * T * c.K * c.s * c.H / BF16)
+
+
+def experts_against_dense() -> list[dict[str, Any]]:
+    """The points of the targets: op alone, without its router."""
+    rows = []
+    for c, T in [(c, T) for c in SHAPES for T in (1, 4, 16, 256, 8192)]:
+        if T <= 16:
+            path, time = "decode", decode_seconds(T, c)
+        elif T < 512:
+            path, time = "masked", masked_seconds(T, c)
+        else:
+            path, time = "grouped", grouped_seconds(T, c)
+        dense = dense_seconds(T, c)
+        row = {"shape": f"{c.name} T {T}", "path": path, "limit_seconds": limit_seconds(T, c), "predicted_seconds": time}
+        rows.append({**row, "dense_predicted_seconds": dense, "predicted_times_dense": dense / time})
+    return rows
+
+
+def reductions() -> list[dict[str, Any]]:
+    """The whole grouped path at T = 8192 with each way of adding up a token's rows."""
+    return [
+        {"shape": f"{c.name} T 8192", "reduction": how, "predicted_seconds": grouped_seconds(8192, c, how)}
+        for c in SHAPES
+        for how in REDUCTIONS
+    ]
+
+
+def training_against_dense() -> list[dict[str, Any]]:
+    """Forward and backward at T = 8192 with all gradients, and the bytes kept in between."""
+    rows = []
+    for c in SHAPES:
+        time, dense = training_seconds(8192, c), dense_training_seconds(8192, c)
+        row = {"shape": f"{c.name} T 8192", "limit_seconds": training_limit_seconds(8192, c), "predicted_seconds": time}
+        row |= {"dense_predicted_seconds": dense, "predicted_times_dense": dense / time}
+        rows.append({**row, "kept_bytes": kept_bytes(8192, c), "grouped_mm_kept_bytes": grouped_mm_kept_bytes(8192, c)})
+    return rows

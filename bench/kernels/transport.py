@@ -1,0 +1,117 @@
+"""The transport's entries in the registry of kernels, for ``bench/kernels.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bench import shapes
+from bench.kernels.registry import BANDWIDTH, FP32, Cost, Kernel, Variant
+from dotmoe_kernels import _tiles
+
+_STEPS = 50
+_SIZES = (("Q25 x 28", 28, shapes.Q25), ("Q25 x 1", 1, shapes.Q25), ("L3 x 32", 32, shapes.L3))
+_EXPERTS = (148, 112, 8, 512)  # Q25, which is two column tiles; L3; coarse; the most
+_OF_AFFINITY = ("a_ptr", "x_ptr", "da_ptr")  # in the affinity's own dtype
+_TYPES = {"count_ptr": "*i64", "plain_ptr": "*i32", "tol": "fp32", "safe": "fp32"}
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _tile_of(kind: str, E: int, backend: str) -> tuple[dict[str, int], dict[str, Any]]:
+    """Constexprs and launch options, as the launchers put them together."""
+    if kind == "gram":
+        block, options = _tiles.gram_tiles(E, backend)
+        return {**block, "BLOCKS": -(-E // block["BLOCK_M"])}, options
+    if kind in ("error", "range"):
+        return {"BLOCK_E": _power_of_two(max(E, 16))}, {"num_warps": 4}
+    tile = _tiles.transport_tiles(E, kind, backend)
+    return dict(tile.blocks), tile.options
+
+
+def _variants(function: str, kind: str) -> Callable[[str], list[Variant]]:
+    def variants(backend: str) -> list[Variant]:
+        names = Kernel("", function, lambda _: []).load().arg_names
+        found = []
+        for dtype, E in [*(("fp32", E) for E in _EXPERTS), *([("bf16", 148)] if set(names) & set(_OF_AFFINITY) else [])]:
+            tile, options = _tile_of(kind, E, backend)
+            vec = next(v for v in (16, 8, 4, 2, 1) if E % v == 0)  # what of a row's stride is known
+            last = {n: 1 for n in names if n in ("stride_ae", "stride_xe", "stride_ge")}
+            known = {"E": E, "VEC": vec, "VEC_G": vec, "EXACT_ROWS": True, "NEEDS_TAU": True, "BLOCK_P": 16, "BLOCK_T": 16}
+            constexprs = {**{n: v for n, v in {**known, **tile}.items() if n in names}, **last}
+
+            def type_of(name: str, dtype: str = dtype) -> str:
+                if name in _OF_AFFINITY:
+                    return f"*{dtype}"
+                return _TYPES.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+
+            signature = {n: type_of(n) for n in names if n not in constexprs}
+            divisible = tuple(n for n in names if n in ("stride_al", "stride_xl", "stride_gl"))
+            found.append(Variant(f"{dtype} E={E}", signature, constexprs, options, divisible))
+        return found
+
+    return variants
+
+
+def _costs(passes: float, flops: Callable[[shapes.Shape], float], rate: float = FP32) -> dict[str, Cost]:
+    """``passes`` reads or writes of [L, F, E] in float32, ``flops`` an element."""
+    costs = {}
+    for name, L, shape in _SIZES:
+        elements = L * shape.F * shape.E
+        costs[name] = Cost(4 * elements * passes, elements * flops(shape), rate)
+    return costs
+
+
+def _each(count: float) -> Callable[[shapes.Shape], float]:
+    return lambda _: count
+
+
+def _kernel(name: str, module: str, kind: str, costs: dict[str, Cost]) -> Kernel:
+    function = f"dotmoe_kernels.transport.{module}:_{name}_kernel"
+    return Kernel(name, function, _variants(function, kind), costs)
+
+
+def _of_history(rows: float) -> dict[str, Cost]:
+    """Kernels that see potentials or column sums only: ``rows`` of [L, E]; one program a layer, row after row."""
+    return {name: Cost(4 * L * shape.E * rows, programs=L, round_trips=rows) for name, L, shape in _SIZES}
+
+
+TRANSPORT = (
+    _kernel("sinkhorn_first_step", "streaming", "first", _costs(1, _each(20))),
+    _kernel("sinkhorn_step", "streaming", "step", _costs(1, _each(10))),
+    _kernel("sinkhorn_plan", "streaming", "plan", _costs(2, _each(12))),
+    _kernel("sinkhorn_error", "streaming", "error", _of_history(8)),
+    _kernel("sinkhorn_adjoint_range", "adjoint", "range", _of_history(_STEPS / 16)),
+    _kernel("sinkhorn_adjoint_start", "adjoint", "adjoint", _costs(2, _each(10))),
+    _kernel("sinkhorn_adjoint_step", "adjoint", "adjoint", _costs(1, _each(8))),
+    _kernel("sinkhorn_adjoint_plain", "plain", "plain", _of_history(4)),  # where no step needs it
+    _kernel("sinkhorn_adjoint_finish", "product", "finish", _costs(4, _each(4 * _STEPS + 8))),
+    _kernel("sinkhorn_stats", "gram", "stats", _costs(2, _each(8))),
+    _kernel("sinkhorn_gram", "gram", "gram", _costs(1, lambda shape: shape.E + 64)),
+    _kernel("sinkhorn_apply", "gram", "apply", _costs(4, _each(8))),
+)
+
+
+_ON_CHIP = 132 * 200 * 1024  # bytes of affinity that the registers of an H200 can hold beside the rest [estimate]
+_LAUNCH, _BARRIER = 4e-6, 2e-6  # seconds of a small launch in a stream, and of a barrier across the grid [estimates]
+
+
+def persistent_against_streaming() -> list[dict[str, Any]]:
+    """Predicted time of a cold forward of 50 steps: one read of A a step in a launch each, against one cooperative launch that
+    keeps A on the chip and meets at a barrier a step. Arithmetic, not a measurement."""
+    rows = []
+    for name, layers, shape in _SIZES:
+        size = 4.0 * layers * shape.F * shape.E
+        streaming = (_STEPS + 2) * max(size / BANDWIDTH, _LAUNCH)
+        persistent = 2 * size / BANDWIDTH + _STEPS * _BARRIER if size <= _ON_CHIP else None
+        rows.append(
+            {
+                "shape": name,
+                "streaming_predicted_seconds": streaming,
+                "persistent_predicted_seconds": persistent,
+                "status": "no GPU was at hand" if persistent else "no GPU was at hand; A does not fit on the chip",
+            }
+        )
+    return rows

@@ -1,0 +1,210 @@
+"""The routed FFN where a gradient is needed: one autograd step that never keeps the [S, H] rows.
+
+    h_p = act(g_p) * u_p, (g_p, u_p) = GateUp_e x_t;  y_t = sum over the slots p of t of w_p Down_e h_p
+
+Kept for the backward pass: x [T, H], the routing, and (g, u) [S, 2s]; with ``recompute`` only x and the routing. Backward, with
+dh_p = Down_e^T dy_t before the routing weight, so that dw needs no rows Down_e h_p (as in SonicMoE, arXiv 2512.14080):
+
+    dw_p = <h_p, dh_p>;  dDown_e = sum_p dy_t (w_p h_p)^T;  (dg_p, du_p) = w_p (act'(g_p) u_p dh_p, act(g_p) dh_p)
+    dGateUp_e = sum_p (dg_p, du_p) x_t^T;  dx_t = sum_p GateUp_e^T (dg_p, du_p)
+
+y, dx and dw are summed in float32, and what lies between two products is rounded once. Cost: 6 S s H flops forward; backward
+12 S s H, 6 less with frozen experts, 4 more with ``recompute``. ``forward`` and ``backward`` take a run of experts at a time, whose
+rows stay in the cache, on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._autograd import first_order
+from ..._checks import compute_dtype
+from ...dispatch import Slots
+from ..activations import find_activation
+
+_FEW = 16  # rows of an expert up to which the gradient of its weights costs its memory, not its products
+_CACHED = 2**21  # bytes of the rows [n, H] of a run of experts: several such lie in a core's cache
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    x: bool
+    gate_up_proj: bool
+    down_proj: bool
+    weights: bool
+
+
+def _by_slot(weights: Tensor, source: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(token [S], routing weight [S, 1] in the dtype of the sums) of every slot."""
+    token = torch.div(source, max(weights.shape[1], 1), rounding_mode="floor")
+    return token, weights.reshape(-1)[source][:, None].to(compute_dtype(like))
+
+
+class _Run(NamedTuple):
+    """Some experts, one after the other."""
+
+    experts: slice
+    rows: slice
+    counts: list[int]  # rows of each
+
+    def pad(self, a: Tensor, most: int) -> Tensor:
+        """[n, M] -> [experts, most, M], zeros behind each expert's rows."""
+        place = [e * most + row for e, count in enumerate(self.counts) for row in range(count)]
+        padded = a.new_zeros(len(self.counts) * most, a.shape[1])
+        padded[torch.tensor(place, dtype=torch.int64)] = a
+        return padded.view(len(self.counts), most, a.shape[1])
+
+
+def _runs(offsets: Tensor, x: Tensor) -> Iterator[_Run]:
+    """All experts, as many at a time as have their rows [n, H] in the cache together, at least one: what lies between two products
+    is done for all of them at once, since an operation on the few rows of one expert would be nearly all overhead."""
+    most = _CACHED // max(x.shape[1] * x.element_size(), 1)
+    bounds = offsets.tolist()
+    first = 0
+    for e in range(1, len(bounds)):
+        if e == len(bounds) - 1 or bounds[e + 1] - bounds[first] > most:
+            counts = [end - start for start, end in pairwise(bounds[first : e + 1])]
+            yield _Run(slice(first, e), slice(bounds[first], bounds[e]), counts)
+            first = e
+
+
+def _products(run: _Run, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a [n, M], an expert's rows times b[e] [M, N] -> [n, N]"""
+    out = a.new_empty(len(a), b.shape[2]) if out is None else out
+    for rows, weight, target in zip(a.split(run.counts), b[run.experts].unbind(), out.split(run.counts), strict=True):
+        torch.mm(rows, weight, out=target)
+    return out
+
+
+def _weight_products(run: _Run, a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out[e] [M, N] = a^T b of an expert's rows, 0 without rows; in place: a few rows' copy would take longer than the product."""
+    if out.stride(1) == 1:  # [E, M, N] stored as [E, N, M]
+        a, b, out = b, a, out.transpose(1, 2)
+    most = max(run.counts)
+    if 1 <= most <= _FEW and len(run.counts) > 1 and out.device.type == "cpu" and out.dtype == torch.float32:
+        # threads share experts: within one, most of the time goes into touching fresh memory, which one thread would do alone
+        torch.bmm(run.pad(a, most).transpose(1, 2), run.pad(b, most), out=out[run.experts])
+        return
+    for left, right, target in zip(a.T.split(run.counts, 1), b.split(run.counts), out[run.experts].unbind(), strict=True):
+        torch.mm(left, right, out=target)
+
+
+def forward(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    weights: Tensor,
+    source: Tensor,
+    offsets: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """-> y [T, H] and, if ``keep``, (g, u) [S, 2s], whose rows beyond offsets[E] hold nothing. source, offsets: of ``Slots``."""
+    act = find_activation(activation).forward
+    token, w = _by_slot(weights, source, x)
+    y = torch.zeros(x.shape, dtype=w.dtype, device=x.device)
+    kept = x.new_empty(source.numel(), gate_up_proj.shape[1]) if keep else None
+    for run in _runs(offsets, x):
+        here = token[run.rows]  # [n]
+        xs = x.index_select(0, here)
+        hidden = _products(run, xs, gate_up_proj.transpose(1, 2), None if kept is None else kept[run.rows])
+        gate, up = hidden.to(y.dtype).chunk(2, -1)  # [n, s] each
+        ys = _products(run, act(gate).mul_(up).to(x.dtype), down_proj.transpose(1, 2))
+        y.index_add_(0, here, ys.to(y.dtype).mul_(w[run.rows]))
+    return y.to(x.dtype), kept
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    weights: Tensor,
+    source: Tensor,
+    offsets: Tensor,
+    kept: Tensor | None,
+    activation: str,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """-> dx, dgate_up_proj, ddown_proj (in the strides of the weights) and dweights, None where not needed."""
+    act = find_activation(activation)
+    token, w = _by_slot(weights, source, x)
+    dx = torch.zeros(x.shape, dtype=w.dtype, device=x.device) if needs.x else None
+    dgate_up = torch.empty_like(gate_up_proj) if needs.gate_up_proj else None
+    ddown = torch.empty_like(down_proj) if needs.down_proj else None
+    dw = torch.zeros(weights.numel(), dtype=w.dtype, device=x.device) if needs.weights else None
+    for run in _runs(offsets, x):
+        here, scale = token[run.rows], w[run.rows]  # [n], [n, 1]
+        xs = x.index_select(0, here) if dgate_up is not None or kept is None else None
+        hidden = _products(run, xs, gate_up_proj.transpose(1, 2)) if kept is None else kept[run.rows]  # type: ignore[arg-type]
+        gate, up = hidden.to(w.dtype).chunk(2, -1)  # [n, s] each
+        activated = act.forward(gate)
+        h = activated * up
+        dys = dy.index_select(0, here)  # [n, H]
+        if ddown is not None:
+            _weight_products(run, dys, (h * scale).to(x.dtype), ddown)
+        if dx is None and dgate_up is None and dw is None:
+            continue
+        dh = _products(run, dys, down_proj).to(w.dtype)
+        if dw is not None:
+            dw[source[run.rows]] = (dh * h).sum(1)
+        if dx is None and dgate_up is None:
+            continue
+        dh.mul_(scale)
+        dhidden = torch.cat((act.backward(dh * up, gate), dh.mul_(activated)), -1).to(x.dtype)  # [n, 2s]
+        if dgate_up is not None:
+            _weight_products(run, dhidden, xs, dgate_up)  # type: ignore[arg-type]
+        if dx is not None:
+            dx.index_add_(0, here, _products(run, dhidden, gate_up_proj).to(dx.dtype))
+    return (
+        None if dx is None else dx.to(x.dtype),
+        dgate_up,
+        ddown,
+        None if dw is None else dw.view(weights.shape).to(weights.dtype),
+    )
+
+
+class _TrainingFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        weights: Tensor,
+        source: Tensor,
+        offsets: Tensor,
+        activation: str,
+        recompute: bool,
+    ) -> Tensor:
+        y, kept = forward(x, gate_up_proj, down_proj, weights, source, offsets, activation, not recompute)
+        ctx.save_for_backward(x, gate_up_proj, down_proj, weights, source, offsets, kept)
+        ctx.activation = activation
+        return y
+
+    @staticmethod
+    @first_order("expert_ffn")
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate_up_proj, down_proj, weights, source, offsets, kept = ctx.saved_tensors
+        needs = Needs(*ctx.needs_input_grad[:4])
+        found = backward(dy, x, gate_up_proj, down_proj, weights, source, offsets, kept, ctx.activation, needs)
+        return *found, None, None, None, None
+
+
+def training_ffn(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    weights: Tensor,
+    slots: Slots,
+    activation: str,
+    recompute: bool = False,
+) -> Tensor:
+    """x [T, H] -> [T, H]; weights [T, K]; the arguments of ``expert_ffn``, checked there."""
+    return _TrainingFFN.apply(x, gate_up_proj, down_proj, weights, slots.source, slots.offsets, activation, recompute)

@@ -1,0 +1,234 @@
+"""The sparse FFN of a converted model: a router that picks K experts a token, and the experts.
+
+    Z = x Wr^T;  y_t = sum over the K largest Z_te of Down_e (act(Gate_e x_t) * (Up_e x_t)), each with weight exactly 1
+
+or, with the soft router, over the experts with p_te = LapSum(Z_t, k)_e > theta, each with weight p_te.
+
+State: ``gate.weight`` [E, H], ``experts.gate_up_proj`` [E, 2s, H], ``experts.down_proj`` [E, H, s], ``neuron_order`` [F] int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .._checks import compute_dtype, require
+from ..routing.budgets import SoftRouter
+from ..routing import route_soft
+from ..experts import expert_ffn
+from ..permutation import dense_storage, neuron_order, pack_experts, unpack_experts
+from ..routing import route_top_k
+from .surgery import DenseFFN
+
+
+class DotMoeRouter(nn.Module):
+    """Router of one layer: x [T, H] -> (logits [T, E], weights [T, K], indices [T, K]).
+
+    With the soft router K is ``max_active``, and an empty slot has index E and weight 0.
+    The logits are float32 (float64 for a float64 model), under autocast too. A forward hook sees all three.
+    """
+
+    def __init__(self, num_experts: int, top_k: int, hidden_size: int, *, soft: SoftRouter | None = None) -> None:
+        super().__init__()
+        self.soft = soft
+        self.num_experts, self.top_k, self.hidden_size = num_experts, top_k, hidden_size
+        self.bypass = False  # every expert with weight 1, see all_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(dtype), self.weight.to(dtype))  # [T, E]
+            if self.bypass:
+                everyone = torch.arange(self.num_experts, device=x.device).expand(logits.shape)
+                return logits, torch.ones_like(logits), everyone
+            if self.soft is not None:
+                routing = route_soft(logits, self.soft)
+            else:
+                routing = route_top_k(logits, self.top_k, weights="unit")
+        return logits, routing.weights, routing.indices
+
+    @property
+    def mean_active(self) -> float:
+        """Experts expected a token: K, or the soft router's k."""
+        return float(self.top_k if self.soft is None else self.soft.k)
+
+    def extra_repr(self) -> str:
+        kind = f"top_k={self.top_k}" if self.soft is None else ", ".join(f"{k}={v}" for k, v in self.soft._asdict().items())
+        return f"num_experts={self.num_experts}, {kind}, hidden_size={self.hidden_size}"
+
+
+class DotMoeExperts(nn.Module):
+    """The experts' weights and their product. ``down_proj`` is kept as the transpose of a contiguous [E, s, H], so that both
+    parameters are also the dense FFN with its neurons permuted."""
+
+    def __init__(self, num_experts: int, hidden_size: int, expert_size: int, activation: str, *, path: str = "auto") -> None:
+        super().__init__()
+        self.num_experts, self.hidden_size, self.expert_size = num_experts, hidden_size, expert_size
+        self.activation, self.path = activation, path
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, expert_size, hidden_size).transpose(1, 2))
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """x [T, H], indices and weights [T, K] -> y [T, H]."""
+        gate_up: Tensor = self.gate_up_proj
+        down: Tensor = self.down_proj
+        if torch.is_autocast_enabled(x.device.type):  # as nn.Linear; .to keeps the strides of down_proj
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return expert_ffn(x, gate_up, down, indices, weights, activation=self.activation, path=self.path)
+
+    def interleave_storage(self) -> None:
+        """Re-establish the layout of ``down_proj``; keeps the Parameter object, and does nothing where the layout is right."""
+        with torch.no_grad():
+            if not self.gate_up_proj.is_contiguous():
+                self.gate_up_proj.data = self.gate_up_proj.data.contiguous()
+            stored = dense_storage(self.down_proj.data)
+            if stored.stride() != self.down_proj.stride():
+                self.down_proj.data = stored
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DotMoeExperts:
+        super()._apply(fn, recurse)
+        self.interleave_storage()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # with assign=True the loaded tensor replaces ours
+        self.interleave_storage()
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, expert_size={self.expert_size}, hidden_size={self.hidden_size}, "
+            f"activation={self.activation}, path={self.path}"
+        )
+
+
+class DotMoeBlock(nn.Module):
+    """Takes the place of a dense FFN: x [..., H] -> y [..., H].
+
+    Args:
+        num_experts, top_k, hidden_size, expert_size: E, K, H, s.
+        activation: name in ACT2FN.
+        path: of ``expert_ffn``: "auto" | "grouped" | "decode" | "masked".
+        soft: the soft router's options; None: the top K.
+    """
+
+    neuron_order: Tensor
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        hidden_size: int,
+        expert_size: int,
+        activation: str,
+        *,
+        path: str = "auto",
+        soft: SoftRouter | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate = DotMoeRouter(num_experts, top_k, hidden_size, soft=soft)
+        self.experts = DotMoeExperts(num_experts, hidden_size, expert_size, activation, path=path)
+        self.register_buffer("neuron_order", torch.arange(num_experts * expert_size))  # [F], position -> dense neuron
+
+    @property
+    def path(self) -> str:
+        """Implementation of ``expert_ffn``; may be set."""
+        return self.experts.path
+
+    @path.setter
+    def path(self, path: str) -> None:
+        self.experts.path = path
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
+        _, weights, indices = self.gate(x)
+        return self.experts(x, indices, weights).view(hidden_states.shape)
+
+    @classmethod
+    def from_dense(
+        cls, ffn: DenseFFN, expert_of: Tensor, router_weight: Tensor, top_k: int, *, soft: SoftRouter | None = None
+    ) -> DotMoeBlock:
+        """The block whose experts are the neurons of ``ffn`` sorted by expert; arguments as checked by ``check_layer``.
+
+        Args:
+            ffn: the dense FFN.
+            expert_of: [F] int64, s neurons for every expert.
+            router_weight: [E, H] floating point; cast to the FFN's dtype.
+            top_k: K.
+            soft: the soft router's options; None: the top K.
+        """
+        (F_, H), E = ffn.gate_proj.shape, router_weight.shape[0]
+        with torch.no_grad():
+            order = neuron_order(expert_of.to(device=ffn.gate_proj.device, dtype=torch.int64))
+            gate_up, down = pack_experts(ffn.gate_proj, ffn.up_proj, ffn.down_proj, order, E)
+            with torch.device("meta"):
+                block = cls(E, top_k, H, F_ // E, ffn.activation, soft=soft)
+            trains = ffn.gate_proj.requires_grad
+            block.experts.gate_up_proj = nn.Parameter(gate_up, requires_grad=trains)
+            block.experts.down_proj = nn.Parameter(down, requires_grad=trains)
+            weight = router_weight.detach().to(device=gate_up.device, dtype=gate_up.dtype, copy=True)
+            block.gate.weight = nn.Parameter(weight.contiguous())
+            block.neuron_order = order
+            block.experts.interleave_storage()
+        return block.train(ffn.module.training)
+
+    def dense_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """New tensors gate_proj, up_proj [F, H] and down_proj [H, F], the neurons in their first order."""
+        with torch.no_grad():
+            return unpack_experts(self.experts.gate_up_proj, self.experts.down_proj, self.neuron_order)
+
+    def reset_parameters(self, std: float) -> None:
+        """Draw router and experts from N(0, std), the neurons in their given order."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.normal_(0.0, std)
+            self.neuron_order.copy_(torch.arange(self.neuron_order.numel()))
+
+
+def check_layer(ffn: DenseFFN, expert_of: Tensor, router_weight: Tensor, num_experts: int, name: str) -> None:
+    """Check expert_of [F] and router_weight [E, H] of the layer ``name``.
+
+    Raises:
+        ValueError: a wrong shape, an expert that does not exist, or one that does not have exactly s = F / E neurons.
+    """
+    (width, hidden), E = ffn.gate_proj.shape, num_experts
+    shape = list(router_weight.shape)
+    require(shape == [E, hidden], f"router_weight of {name}", shape, f"[num_experts, H] = [{E}, {hidden}]")
+    require(tuple(expert_of.shape) == (width,), f"expert_of of {name}", f"of shape {list(expert_of.shape)}", f"[F] = [{width}]")
+    low, high = (int(v) for v in torch.aminmax(expert_of))
+    require(low >= 0 and high < E, f"expert_of of {name}", f"in [{low}, {high}]", f"experts from 0 to {E - 1}")
+    for expert, count in enumerate(torch.bincount(expert_of.flatten().long(), minlength=E).tolist()):
+        given = f"{count} neurons for expert {expert}"
+        require(count == width // E, f"expert_of of {name}", given, f"exactly s = {width // E} for every expert")
+
+
+def moe_blocks(model: nn.Module) -> dict[str, DotMoeBlock]:
+    """The DotMoeBlocks of a model by module path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, DotMoeBlock)}
+
+
+def interleave_storage(model: nn.Module) -> None:
+    """Re-establish the layout of every ``down_proj``; idempotent, keeps the Parameter objects."""
+    for block in moe_blocks(model).values():
+        block.experts.interleave_storage()
+
+
+@contextmanager
+def all_experts(model: nn.Module) -> Iterator[nn.Module]:
+    """Within this context every token visits every expert with weight 1, whatever the router says: the dense model's output."""
+    gates = [block.gate for block in moe_blocks(model).values()]
+    before = [gate.bypass for gate in gates]
+    try:
+        for gate in gates:
+            gate.bypass = True
+        yield model
+    finally:
+        for gate, bypass in zip(gates, before, strict=True):
+            gate.bypass = bypass
