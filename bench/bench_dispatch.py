@@ -1,6 +1,6 @@
 """Dispatch against plain torch: the stable sort of the routed pairs by expert, rows out to their slots, weighted sums of rows back.
 
-The cases run on any device; ``bench/gpu_dispatch.py`` takes them to a GPU.
+The cases run on any device; ``bench/gpu/dispatch.py`` takes them to a GPU.
 """
 
 from __future__ import annotations

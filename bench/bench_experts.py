@@ -16,7 +16,17 @@ from torch import Tensor
 import dotmoe_kernels as dk
 from bench import memory, shapes, training
 from bench.curves import CURVE
-from bench.experts import DTYPES, dense, dense_merged, ffn_info, layouts, masked_dense, reference_rows, relative_error, stock_experts
+from bench.experts import (
+    DTYPES,
+    dense,
+    dense_merged,
+    ffn_info,
+    layouts,
+    masked_dense,
+    reference_rows,
+    relative_error,
+    stock_experts,
+)
 from bench.paired import Case, Group, cases, missing
 from bench.shapes import Shape
 from tests.shapes import expert_weights, normal, routed_indices, uniform

@@ -1,6 +1,6 @@
 """Routing: router logits [T, E] to experts, weights and losses, against plain torch.
 
-The cases run on any device; ``bench/gpu_routing.py`` takes them to a GPU.
+The cases run on any device; ``bench/gpu/routing.py`` takes them to a GPU.
 """
 
 from __future__ import annotations

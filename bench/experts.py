@@ -1,6 +1,6 @@
 """Everybody's routed FFN on one set of weights, the dense FFN that it replaces, and the float64 values to compare with.
 
-The benches of the experts share it: ``bench_experts`` on a CPU, ``gpu_experts`` on a GPU, ``training`` for the gradients.
+The benches of the experts share it: ``bench_experts`` on a CPU, ``gpu/experts.py`` on a GPU, ``training`` for the gradients.
 """
 
 from __future__ import annotations

@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.nn import functional
 
 import dotmoe_kernels as dk
-from bench.experts import dense_merged, dense_out_of_place, ends, library_call, relative_error, silu_and_mul, stock_experts, without_transformers
+from bench.experts import (
+    dense_merged,
+    dense_out_of_place,
+    ends,
+    library_call,
+    relative_error,
+    silu_and_mul,
+    stock_experts,
+    without_transformers,
+)
 from bench.memory import kept_bytes
 from bench.paired import OURS, Case
 from bench.shapes import Shape

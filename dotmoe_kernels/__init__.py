@@ -5,9 +5,9 @@ The public names, in the order of the method. The Hugging Face side is imported 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ._lazy import lazy_names
 from .alignment import AlignmentConfig
 from .dispatch import Slots, dispatch_tokens, gather_tokens, scatter_tokens
 from .experts import expert_ffn, grouped_mm, masked_ffn
@@ -19,11 +19,11 @@ from .soft_topk import soft_top_k
 from .transport import sinkhorn
 
 if TYPE_CHECKING:
-    from .conversion import DotMoeConfig, DotMoeForCausalLM, FinetuneConfig, convert, export, finetune, load, save
+    from .conversion import FinetuneConfig, convert, finetune
+    from .exports import export
+    from .models import DotMoeConfig, DotMoeForCausalLM, load, save
 
 __version__ = "0.1.0"
-
-_CONVERSION = ("DotMoeConfig", "DotMoeForCausalLM", "FinetuneConfig", "convert", "export", "finetune", "load", "save")
 
 __all__ = [
     "AlignmentConfig",
@@ -56,10 +56,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _CONVERSION:
-        return getattr(import_module(".conversion", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, _ = lazy_names(
+    __name__,
+    {
+        ".conversion": ("FinetuneConfig", "convert", "finetune"),
+        ".exports": ("export",),
+        ".models": ("DotMoeConfig", "DotMoeForCausalLM", "load", "save"),
+    },
+)
 
 
 def __dir__() -> list[str]:

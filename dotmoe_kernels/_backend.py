@@ -25,6 +25,18 @@ def use_triton(tensor: Tensor) -> bool:
     return _interpreting and tensor.device.type == "cpu"
 
 
+def use_kernels(tensor: Tensor) -> bool:
+    """Whether the experts' products on ``tensor`` run in Triton: not in float64, which the matrix units of few GPUs take."""
+    return use_triton(tensor) and tensor.dtype != torch.float64
+
+
+def product_options(x: Tensor) -> dict[str, object]:
+    """How ``tl.dot`` multiplies tensors like ``x``: float32 as such unless PyTorch may use TF32."""
+    # read so, since ``allow_tf32`` raises once somebody has set the precision by its new name
+    tf32 = x.dtype == torch.float32 and x.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return {"UPCAST": x.device.type == "cpu" and x.dtype == torch.bfloat16, "PRECISION": "tf32" if tf32 else "ieee"}
+
+
 @contextmanager
 def interpreted(wanted: bool = True) -> Iterator[None]:
     """Inside, CPU tensors run the Triton kernels too, provided that Triton interprets them; with ``wanted`` False, PyTorch again.

@@ -11,12 +11,13 @@ from test_experts_training import saved_elements
 
 import dotmoe_kernels as dk
 from dotmoe_kernels import _backend
-from dotmoe_kernels.experts import activations, training as training_gpu
+from dotmoe_kernels.dispatch.operators import sort_slots_op
+from dotmoe_kernels.experts import activations
 from dotmoe_kernels.experts.training.operators import grouped_ffn_backward_op, grouped_ffn_training_op
 
 if _backend.HAS_TRITON:
-    from dotmoe_kernels.experts.training import gpu as kernels
     from dotmoe_kernels.experts.grouped.gpu import forward as kernels_forward
+    from dotmoe_kernels.experts.training import gpu as kernels
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -330,7 +331,7 @@ def test_opcheck(weighted):
     tensors, indices = problem(2, 2, 1, 8, 16, dtype=torch.float32), torch.tensor([[1], [0]], device=DEVICE)
     x, gate_up, down, w = (tensors[n].to(DEVICE) for n in NAMES)
     w = w if weighted else None
-    token, source, offsets, slot_of = dk.experts.training_gpu.sort_slots_op(indices, 2)
+    token, source, offsets, slot_of = sort_slots_op(indices, 2)
     slots = token.int(), source.int(), offsets, slot_of
     torch.library.opcheck(grouped_ffn_training_op, (x, gate_up, down, w, slots[0], offsets, slot_of, "silu", weighted, None))
     _, z = grouped_ffn_training_op(x, gate_up, down, w, slots[0], offsets, slot_of, "silu", True, None)
@@ -346,7 +347,7 @@ def test_compiles_without_a_break():
     leaves, there = leaves_of(tensors), indices.to(DEVICE)
 
     def function(x, gate_up_proj, down_proj, weights):
-        return 1 + training_gpu.training_ffn(2 * x, gate_up_proj, down_proj, there, weights, "silu")
+        return 1 + dk.experts.training.training_ffn(2 * x, gate_up_proj, down_proj, there, weights, "silu")
 
     compiled = torch.compile(function, fullgraph=True, backend="inductor" if HAS_GPU else "aot_eager")
     expected, found = (f(**leaves) for f in (function, compiled))

@@ -10,8 +10,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed with the package
 
 from bench import alignment, splits
-from bench.kernels import predictions_alignment
 from bench.alignment import PARTS, REST, TINY, Clock, Step
+from bench.kernels import predictions_alignment
 from dotmoe_kernels.alignment import AlignmentConfig
 from dotmoe_kernels.alignment.loop import align
 

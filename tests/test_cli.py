@@ -19,8 +19,8 @@ import dotmoe_kernels as dk
 from dotmoe_kernels import cli
 from dotmoe_kernels.conversion import count_parameters, demo, moe_blocks, pipeline
 from dotmoe_kernels.conversion.demo import DemoSize, run_demo, split_documents, standard_library, train_tokenizer
-from dotmoe_kernels.models.inspect import describe
 from dotmoe_kernels.evaluation import perplexity
+from dotmoe_kernels.models.inspect import describe
 
 WORDS = [
     "the",

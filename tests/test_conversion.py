@@ -18,7 +18,19 @@ from transformers import AutoModelForCausalLM
 
 import dotmoe_kernels as dk
 from dotmoe_kernels import reference
-from dotmoe_kernels.conversion import DotMoeConfig, DotMoeForCausalLM, all_experts, count_parameters, find_ffns, interleave_storage, materialize, moe_blocks, restore_dense, self_check, swap_ffn
+from dotmoe_kernels.conversion import (
+    DotMoeConfig,
+    DotMoeForCausalLM,
+    all_experts,
+    count_parameters,
+    find_ffns,
+    interleave_storage,
+    materialize,
+    moe_blocks,
+    restore_dense,
+    self_check,
+    swap_ffn,
+)
 
 
 def relative(a, b):

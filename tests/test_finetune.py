@@ -13,8 +13,8 @@ from transformers.activations import ACT2FN
 import dotmoe_kernels as dk
 from dotmoe_kernels import reference
 from dotmoe_kernels.conversion import DotMoeConfig, DotMoeForCausalLM, materialize, moe_blocks
-from dotmoe_kernels.models import block
 from dotmoe_kernels.experts.training import cpu as training
+from dotmoe_kernels.models import block
 
 STEPS, BATCH, LENGTH = 10, 4, 12
 ROUTERS = pytest.mark.parametrize("router", ["top_k", "soft"])

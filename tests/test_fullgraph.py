@@ -7,8 +7,8 @@ from shapes import balanced_expert_of, dense_ffn, expert_weights, normal, routed
 
 import dotmoe_kernels as dk
 from dotmoe_kernels import reference
+from dotmoe_kernels.experts import operators as of_paths
 from dotmoe_kernels.experts.grouped import operators
-from dotmoe_kernels.experts import operators as operators_host
 
 OUTPUTS = ("test_schema", "test_faketensor")
 T, H, E, K, S = 6, 8, 4, 2, 4  # tokens, hidden, experts, experts a token, neurons an expert
@@ -96,10 +96,10 @@ def test_experts_without_a_gradient(path, tokens):
 def test_the_operators_of_the_experts(weighted):
     given = EXPERTS if weighted else {**UNWEIGHTED, "weights": None}
     given = {n: t.clone().requires_grad_() if t is not None and t.is_floating_point() else t for n, t in given.items()}
-    torch.library.opcheck(operators_host.expert_ffn_op, (*given.values(), "silu", "grouped"))
+    torch.library.opcheck(of_paths.expert_ffn_op, (*given.values(), "silu", "grouped"))
     fixed = [t if t is None else t.detach() for t in given.values()]
     torch.library.opcheck(
-        operators_host.expert_ffn_backward_op, (fixed[0], *fixed, "silu", [True, False, True, weighted]), test_utils=OUTPUTS
+        of_paths.expert_ffn_backward_op, (fixed[0], *fixed, "silu", [True, False, True, weighted]), test_utils=OUTPUTS
     )
     a, b = (t.clone().requires_grad_() for t in (ROWS, EXPERTS["gate_up_proj"].transpose(1, 2)))
     torch.library.opcheck(operators.grouped_mm_op, (a, b, SLOTS.offsets), test_utils=OUTPUTS)

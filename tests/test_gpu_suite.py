@@ -11,7 +11,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed with the package
 
 from bench import alignment, experts, masked, report, shapes, training
-from bench.gpu import alignment as gpu_alignment, dispatch as gpu_dispatch, experts as gpu_experts, routing as gpu_routing, suite as gpu_suite, training as gpu_training, transport as gpu_transport
+from bench.gpu import alignment as gpu_alignment
+from bench.gpu import dispatch as gpu_dispatch
+from bench.gpu import experts as gpu_experts
+from bench.gpu import routing as gpu_routing
+from bench.gpu import suite as gpu_suite
+from bench.gpu import training as gpu_training
+from bench.gpu import transport as gpu_transport
 from bench.paired import Case, Group
 from dotmoe_kernels._backend import interpreted
 

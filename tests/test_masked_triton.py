@@ -10,7 +10,8 @@ from test_masked import ours, plain, problem
 from dotmoe_kernels import _backend, _tiles
 from dotmoe_kernels.dispatch.operators import sort_slots_op
 from dotmoe_kernels.experts import activations
-from dotmoe_kernels.experts.masked import operators as operators_masked, operators_slots
+from dotmoe_kernels.experts.masked import operators
+from dotmoe_kernels.experts.masked.gpu import autograd
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -153,11 +154,11 @@ def test_what_the_mask_drops_may_overflow(dtype):
     r, expert_of = torch.tensor([[1.0, 0.0], [0.0, 0.5]], dtype=dtype, device=DEVICE), torch.tensor([0, 1, 0, 1], device=DEVICE)
     gate[0, 1], up[1, 0], gate[1, 2] = torch.inf, -torch.inf, torch.nan
     mask = r[:, expert_of]
-    hidden = operators_masked.masked_hidden_op(gate, up, r, expert_of, None, None, "silu")
+    hidden = operators.masked_hidden_op(gate, up, r, expert_of, None, None, "silu")
     expected = torch.where(mask != 0, torch.nn.functional.silu(gate) * up * mask, 0)
     assert error(hidden, expected) < 1e-3
     arguments = (torch.ones_like(gate), gate, up, r, expert_of, "linear")
-    dgate, dup, _, _ = operators_masked.masked_hidden_backward_op(*arguments, True, False, False)
+    dgate, dup, _, _ = operators.masked_hidden_backward_op(*arguments, True, False, False)
     assert error(dgate, torch.where(mask != 0, up * mask, 0)) < 1e-3
     assert error(dup, torch.where(mask != 0, gate * mask, 0)) < 1e-3
 
@@ -170,9 +171,9 @@ def test_neurons_of_no_expert_are_dropped(wrong):
     r.copy_(torch.tensor([[1.0, 0.0], [0.0, 0.5]]))
     gate, up = (normal(2, 4, seed=32 + i, dtype=torch.float32).to(DEVICE) for i in range(2))
     expert_of = torch.tensor([0, wrong, 1, wrong], device=DEVICE)
-    hidden = operators_masked.masked_hidden_op(gate, up, r, expert_of, None, None, "silu")
+    hidden = operators.masked_hidden_op(gate, up, r, expert_of, None, None, "silu")
     arguments = (torch.ones_like(gate), gate, up, r, expert_of, "silu", True, True, False)
-    dgate, dup, dr, _ = operators_masked.masked_hidden_backward_op(*arguments)
+    dgate, dup, dr, _ = operators.masked_hidden_backward_op(*arguments)
     assert all((t[:, 1::2] == 0).all() for t in (hidden, dgate, dup))
     assert hidden[0, 0] != 0
     expected = torch.nn.functional.silu(gate) * up
@@ -190,7 +191,7 @@ FROZEN = ("gate_proj", "up_proj", "down_proj")
 def by_slots(monkeypatch):
     """However few tokens there are; counts the calls."""
     calls = []
-    monkeypatch.setattr(operators_masked, "leaves_zeros_out", lambda *sizes: calls.append(sizes) or True)
+    monkeypatch.setattr(autograd, "leaves_zeros_out", lambda *sizes: calls.append(sizes) or True)
     return calls
 
 
@@ -315,7 +316,7 @@ def test_unequal_experts_are_no_result(activation):
 
     def unseen(x, plan, probs):
         fixed = (tensors[n].to(DEVICE) for n in FROZEN)
-        return operators_masked.masked(x, *fixed, *routed, plan, probs, None, 4, activation, False, True)
+        return autograd.masked(x, *fixed, *routed, plan, probs, None, 4, activation, False, True)
 
     results = value_and_gradients(unseen, there(learning))
     wrong = (indices[:, 0] == 1) | (indices[:, 0] == 2)
@@ -393,17 +394,17 @@ def test_the_up_product_with_the_mask_in_its_epilogue(T, E, K, s, H, dtype):
 
     exact, same = plain(tensors["x"].double(), gate_up.double()), plain(tensors["x"], gate_up)
     arguments = (tensors["x"].to(DEVICE), gate_up.to(DEVICE), r.to(DEVICE), "silu")
-    found = operators_masked.masked_view_up_op(*arguments)
+    found = operators.masked_view_up_op(*arguments)
     assert error(found, exact) <= 2 * error(same, exact) + (1e-6 if dtype == torch.float32 else 5e-4)
-    assert torch.equal(found, operators_masked.masked_view_up_op(*arguments))
-    torch.library.opcheck(operators_masked.masked_view_up_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    assert torch.equal(found, operators.masked_view_up_op(*arguments))
+    torch.library.opcheck(operators.masked_view_up_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_what_the_mask_drops_is_not_read():
     product = normal(3, 16, seed=3, dtype=torch.float32).to(DEVICE)  # two experts of four neurons
     r = torch.tensor([[1.0, 0.0], [0.0, 0.5], [0.0, 0.0]], device=DEVICE)
     product[0, 8:], product[1, :8], product[2] = torch.nan, torch.inf, torch.nan
-    hidden = operators_masked.masked_view_hidden_op(product, r, "silu")
+    hidden = operators.masked_view_hidden_op(product, r, "silu")
     assert hidden.isfinite().all()
     assert error(hidden[0, :4], torch.nn.functional.silu(product[0, :4]) * product[0, 4:8]) < 1e-6
     assert (hidden[[0, 1, 2, 2], :][2:] == 0).all()
@@ -415,7 +416,7 @@ def test_mask(weighted):
     weights = normal(4, 3, seed=4, dtype=torch.float32) if weighted else None
     expected = torch.zeros(4, 5).scatter_add(1, indices, torch.ones(4, 3) if weights is None else weights)[:, :4]
     w = None if weights is None else weights.to(DEVICE)
-    assert error(operators_masked.expert_mask_op(indices.to(DEVICE), w, 4, torch.float32), expected) < 1e-6
+    assert error(operators.expert_mask_op(indices.to(DEVICE), w, 4, torch.float32), expected) < 1e-6
 
 
 # --- as torch operators ------------------------------------------------------------------------------------------------
@@ -427,11 +428,11 @@ def test_opcheck():
     indices, weights = routed_indices(6, 2, 4, seed=7).to(DEVICE), normal(6, 2, seed=8, dtype=torch.float32).to(DEVICE)
     leaves = [t.clone().requires_grad_() for t in (gate, up, r)]
     soft = [plan.requires_grad_(), probs.requires_grad_()]
-    torch.library.opcheck(operators_masked.masked_hidden_op, (*leaves, expert_of, *soft, "silu"))
-    torch.library.opcheck(operators_masked.masked_hidden_backward_op, (gate, gate, up, r, expert_of, "silu", True, True, True))
+    torch.library.opcheck(operators.masked_hidden_op, (*leaves, expert_of, *soft, "silu"))
+    torch.library.opcheck(operators.masked_hidden_backward_op, (gate, gate, up, r, expert_of, "silu", True, True, True))
     product = normal(6, 16, seed=9, dtype=torch.float32).to(DEVICE)  # four experts of two neurons
-    torch.library.opcheck(operators_masked.masked_view_hidden_op, (product, r, "silu"))
-    torch.library.opcheck(operators_masked.expert_mask_op, (indices, weights.requires_grad_(), 4, torch.float32))
+    torch.library.opcheck(operators.masked_view_hidden_op, (product, r, "silu"))
+    torch.library.opcheck(operators.expert_mask_op, (indices, weights.requires_grad_(), 4, torch.float32))
     weights = weights.detach()
     x, dy, gate_proj, up_proj, down_proj = (
         normal(*s, seed=10, dtype=torch.float32).to(DEVICE) for s in (*[(6, 5)] * 2, *[(12, 5)] * 2, (5, 12))
@@ -439,10 +440,10 @@ def test_opcheck():
     order, slots = sort_slots_op(expert_of[:, None], 4)[0], sort_slots_op(indices, 4)
     starts, (token, source, *placed) = sort_slots_op(expert_of[:, None], 4)[2], slots
     routed = weights, order.int(), starts, indices, token.int(), source.int(), *placed
-    torch.library.opcheck(operators_slots.masked_slots_op, (x, gate_proj, up_proj, down_proj, *routed, "silu"))
+    torch.library.opcheck(operators.masked_slots_op, (x, gate_proj, up_proj, down_proj, *routed, "silu"))
     for needs in ((True, True, True), (False, True, False)):
         arguments = dy, x, None, gate_proj, up_proj, down_proj, r.detach(), *routed, "silu", *needs
-        torch.library.opcheck(operators_slots.masked_slots_backward_op, arguments)
+        torch.library.opcheck(operators.masked_slots_backward_op, arguments)
 
 
 @pytest.mark.usefixtures("by_slots")
@@ -453,7 +454,7 @@ def test_compiles_into_one_graph(equal):
     fixed = [tensors.pop(n).to(DEVICE) for n in FROZEN]
 
     def function(x, plan, probs):
-        return operators_masked.masked(x * 2, *fixed, expert_of, indices, plan, probs, None, 4, "silu", False, equal) + 1
+        return autograd.masked(x * 2, *fixed, expert_of, indices, plan, probs, None, 4, "silu", False, equal) + 1
 
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -518,9 +519,9 @@ def test_addresses_beyond_two_to_the_31():
     T, F, E = 160_000, 14_336, 112
     gate = torch.empty(T, F, dtype=torch.bfloat16, device="cuda").fill_(0.5)
     r, expert_of = torch.ones(T, E, dtype=torch.bfloat16, device="cuda"), torch.arange(F, device="cuda") % E
-    hidden = operators_masked.masked_hidden_op(gate, gate, r, expert_of, None, None, "linear")
+    hidden = operators.masked_hidden_op(gate, gate, r, expert_of, None, None, "linear")
     assert (hidden[-1] == 0.25).all()
-    dgate, _, dr, dplan = operators_masked.masked_hidden_backward_op(gate, gate, gate, r, expert_of, "linear", True, True, True)
+    dgate, _, dr, dplan = operators.masked_hidden_backward_op(gate, gate, gate, r, expert_of, "linear", True, True, True)
     assert (dgate[-1] == 0.25).all()
     assert (dr[-1] == 16).all()  # 128 neurons of 0.125
     assert error(dplan, torch.full((F, E), 0.125 * T)) < 1e-5

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from shapes import AWKWARD, balanced_expert_of, generator, normal
 from torch.nn import functional
 
-from dotmoe_kernels.partitions import Partition, activation_partition, balanced_kmeans, kmeans_partition, least_squares_router, noise_router, random_partition, start_affinity
+from dotmoe_kernels.partitions import (
+    Partition,
+    activation_partition,
+    balanced_kmeans,
+    kmeans_partition,
+    least_squares_router,
+    noise_router,
+    random_partition,
+    start_affinity,
+)
 
 H, F, E, T = 16, 64, 4, 256
 

@@ -82,7 +82,7 @@ def problem(T, E, s, H, dtype, *, weights):
 def taken(monkeypatch):
     """The padded rows of every call that went through the padded products."""
     rows, call = [], padded.padded_ffn
-    monkeypatch.setattr(dk.experts.grouped, "padded_ffn", lambda *a: (rows.append(int(a[7].sum())), call(*a))[1])
+    monkeypatch.setattr(dk.experts.grouped.cpu, "padded_ffn", lambda *a: (rows.append(int(a[7].sum())), call(*a))[1])
     return rows
 
 

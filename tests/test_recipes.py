@@ -19,10 +19,10 @@ from dotmoe_kernels._tiles import leaves_zeros_out
 from dotmoe_kernels.alignment.config import AlignmentConfig
 from dotmoe_kernels.alignment.transport import Transport
 from dotmoe_kernels.conversion import DotMoeConfig, count_parameters, find_ffns, finetuning, materialize, moe_blocks, pipeline
-from dotmoe_kernels.models import block
 from dotmoe_kernels.conversion.dryrun import dense_config, predict_run, run_lines
 from dotmoe_kernels.conversion.finetuning import FinetuneConfig
 from dotmoe_kernels.conversion.recipes import load_recipe, recipe_names
+from dotmoe_kernels.models import block
 
 # E, s, K; parameters as published, in billions
 PAPER = {

@@ -26,10 +26,10 @@ from tiny import tokens as tiny_tokens
 import dotmoe_kernels as dk
 from dotmoe_kernels.alignment.config import AlignmentConfig
 from dotmoe_kernels.alignment.soft import SoftRouting
-from dotmoe_kernels.routing.budgets import slots
 from dotmoe_kernels.conversion import DotMoeConfig, all_experts, count_parameters, moe_blocks, restore_dense, self_check
 from dotmoe_kernels.conversion.pipeline import METHODS
 from dotmoe_kernels.evaluation import active_summary, collect_load, perplexity
+from dotmoe_kernels.routing.budgets import slots
 
 DATA = tiny_tokens(6, 12, seed=5)
 

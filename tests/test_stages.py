@@ -21,10 +21,10 @@ from dotmoe_kernels.alignment.config import AlignmentConfig
 from dotmoe_kernels.alignment.module import AlignmentFFN, all_experts, collect_inputs
 from dotmoe_kernels.alignment.reconstruction import reconstruct
 from dotmoe_kernels.conversion import DotMoeConfig, find_ffns, finetuning, moe_blocks, pipeline, self_check, swap_ffn
-from dotmoe_kernels.models.card import model_card
 from dotmoe_kernels.conversion.demo import train_tokenizer
 from dotmoe_kernels.conversion.finetuning import FinetuneConfig, finetune
 from dotmoe_kernels.evaluation import reconstruction_error
+from dotmoe_kernels.models.card import model_card
 
 DATA = tokens(32, 16, seed=5)
 ROUTERS = pytest.mark.parametrize("router", ["top_k", "soft"])

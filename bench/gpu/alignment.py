@@ -1,4 +1,4 @@
-"""Alignment's benches on a GPU, for ``bench.gpu.suite``: one layer's masked FFN, and a whole step of a few layers, in bfloat16."""
+"""Alignment's benches on a GPU, one layer's masked FFN, and a whole step of a few layers, in bfloat16."""
 
 from __future__ import annotations
 

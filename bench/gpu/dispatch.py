@@ -1,4 +1,4 @@
-"""Dispatch's benches on a GPU, for ``bench.gpu.suite``: the cases of ``bench/bench_dispatch.py`` at real sizes, in bf16."""
+"""Dispatch's benches on a GPU, the cases of ``bench/bench_dispatch.py`` at real sizes, in bf16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The routed FFN's benches on a GPU, for ``bench.gpu.suite``: bf16, 25 % of the neurons active, the dense FFN beside it.
+"""The routed FFN's benches on a GPU, bf16, 25 % of the neurons active, the dense FFN beside it.
 
 Weights and inputs are drawn on the device. The float64 reference is computed for the first and the last tokens. A call of a
 few tokens takes the host longer than the device, so up to 64 tokens ours and the dense FFN are also replayed as CUDA graphs.
@@ -20,7 +20,21 @@ from torch.nn import functional
 
 import dotmoe_kernels as dk
 from bench import shapes
-from bench.experts import LIBRARIES, dense, dense_merged, ends, ffn_info, layouts, library_call, masked_dense, reference_rows, relative_error, silu_and_mul, stock_experts, without_transformers
+from bench.experts import (
+    LIBRARIES,
+    dense,
+    dense_merged,
+    ends,
+    ffn_info,
+    layouts,
+    library_call,
+    masked_dense,
+    reference_rows,
+    relative_error,
+    silu_and_mul,
+    stock_experts,
+    without_transformers,
+)
 from bench.paired import OURS, Case, Group
 from bench.shapes import Shape
 from dotmoe_kernels._backend import use_triton

@@ -1,4 +1,4 @@
-"""Routing's benches on a GPU, for ``bench.gpu.suite``: the cases of ``bench/bench_routing.py``, float32, every size."""
+"""Routing's benches on a GPU, the cases of ``bench/bench_routing.py``, float32, every size."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """One call on a GPU machine: the GPU tests of a part, then its benches with every peer, one JSON, a short table last.
 
-    PYTHONPATH=. python3 -m bench.gpu.suite --part transport [--out DIR] [--minutes 9] [--resume FILE] [--only TEXT] [--dry-run]
+    PYTHONPATH=. python3 -m bench.gpu --part transport [--out DIR] [--minutes 9] [--resume FILE] [--only TEXT] [--dry-run]
 
 A part joins by one entry in PARTS: its test files, and a function that gives its benches as ``paired.Group``. Every
 implementation is compared with a float64 reference before it is timed; a peer that fails, or that runs out of memory, is named
@@ -32,13 +32,13 @@ from typing import Any
 import torch
 
 from bench import machine
-from bench.kernels.compile_report import table
 from bench.gpu.alignment import alignment_groups
 from bench.gpu.dispatch import dispatch_groups
 from bench.gpu.experts import TELLING, TOKENS, expert_groups
 from bench.gpu.routing import routing_groups
 from bench.gpu.training import training_groups
 from bench.gpu.transport import transport_groups
+from bench.kernels.compile_report import table
 from bench.paired import OURS, Case, Group, Series, extra_info
 from bench.report import factor, seconds, size
 
@@ -354,7 +354,7 @@ def dry_run(part: Part, only: str = "") -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.suite", description="GPU tests and benches of a part.")
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="GPU tests and benches of a part.")
     parser.add_argument("--part", required=True, choices=list(PARTS))
     parser.add_argument("--out", type=Path, help="folder for the JSON (default: bench/results/<machine>)")
     parser.add_argument("--minutes", type=float, default=9.0, help="ends within them (default: 9)")

@@ -1,4 +1,4 @@
-"""Forward and backward of the routed FFN on a GPU, for ``bench.gpu.suite``: the fine-tune of the sparse model, in bf16.
+"""Forward and backward of the routed FFN on a GPU, the fine-tune of the sparse model, in bf16.
 
 Everybody's gradients go to x, to all weights and to the routing weights. No CUDA graphs: at these token counts the device is the
 slower side.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from bench.gpu import experts as gpu_experts
 from bench import shapes, training
 from bench.experts import ffn_info
+from bench.gpu import experts as gpu_experts
 from bench.gpu.experts import draw, draw_indices
 from bench.paired import Case, Group
 from bench.shapes import Shape

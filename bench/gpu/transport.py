@@ -1,4 +1,4 @@
-"""The transport's benches on a GPU, for ``bench.gpu.suite``: batches of layers, 50 Sinkhorn steps, float32.
+"""The transport's benches on a GPU, batches of layers, 50 Sinkhorn steps, float32.
 
 Layers are rolled copies of one drawn matrix. The float64 reference is computed for the first and the last of them.
 """

@@ -1,10 +1,10 @@
 """What the compiler makes of every kernel, without a GPU: registers, spills, shared memory, instructions, and a predicted time.
 
-    python -m bench.kernels.compile_report [--kernel NAME ...] [--target sm_90 ...] [--first] [--no-json]
+    python -m bench.kernels [--kernel NAME ...] [--target sm_90 ...] [--first] [--no-json]
 
-compiles the registry of ``bench/kernels.py`` for sm_80, sm_90, sm_100 and gfx942, prints a table, and writes it to
+compiles the registry of ``bench.kernels`` for sm_80, sm_90, sm_100 and gfx942, prints a table, and writes it to
 ``bench/results/compile/<date>-<commit>.json``. ``--first`` takes one tile a kernel. A predicted time is arithmetic, not a
-measurement: bytes and flops of the shape over the rates in ``bench/registry.py``.
+measurement: bytes and flops of the shape over the rates in ``registry.py``.
 
 TRITON_INTERPRET must not be set: interpreted kernels cannot be compiled.
 """
@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import machine
-from bench.kernels import predictions_alignment
-from bench.kernels import KERNELS
-from bench.kernels.transport import persistent_against_streaming
+from bench.kernels import KERNELS, predictions_alignment
 from bench.kernels.predictions import experts_against_dense, reductions, training_against_dense
 from bench.kernels.registry import Kernel, Variant
+from bench.kernels.transport import persistent_against_streaming
 
 
 class Target(NamedTuple):
@@ -236,7 +235,7 @@ def render(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels.compile_report", description="Compile every kernel for every target.")
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description="Compile every kernel for every target.")
     parser.add_argument("--kernel", action="append", choices=list(KERNELS), help="only these kernels")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only these targets")
     parser.add_argument("--first", action="store_true", help="one tile a kernel")

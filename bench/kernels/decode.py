@@ -1,4 +1,4 @@
-"""The decode path's entries in the registry of kernels, for ``bench/kernels.py``."""
+"""The decode path's entries in the registry of kernels."""
 
 from __future__ import annotations
 

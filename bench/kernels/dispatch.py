@@ -1,4 +1,4 @@
-"""Dispatch's entries in the registry of kernels, for ``bench/kernels.py``."""
+"""Dispatch's entries in the registry of kernels."""
 
 from __future__ import annotations
 

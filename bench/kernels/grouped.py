@@ -1,4 +1,4 @@
-"""The grouped experts' entries in the registry of kernels, for ``bench/kernels.py``."""
+"""The grouped experts' entries in the registry of kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from dotmoe_kernels import _tiles
 
 _TOKENS = (512, 8192)
 _SHAPES = (shapes.L3, shapes.Q25, shapes.COARSE, shapes.MID)
-_GPU = "dotmoe_kernels.experts.grouped.gpu"
+_GPU = "dotmoe_kernels.experts"
+_UP, _DOWN = "grouped.gpu.up:_grouped_up_kernel", "grouped.gpu.down:_grouped_mm_kernel"
+_BACKWARD, _WEIGHT = "training.gpu:_grouped_hidden_bwd_kernel", "grouped.gpu.down:_grouped_weight_kernel"
 _TYPES = {"token_ptr": "*i64", "source_ptr": "*i64", "offsets_ptr": "*i32", "weights_ptr": "*fp32", "dweights_ptr": "*fp32"}
 _KEPT = {"token_ptr": "*i32", "source_ptr": "*i32"}  # the routing between the passes
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -22,7 +24,7 @@ _WIDTH = 128  # s of the variants
 _EXPERTS = 112
 _ROWS = (2048, 64, 32, 16)  # rows an expert: one for each tile
 _EARLY, _LATE = ("sm_80",), ("sm_90", "sm_100")  # as ``_tiles.before_hopper`` has it
-_TRAINING = ("backward:_grouped_hidden_bwd_kernel", "down:_grouped_weight_kernel")
+_TRAINING = (_BACKWARD, _WEIGHT)
 
 
 def _variant(function: str, name: str, dtype: str, constexprs: dict[str, Any], options: dict[str, Any]) -> Variant:
@@ -48,7 +50,7 @@ def _up(backend: str) -> list[Variant]:
             name, keep = f"{dtype} rows<={rows}{form}", form == " keep"
             for targets, early in ((_LATE, False), (_EARLY, True)) if backend == "cuda" else (((), False),):
                 tile = _tiles.grouped_up_tile(rows * _EXPERTS, _EXPERTS, _WIDTH, _DTYPES[dtype], backend, keep=keep, early=early)
-                one = _variant("grouped:_grouped_up_kernel", name, dtype, {**last, **constexprs, **tile.block}, tile.options)
+                one = _variant(_UP, name, dtype, {**last, **constexprs, **tile.block}, tile.options)
                 found.append(replace(one, targets=targets))
     return found
 
@@ -66,7 +68,7 @@ def _mm(backend: str) -> list[Variant]:
             forms.append((" atomics", {**base, "stride_bk": 1, "ATOMIC": True, "ZERO": False}))
         for form, constexprs in forms:
             name = f"{dtype} rows<={rows}{form}"
-            found.append(_variant("down:_grouped_mm_kernel", name, dtype, {**constexprs, **tile.block}, tile.options))
+            found.append(_variant(_DOWN, name, dtype, {**constexprs, **tile.block}, tile.options))
     return found
 
 
@@ -84,7 +86,7 @@ def _hidden_bwd(backend: str) -> list[Variant]:
             forms.append((" down_proj only", {**base, "PRODUCT": False, "dz_ptr": None, "dweights_ptr": None}))
         for form, constexprs in forms:
             name = f"{dtype} rows<={rows}{form}"
-            found.append(_variant("backward:_grouped_hidden_bwd_kernel", name, dtype, {**constexprs, **tile.block}, tile.options))
+            found.append(_variant(_BACKWARD, name, dtype, {**constexprs, **tile.block}, tile.options))
     return found
 
 
@@ -99,7 +101,7 @@ def _weight(backend: str) -> list[Variant]:
         ]
         for form, constexprs in forms:
             block, options = _tiles.grouped_weight_tile(_DTYPES[dtype], backend, gathered="token_ptr" not in constexprs)
-            found.append(_variant("down:_grouped_weight_kernel", f"{dtype}{form}", dtype, {**constexprs, **block}, options))
+            found.append(_variant(_WEIGHT, f"{dtype}{form}", dtype, {**constexprs, **block}, options))
     return found
 
 
@@ -116,28 +118,28 @@ _WGMMA: dict[str, tuple[str, ...]] = {"sm_90": ("wgmma",)}
 EXPERTS = (
     Kernel(
         "grouped_up",
-        f"{_GPU}.grouped:_grouped_up_kernel",
+        f"{_GPU}.{_UP}",
         _up,
         _costs(lambda S, c: 2 * (2 * c.F * c.H + S * c.H + S * c.s), 4),
         _WGMMA,
     ),
     Kernel(
         "grouped_mm",
-        f"{_GPU}.down:_grouped_mm_kernel",
+        f"{_GPU}.{_DOWN}",
         _mm,
         _costs(lambda S, c: 2 * (c.F * c.H + S * c.s + S * c.H), 2),
         _WGMMA,
     ),
     Kernel(
         "grouped_hidden_bwd",
-        f"{_GPU}.backward:_grouped_hidden_bwd_kernel",
+        f"{_GPU}.{_BACKWARD}",
         _hidden_bwd,
         _costs(lambda S, c: 2 * (c.F * c.H + S * c.H + 5 * S * c.s), 2),
         _WGMMA,
     ),
     Kernel(
         "grouped_weight",
-        f"{_GPU}.down:_grouped_weight_kernel",
+        f"{_GPU}.{_WEIGHT}",
         _weight,
         _costs(lambda S, c: 2 * (c.F * c.H + S * c.s + S * c.H), 2),
         _WGMMA,

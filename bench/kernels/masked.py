@@ -1,4 +1,4 @@
-"""The masked hidden layer's entries in the registry of kernels, for ``bench/kernels.py``."""
+"""The masked hidden layer's entries in the registry of kernels."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _costs(passes: float, tokens: tuple[str, ...], product: bool = False) -> dic
 
 
 def _kernel(name: str, module: str, kinds: tuple[str, ...], costs: dict[str, Cost], **more: Any) -> Kernel:
-    function = f"dotmoe_kernels.experts.grouped.gpu.{module}:_{name}_kernel"
+    function = f"dotmoe_kernels.experts.masked.gpu.{module}:_{name}_kernel"
     return Kernel(name, function, _variants(function, kinds), costs, **more)
 
 
@@ -113,13 +113,13 @@ _SLOTS_COSTS = {
 }
 
 MASKED = (
-    _kernel("masked_up", "masked", ("up", "up, few"), _UP_COSTS, needs={"sm_90": ("wgmma",)}),
-    _kernel("expert_mask", "masked", ("mask",), _MASK_COSTS),
-    _kernel("masked_hidden", "masked", ("hidden", "view hidden"), _costs(3, ("alignment", "mid"))),
-    _kernel("masked_hidden_bwd", "alignment", ("backward",), _costs(5, ("alignment",), product=True)),
-    _kernel("plan_gradient", "alignment", ("plan",), _costs(3, ("alignment",), product=True)),
-    _kernel("pack_rows", "masked_slots", ("pack rows",), {s.name: Cost(8.0 * s.F * s.H) for s in _SHAPES}),
-    _kernel("pack_columns", "masked_slots", ("pack columns",), {s.name: Cost(4.0 * s.F * s.H) for s in _SHAPES}),
-    _kernel("slots_hidden", "masked_slots", ("slots", "slots backward"), _SLOTS_COSTS),
-    _kernel("slots_soft", "masked_slots", ("soft", "soft router"), _costs(3, ("alignment",), product=True)),
+    _kernel("masked_up", "hidden", ("up", "up, few"), _UP_COSTS, needs={"sm_90": ("wgmma",)}),
+    _kernel("expert_mask", "hidden", ("mask",), _MASK_COSTS),
+    _kernel("masked_hidden", "hidden", ("hidden", "view hidden"), _costs(3, ("alignment", "mid"))),
+    _kernel("masked_hidden_bwd", "gradients", ("backward",), _costs(5, ("alignment",), product=True)),
+    _kernel("plan_gradient", "gradients", ("plan",), _costs(3, ("alignment",), product=True)),
+    _kernel("pack_rows", "slots", ("pack rows",), {s.name: Cost(8.0 * s.F * s.H) for s in _SHAPES}),
+    _kernel("pack_columns", "slots", ("pack columns",), {s.name: Cost(4.0 * s.F * s.H) for s in _SHAPES}),
+    _kernel("slots_hidden", "slots", ("slots", "slots backward"), _SLOTS_COSTS),
+    _kernel("slots_soft", "slots", ("soft", "soft router"), _costs(3, ("alignment",), product=True)),
 )

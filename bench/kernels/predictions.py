@@ -1,6 +1,6 @@
 """PREDICTED times of the routed FFN on one H200, in bfloat16, 25 % active: arithmetic from bytes and flops, nobody measured them.
 
-A pass takes the longer of its bytes over the copy rate and its flops over the matrix rate (``bench/registry.py``) and at least a
+A pass takes the longer of its bytes over the copy rate and its flops over the matrix rate (``registry.py``) and at least a
 launch. Triton's products are taken at a share of the rate of the vendor's library [estimate]. Beside each stands the limit: the
 bytes of the weights that a call must read, or the flops it must do, whichever takes longer.
 """

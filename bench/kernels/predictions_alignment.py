@@ -1,6 +1,6 @@
 """PREDICTED times of a step of alignment on one H200, in bfloat16: arithmetic from bytes, flops and round trips, not measured.
 
-A pass takes the longer of its bytes over the copy rate and its flops over the matrix rate (``bench/registry.py``), products of
+A pass takes the longer of its bytes over the copy rate and its flops over the matrix rate (``registry.py``), products of
 PyTorch's the full rate. The counts of passes are read off the code: an elementwise operation of PyTorch reads and writes whole
 tensors. Transport and rounding are the registry's kernels, with all 50 Sinkhorn steps, though a warm start takes fewer.
 """

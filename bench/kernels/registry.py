@@ -1,4 +1,4 @@
-"""What an entry of the registry of kernels says (``bench/kernels.py``), and the rates that predictions are made from."""
+"""What an entry of the registry of kernels says (``bench.kernels``), and the rates that predictions are made from."""
 
 from __future__ import annotations
 

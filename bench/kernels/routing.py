@@ -1,4 +1,4 @@
-"""The entries of routing and of LapSum in the registry of kernels, for ``bench/kernels.py``."""
+"""The entries of routing and of LapSum in the registry of kernels."""
 
 from __future__ import annotations
 
@@ -88,11 +88,11 @@ def _kernel(name: str, kind: str, module: str) -> Kernel:
 
 
 ROUTING = (
-    _kernel("route_top_k", "top_k", "routing.gpu"),
-    _kernel("route_finish", "finish", "routing.gpu"),
-    _kernel("route_top_k_backward", "top_k_backward", "routing.gpu"),
-    _kernel("route_soft_top_k", "route_soft", "routing.soft_gpu"),
-    _kernel("route_soft_top_k_backward", "route_soft_backward", "routing.soft_gpu"),
+    _kernel("route_top_k", "top_k", "routing.gpu.top_k"),
+    _kernel("route_finish", "finish", "routing.gpu.top_k"),
+    _kernel("route_top_k_backward", "top_k_backward", "routing.gpu.top_k"),
+    _kernel("route_soft_top_k", "route_soft", "routing.gpu.soft"),
+    _kernel("route_soft_top_k_backward", "route_soft_backward", "routing.gpu.soft"),
     _kernel("soft_top_k", "soft", "soft_topk.gpu"),
     _kernel("soft_top_k_backward", "soft_backward", "soft_topk.gpu"),
 )

@@ -1,4 +1,4 @@
-"""The transport's entries in the registry of kernels, for ``bench/kernels.py``."""
+"""The transport's entries in the registry of kernels."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _each(count: float) -> Callable[[shapes.Shape], float]:
 
 
 def _kernel(name: str, module: str, kind: str, costs: dict[str, Cost]) -> Kernel:
-    function = f"dotmoe_kernels.transport.{module}:_{name}_kernel"
+    function = f"dotmoe_kernels.transport.gpu.{module}:_{name}_kernel"
     return Kernel(name, function, _variants(function, kind), costs)
 
 

@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 
 from .._autograd import first_order
-from .._checks import compute_dtype, require, require_float, require_indices, require_range, require_same, require_shape, require_tensor
+from .._checks import (
+    compute_dtype,
+    require,
+    require_float,
+    require_indices,
+    require_range,
+    require_same,
+    require_shape,
+    require_tensor,
+)
 from .._tiles import LOSS_CHUNK
 from .head import Head
 

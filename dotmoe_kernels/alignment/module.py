@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +15,8 @@ from .._checks import require_shape
 from ..experts import masked_ffn
 from ..experts.activations import find_activation
 from ..reference import Routing
-from ..routing import route_soft_top_k, route_top_k
-
-
-class SoftRouter(NamedTuple):
-    """Of one layer: k experts are expected a token, at most ``max_active`` of those with p > threshold are on."""
-
-    k: float | Tensor
-    temperature: float
-    threshold: float
-    max_active: int
-
-
-def route_soft(logits: Tensor, router: SoftRouter, *, mask: Tensor | None = None) -> Routing:
-    """``route_soft_top_k`` with the options of ``router``."""
-    k, temperature, threshold, max_active = router
-    return route_soft_top_k(logits, k, temperature=temperature, threshold=threshold, max_active=max_active, mask=mask)
+from ..routing import route_soft, route_top_k
+from ..routing.budgets import SoftRouter
 
 
 class AlignmentFFN(nn.Module):

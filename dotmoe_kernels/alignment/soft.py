@@ -8,22 +8,15 @@ carries the sum to eta.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._checks import require
-from ..routing.budgets import LayerBudgets
+from ..routing.budgets import LayerBudgets, SoftRouter, slots
 from .config import AlignmentConfig
 from .module import AlignmentFFN
-from ..routing.budgets import SoftRouter
-
-
-def slots(k: float, cap: float, num_experts: int) -> int:
-    """max_active = ceil(k cap), at most E."""
-    return min(num_experts, math.ceil(k * cap - 1e-6))  # 1e-6: a k of 2.0000001 needs no slot more
 
 
 class BudgetState(NamedTuple):

@@ -1,26 +1,46 @@
-"""Hugging Face: find FFNs, swap them, materialise the sparse model, save, load and export it.
+"""A dense model into a sparse one: transformers is imported once one of these names is touched.
 
-The only part of the package that imports transformers, and only once one of these names is touched.
+pipeline.py    convert: the FFNs found, aligned or partitioned, made sparse
+finetuning.py  the sparse model trained on text
+checks.py      what every conversion checks of itself
+data.py        text -> packed token sequences
+recipes.py     topologies and options by name         dryrun.py, costs.py    what a run would take
+demo.py        the whole job on a small model
+
+The names of ``models`` and ``exports`` are here as well.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from ..models.block import DotMoeBlock, DotMoeExperts, DotMoeRouter, all_experts, interleave_storage, moe_blocks
-    from ..export import export
-    from ..models.checkpoint import load, save
+    from ..exports import export
+    from ..models import (
+        DenseFFN,
+        DotMoeBlock,
+        DotMoeConfig,
+        DotMoeExperts,
+        DotMoeForCausalLM,
+        DotMoeRouter,
+        all_experts,
+        count_parameters,
+        find_ffns,
+        interleave_storage,
+        load,
+        materialize,
+        moe_blocks,
+        register_experts,
+        restore_dense,
+        save,
+        swap_ffn,
+    )
     from .checks import check_lines, self_check
-    from ..models.counts import count_parameters
-    from ..models.config import DotMoeConfig
     from .data import load_tokens
     from .finetuning import FinetuneConfig, finetune
-    from ..models.modeling import DotMoeForCausalLM, materialize, restore_dense
     from .pipeline import convert
-    from ..models.registry import register_experts
-    from ..models.surgery import DenseFFN, find_ffns, swap_ffn
 
 __all__ = [
     "DenseFFN",
@@ -49,28 +69,13 @@ __all__ = [
     "swap_ffn",
 ]
 
-_NAMES_IN = {
-    "block": ("DotMoeBlock", "DotMoeExperts", "DotMoeRouter", "all_experts", "interleave_storage", "moe_blocks"),
-    "checkpoint": ("export", "load", "save"),
-    "checks": ("check_lines", "count_parameters", "self_check"),
-    "config": ("DotMoeConfig",),
-    "pipeline": ("convert",),
-    "data": ("load_tokens",),
-    "finetuning": ("FinetuneConfig", "finetune"),
-    "modeling": ("DotMoeForCausalLM", "materialize", "restore_dense"),
-    "registry": ("register_experts",),
-    "surgery": ("DenseFFN", "find_ffns", "swap_ffn"),
+_HERE = {
+    ".checks": ("check_lines", "self_check"),
+    ".data": ("load_tokens",),
+    ".finetuning": ("FinetuneConfig", "finetune"),
+    ".pipeline": ("convert",),
+    "..exports": ("export",),
 }
-_MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
+_MODELS = [name for name in __all__ if not any(name in names for names in _HERE.values())]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value  # a submodule of the same name would otherwise take its place
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULE_OF])
+__getattr__, __dir__ = lazy_names(__name__, {**_HERE, "..models": _MODELS})

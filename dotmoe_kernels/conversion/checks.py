@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,23 +10,12 @@ from torch import Tensor, nn
 
 from .._checks import require, require_indices
 from ..models.block import DotMoeBlock, all_experts, moe_blocks
+from ..models.checkpoint import load
+from ..models.counts import count_parameters
+from ..models.modeling import restore_dense
 
 # largest relative error of the logits against the dense model's: the sums of a few dozen layers in another order
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-def count_parameters(model: nn.Module, active: Mapping[str, float] | None = None) -> tuple[int, int]:
-    """(total, active a token): all parameters, and those a token touches.
-
-    Embeddings, attention, norms and routers count as active, of the experts K out of E; tied tensors count once. The soft router's
-    share is nominal, its k_l (the sum of p, not a count) out of E, unless ``active`` gives the mean that was measured, by layer.
-    """
-    total = sum(p.numel() for p in model.parameters())
-    idle = 0
-    for name, block in moe_blocks(model).items():
-        experts, E = sum(p.numel() for p in block.experts.parameters()), block.gate.num_experts
-        idle += round(experts // E * (E - (block.gate.mean_active if active is None else active[name])))
-    return total, total - idle
 
 
 def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -79,8 +67,6 @@ def self_check(
     require_indices(tokens, "tokens", 2, "[B, N]")
     tuned = dense is None and bool(getattr(model.config, "finetune_runs", None))
     if dense is None:
-        from ..models.modeling import restore_dense
-
         dense = restore_dense(model)  # type: ignore[arg-type]
     reference = dense if isinstance(dense, Tensor) else _logits(dense, tokens)
     with all_experts(model):
@@ -102,8 +88,6 @@ def self_check(
     }
     passed = result["all_experts_error"] <= result["tolerance"] and result["permutation"] and result["capacities"]
     if folder is not None:
-        from ..models.checkpoint import load
-
         again = load(folder, device=next(model.parameters()).device)
         ours, theirs = model.state_dict(), again.state_dict()
         result["reload_equal"] = ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)

@@ -15,14 +15,14 @@ from transformers import AutoConfig, PreTrainedConfig
 from .._checks import refuse, require
 from .._tiles import H200_BF16
 from ..alignment.config import AlignmentConfig
-from ..routing.budgets import slots
-from ..models.counts import count_parameters
 from ..models.config import DotMoeConfig
+from ..models.counts import count_parameters
+from ..models.modeling import DotMoeForCausalLM, meta_backbone
+from ..models.surgery import find_ffns
+from ..routing.budgets import slots
 from .costs import SHARE, Cost, Sizes, align_cost, finetune_cost, reconstruct_cost
 from .finetuning import FinetuneConfig
-from ..models.modeling import DotMoeForCausalLM, meta_backbone
 from .recipes import Recipe
-from ..models.surgery import find_ffns
 
 _H200_GB = 141  # as published
 

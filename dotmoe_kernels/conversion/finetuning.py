@@ -19,14 +19,21 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .._checks import require, require_range
-from ..alignment.checkpoints import last_checkpoint, load_checkpoint, read_log, save_checkpoint, tokens_checksum, truncate_log, weights_checksum
-from ..routing import route_soft
+from ..alignment.checkpoints import (
+    last_checkpoint,
+    load_checkpoint,
+    read_log,
+    save_checkpoint,
+    tokens_checksum,
+    truncate_log,
+    weights_checksum,
+)
 from ..alignment.schedule import ends, learning_rate, shuffled_rows
 from ..evaluation import perplexity
-from ..routing import route_top_k
 from ..models.block import DotMoeRouter, moe_blocks
-from .data import as_tokens
 from ..models.modeling import DotMoeForCausalLM
+from ..routing import route_soft, route_top_k
+from .data import as_tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,19 @@ from torch import Tensor
 
 from .._autograd import wants_gradient
 from .._backend import use_triton
-from .._checks import has_values, refuse, require, require_float, require_indices, require_offsets, require_range, require_same, require_shape
+from .._checks import (
+    has_values,
+    refuse,
+    require,
+    require_float,
+    require_indices,
+    require_offsets,
+    require_range,
+    require_same,
+    require_shape,
+)
 from ..reference import Slots
-# SELFIMPORT ['cpu']
+from . import cpu
 from .cpu import fits_bags, sum_bags
 from .operators import gather_op, inverse_op, scatter_op, sort_slots_op
 

@@ -9,15 +9,16 @@ from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from .._autograd import wants_gradient
+from .._backend import use_kernels
 from .._checks import require, require_float, require_indices, require_range, require_same, require_shape
 from .._tiles import pick_path
 from ..permutation import has_dense_view
 from .activations import find_activation
 from .decode import decode_ffn
 from .grouped import grouped_ffn, grouped_mm
-from .._backend import use_kernels
 from .masked import masked_ffn, masked_view_ffn
 from .operators import expert_ffn_op
+from .training import training_ffn
 
 __all__ = ["expert_ffn", "grouped_mm", "masked_ffn"]
 
@@ -103,7 +104,7 @@ def expert_ffn(
         if is_compiling() and path != "masked" and not use_kernels(x):
             return expert_ffn_op(*arguments, path)
         if path == "grouped":
-            return grouped_ffn(*arguments, recompute, workspace)
+            return training_ffn(*arguments, recompute, workspace) if needs_grad else grouped_ffn(*arguments, workspace)
         if recompute and needs_grad:
             return checkpoint(_PATHS[path], *arguments, use_reentrant=False, preserve_rng_state=False)
         return _PATHS[path](*arguments)

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import require_range
 from ..dispatch import sort_slots
+from .decode import decode_ffn
+from .grouped import grouped_ffn
 from .training.cpu import Needs, backward
 
 
@@ -20,10 +23,10 @@ from .training.cpu import Needs, backward
 def expert_ffn_op(
     x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor | None, activation: str, path: str
 ) -> Tensor:
-    from . import expert_ffn  # it uses this module
-
-    with torch.no_grad():  # the operator has its own derivative
-        return expert_ffn(x, gate_up_proj, down_proj, indices, weights, activation=activation, path=path)
+    require_range(indices, "indices", 0, gate_up_proj.shape[0])  # there were no values while the graph was made
+    run = decode_ffn if path == "decode" else grouped_ffn
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # the operator has its own derivative
+        return run(x, gate_up_proj, down_proj, indices, weights, activation)
 
 
 @expert_ffn_op.register_fake

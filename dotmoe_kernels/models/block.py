@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import compute_dtype, require
-from ..routing.budgets import SoftRouter
-from ..routing import route_soft
 from ..experts import expert_ffn
 from ..permutation import dense_storage, neuron_order, pack_experts, unpack_experts
-from ..routing import route_top_k
+from ..routing import route_soft, route_top_k
+from ..routing.budgets import SoftRouter
 from .surgery import DenseFFN
 
 

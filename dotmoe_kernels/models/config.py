@@ -10,8 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .._checks import require
 from ..alignment.config import AlignmentConfig
-from ..routing.budgets import SoftRouter
-from ..routing.budgets import slots
+from ..routing.budgets import SoftRouter, slots
 
 FORMAT_VERSION = 2  # 2 brought the soft router; a model without it is still written as 1, which older versions read
 ROUTERS = ("top_k", "soft")

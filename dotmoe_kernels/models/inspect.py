@@ -13,9 +13,9 @@ from transformers import AutoConfig
 from .._checks import require
 from .._tiles import pick_path
 from .card import router_facts
-from .folder import check_folder
-from .counts import count_parameters
 from .config import DotMoeConfig
+from .counts import count_parameters
+from .folder import check_folder
 from .modeling import DotMoeForCausalLM, meta_backbone
 from .surgery import find_ffns
 
@@ -43,7 +43,7 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: no such model, an FFN that is not recognised, a checkpoint of a newer format or with parts missing.
     """
     if is_converted(folder):
-        config = check_folder(folder)
+        config = check_folder(folder, DotMoeForCausalLM)
         with torch.device("meta"):
             model = DotMoeForCausalLM(config)
         total, active = count_parameters(model)
@@ -101,7 +101,7 @@ def describe_paths(folder: str | os.PathLike[str], *, dtype: torch.dtype | None 
         ValueError: not a converted model.
     """
     require(is_converted(folder), "MODEL", folder, "a converted model")
-    config = check_folder(folder)
+    config = check_folder(folder, DotMoeForCausalLM)
     E, s, K = config.num_experts, config.moe_intermediate_size or 0, config.num_experts_per_tok
     kind = dtype or getattr(config, "dtype", None) or torch.float32
     kind = getattr(torch, kind) if isinstance(kind, str) else kind

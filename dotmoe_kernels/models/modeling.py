@@ -21,6 +21,7 @@ from .._checks import require
 from ..routing.budgets import SoftRouter
 from .block import DotMoeBlock, check_layer, interleave_storage, moe_blocks
 from .config import DotMoeConfig
+from .folder import check_folder, check_orders
 from .surgery import DenseFFN, find_ffns, recognise_ffn, swap_ffn
 
 # what a causal LM declares on its class beyond what post_init gathers from its children
@@ -228,13 +229,11 @@ class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: see ``load``.
         """
-        from .folder import check_folder, check_orders  # checkpoint imports this module
-
         wants_info = kwargs.pop("output_loading_info", False)
         source = pretrained_model_name_or_path
         plain = not any(kwargs.get(key) for key in ("subfolder", "variant", "gguf_file", "state_dict"))
         if plain and isinstance(source, str | os.PathLike) and os.path.exists(source):
-            check_folder(source)
+            check_folder(source, DotMoeForCausalLM)
         loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         lacking = sorted(info["missing_keys"])

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import reference
 from .._backend import use_triton
 from .._checks import compute_dtype, has_values, require, require_float, require_same, require_tensor
-# SELFIMPORT ['cpu']
+from . import cpu
 
 
 def _on_host(scores: Tensor, capacity: Tensor) -> Tensor:

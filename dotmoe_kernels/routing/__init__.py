@@ -5,9 +5,8 @@
 
 Everything in float32 (float64 for float64 logits). Cost: one read of Z.
 
-    cpu         PyTorch: top-K                gpu        Triton: top-K
-    operators   the kernels as torch ops      soft_gpu   Triton: SoftMoE
-    budgets     experts a token, by layer
+    cpu         PyTorch: top-K                gpu        Triton: top_k, and SoftMoE: soft
+    operators   the kernels as torch ops      budgets    the soft router's options: experts a token, by layer
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from .._backend import use_triton
 from .._checks import compute_dtype, refuse, require, require_finite, require_float, require_shape, require_tensor
 from ..reference import Routing
 from ..soft_topk import MOST_EXPERTS, row_values, soft_top_k
+from .budgets import SoftRouter
 from .cpu import RouteTopK, count_experts, route, top_indices
 from .operators import route_soft_top_k_op, route_top_k_op
 
@@ -153,3 +153,9 @@ def route_soft_top_k(
     keep[:, :1] = True
     q = p / p.sum(-1, keepdim=True)
     return _finish(z, q, p, torch.where(keep, indices, E), torch.where(keep, chosen, 0), valid)
+
+
+def route_soft(logits: Tensor, router: SoftRouter, *, mask: Tensor | None = None) -> Routing:
+    """``route_soft_top_k`` with the options of ``router``."""
+    k, temperature, threshold, max_active = router
+    return route_soft_top_k(logits, k, temperature=temperature, threshold=threshold, max_active=max_active, mask=mask)

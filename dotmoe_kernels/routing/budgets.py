@@ -1,14 +1,31 @@
-"""How many experts each layer may use, learned: the layers share one budget.
+"""The soft router of a layer, and how many experts each layer may use, learned: the layers share one budget.
 
 k_l = 1 + (L kbar - L) softmax(eta)_l, clamped to [1, E - 1]
 """
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .._checks import require
+
+
+class SoftRouter(NamedTuple):
+    """Of one layer: k experts are expected a token, at most ``max_active`` of those with p > threshold are on."""
+
+    k: float | Tensor
+    temperature: float
+    threshold: float
+    max_active: int
+
+
+def slots(k: float, cap: float, num_experts: int) -> int:
+    """max_active = ceil(k cap), at most E."""
+    return min(num_experts, math.ceil(k * cap - 1e-6))  # 1e-6: a k of 2.0000001 needs no slot more
 
 
 class LayerBudgets(torch.nn.Module):

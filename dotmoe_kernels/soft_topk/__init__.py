@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._backend import use_triton
 from .._checks import compute_dtype, has_values, require, require_finite, require_float, require_same
-# SELFIMPORT ['cpu']
+from . import cpu
 from .operators import soft_top_k_op
 
 MOST_EXPERTS = 512  # what the kernels sort on the chip

@@ -1,6 +1,6 @@
 """Every registered kernel compiles for every target, fits it, and keeps to registers on sm_90: no GPU needed.
 
-One tile a kernel and target; ``python -m bench.kernels.compile_report`` goes through all of them. The compiler runs in processes of its
+One tile a kernel and target; ``python -m bench.kernels`` goes through all of them. The compiler runs in processes of its
 own, since this one may interpret its kernels.
 """
 
@@ -18,12 +18,12 @@ from shapes import expert_weights, normal, routed_indices, uniform
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed with the package
 
-from bench.kernels.compile_report import TARGETS
 from bench.experts import layouts, stock_experts
 from bench.kernels import KERNELS
+from bench.kernels.compile_report import TARGETS
+from bench.kernels.predictions import experts_against_dense, grouped_mm_kept_bytes, reductions, training_against_dense
 from bench.machine import ROOT
 from bench.memory import kept_bytes
-from bench.kernels.predictions import experts_against_dense, grouped_mm_kept_bytes, reductions, training_against_dense
 from bench.shapes import Shape
 
 pytest.importorskip("triton")
@@ -36,7 +36,7 @@ def rows(tmp_path_factory):
 
     def compile_for(target):
         path = folder / f"{target}.json"
-        command = [sys.executable, "-m", "bench.kernels.compile_report", "--first", "--target", target, "--output", str(path)]
+        command = [sys.executable, "-m", "bench.kernels", "--first", "--target", target, "--output", str(path)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert path.exists(), done.stderr
         return json.loads(path.read_text())["compiled"]
@@ -69,7 +69,7 @@ def test_every_kernel_is_registered():
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel") and any(map(is_jit, node.decorator_list)):
-                assert f"{module}:{node.name}" in registered, f"bench/kernels.py has no entry for {module}:{node.name}"
+                assert f"{module}:{node.name}" in registered, f"bench/kernels has no entry for {module}:{node.name}"
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -1,16 +1,10 @@
-"""Decode experts: a few tokens, no sort; every chosen expert's weights are read once and no others. For T up to about 16.
-
-    y_t = sum over the chosen experts e of w_te Down_e (act(Gate_e x_t) * (Up_e x_t))
-
-Bound by the bytes of the chosen experts' weights.
-"""
+"""Decode in PyTorch: the chosen experts one after the other; for one token two products of a vector each."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..._backend import use_triton
 from ..._checks import compute_dtype
 from ..activations import find_activation
 
@@ -19,10 +13,6 @@ def decode_ffn(
     x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor | None, activation: str
 ) -> Tensor:
     """x [T, H] -> [T, H]; the arguments of ``expert_ffn``, checked there."""
-    if use_triton(x) and x.dtype != torch.float64:
-        from .operators import decode_op
-
-        return decode_op(x, gate_up_proj, down_proj, indices, weights, activation)
     act = find_activation(activation).forward
     E, T = gate_up_proj.shape[0], x.shape[0]
     y = x.new_zeros(T, x.shape[1], dtype=compute_dtype(x))

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._backend import device_guard
+from ..._backend import device_guard, product_options
 from ..._tiles import MOST_DECODE_TOKENS, decode_tile
 from ..activations.gpu import activate
 
@@ -238,13 +238,6 @@ def _decode_sum_kernel(partial_ptr, y_ptr, numel, SPLITS: tl.constexpr, BLOCK: t
     for split in tl.static_range(SPLITS):
         total += tl.load(partial_ptr + split * numel + at, mask=at < numel, other=0.0)
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=at < numel)
-
-
-def product_options(x: Tensor) -> dict[str, object]:
-    """How ``tl.dot`` multiplies tensors like ``x``: float32 as such unless PyTorch may use TF32."""
-    # read so, since ``allow_tf32`` raises once somebody has set the precision by its new name
-    tf32 = x.dtype == torch.float32 and x.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return {"UPCAST": x.device.type == "cpu" and x.dtype == torch.bfloat16, "PRECISION": "tf32" if tf32 else "ieee"}
 
 
 def _decode(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor | None, activation: str, y: Tensor) -> None:

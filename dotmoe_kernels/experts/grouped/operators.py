@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..._backend import use_kernels
+from .cpu.products import multiply, multiply_backward
+
 
 @torch.library.custom_op("dotmoe_kernels::grouped_ffn", mutates_args=())
 def grouped_ffn_op(
@@ -52,10 +55,8 @@ def _within(offsets: Tensor, rows: int) -> Tensor:
 
 @torch.library.custom_op("dotmoe_kernels::grouped_mm", mutates_args=())
 def grouped_mm_op(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    from .. import grouped  # it uses this module
-
-    if not grouped.use_kernels(a):  # in a graph
-        return grouped.multiply(a, b, offsets)
+    if not use_kernels(a):  # in a graph
+        return multiply(a, b, offsets)
     from .gpu.down import grouped_product
 
     return grouped_product(a, b, _within(offsets, a.shape[0]))
@@ -71,10 +72,8 @@ def grouped_mm_backward_op(
     grad: Tensor, a: Tensor | None, b: Tensor, offsets: Tensor, needs_a: bool, needs_b: bool
 ) -> tuple[Tensor, Tensor]:
     """grad [S, N]; each output empty unless needed. ``a`` is None where db is not."""
-    from .. import grouped
-
-    if not grouped.use_kernels(grad):
-        found = grouped.multiply_backward(grad, a, b, offsets, needs_a, needs_b)
+    if not use_kernels(grad):
+        found = multiply_backward(grad, a, b, offsets, needs_a, needs_b)
         return tuple(grad.new_empty(0) if g is None else g for g in found)  # type: ignore[return-value]
     from .gpu.down import grouped_product, weight_gradient
 

@@ -5,6 +5,8 @@
     dotmoe_kernels::masked_view_up           x, gate_up_proj, R -> hidden [T, F], the product included; no gradient
     dotmoe_kernels::masked_hidden            gate, up [T, F], R, expert_of -> hidden [T, F]; straight-through to plan and probs
     dotmoe_kernels::masked_hidden_backward   dhidden -> dgate, dup, dR, dP
+    dotmoe_kernels::masked_slots             x [T, H] -> y [T, H], product [T, 2F]: without the products with the mask's zeros
+    dotmoe_kernels::masked_slots_backward    dy [T, H] -> dx, dR, dP
 
 The products around them are PyTorch's, which saves and differentiates only what needs it.
 """
@@ -16,11 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
-
-from ..._autograd import wants_gradient
-from ..._tiles import leaves_zeros_out, masked_up_in_triton
-from .gpu.autograd import masked_by_slots
 
 
 @torch.library.custom_op("dotmoe_kernels::expert_mask", mutates_args=())
@@ -158,50 +155,100 @@ masked_hidden_op.register_autograd(_hidden_backward, setup_context=_save_hidden)
 masked_hidden_backward_op.register_autograd(_refuse)
 
 
-def masked_view(
-    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor | None, activation: str
-) -> Tensor:
-    """The routed FFN without a gradient: dense products around one masking pass."""
-    E, width, H = gate_up_proj.shape
-    r = expert_mask_op(indices, weights, E, torch.float32)
-    if masked_up_in_triton(len(x), E) and x.element_size() == 2:
-        hidden = masked_view_up_op(x, gate_up_proj, r, activation)
-    else:
-        hidden = masked_view_hidden_op(functional.linear(x, gate_up_proj.reshape(-1, H)), r, activation)
-    if down_proj.transpose(0, 1).is_contiguous():
-        return functional.linear(hidden, down_proj.transpose(0, 1).reshape(H, -1))
-    return hidden @ down_proj.transpose(1, 2).reshape(-1, H)
-
-
-def masked(
+@torch.library.custom_op("dotmoe_kernels::masked_slots", mutates_args=())
+def masked_slots_op(
     x: Tensor,
     gate_proj: Tensor,
     up_proj: Tensor,
     down_proj: Tensor,
-    expert_of: Tensor,
-    indices: Tensor,
-    plan: Tensor | None,
-    probs: Tensor | None,
     weights: Tensor | None,
-    num_experts: int,
+    order: Tensor,
+    starts: Tensor,
+    indices: Tensor,
+    token: Tensor,
+    source: Tensor,
+    offsets: Tensor,
+    slot_of: Tensor,
     activation: str,
-    recompute: bool = False,
-    balanced: bool = False,
-) -> Tensor:
-    """``masked_ffn``, its arguments checked there."""
-    r = expert_mask_op(indices, weights, num_experts, x.dtype)
-    (T, H), F, K = x.shape, gate_proj.shape[0], indices.shape[1]
-    by_slots = balanced and leaves_zeros_out(T, num_experts, F // num_experts, K, H)
-    if by_slots and not wants_gradient(gate_proj, up_proj, down_proj):
-        routed = expert_of, indices, plan, probs, weights, r
-        return masked_by_slots(x, gate_proj, up_proj, down_proj, *routed, activation, recompute and torch.is_grad_enabled())
+) -> tuple[Tensor, Tensor]:
+    from .gpu.slots import forward
 
-    def hidden_of(x: Tensor, r: Tensor) -> Tensor:
-        gate, up = functional.linear(x, gate_proj), functional.linear(x, up_proj)  # [T, F]
-        return masked_hidden_op(gate, up, r, expert_of, plan, probs, activation)
+    routed = order, starts, indices, token, source, offsets, slot_of
+    return forward(x, gate_proj, up_proj, down_proj, weights, *routed, activation)
 
-    if recompute and torch.is_grad_enabled():
-        hidden = checkpoint(hidden_of, x, r, use_reentrant=False, preserve_rng_state=False)
-    else:
-        hidden = hidden_of(x, r)
-    return functional.linear(hidden, down_proj)
+
+@masked_slots_op.register_fake
+def _(
+    x: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    weights: Tensor | None,
+    order: Tensor,
+    starts: Tensor,
+    indices: Tensor,
+    token: Tensor,
+    source: Tensor,
+    offsets: Tensor,
+    slot_of: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], 2 * gate_proj.shape[0])
+
+
+@torch.library.custom_op("dotmoe_kernels::masked_slots_backward", mutates_args=())
+def masked_slots_backward_op(
+    dy: Tensor,
+    x: Tensor | None,
+    product: Tensor | None,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    r: Tensor,
+    weights: Tensor | None,
+    order: Tensor,
+    starts: Tensor,
+    indices: Tensor,
+    token: Tensor,
+    source: Tensor,
+    offsets: Tensor,
+    slot_of: Tensor,
+    activation: str,
+    needs_x: bool,
+    needs_r: bool,
+    needs_plan: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each output empty unless needed; x or the product may be None."""
+    from .gpu.slots import backward
+
+    tensors = dy, x, product, gate_proj, up_proj, down_proj, r, weights, order, starts, indices, token, source, offsets, slot_of
+    return backward(*tensors, activation, needs_x, needs_r, needs_plan)
+
+
+@masked_slots_backward_op.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor | None,
+    product: Tensor | None,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    r: Tensor,
+    weights: Tensor | None,
+    order: Tensor,
+    starts: Tensor,
+    indices: Tensor,
+    token: Tensor,
+    source: Tensor,
+    offsets: Tensor,
+    slot_of: Tensor,
+    activation: str,
+    needs_x: bool,
+    needs_r: bool,
+    needs_plan: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def new(needed: bool, *shape: int) -> Tensor:
+        return dy.new_empty(shape if needed else 0, dtype=torch.float32)
+
+    (T, E), F = r.shape, gate_proj.shape[0]
+    return dy.new_empty(dy.shape if needs_x else 0), new(needs_r, T, E), new(needs_plan, F, E)

@@ -1,7 +1,8 @@
-"""The routed FFN in Triton where a gradient is needed: the formulas of ``training.py`` as one autograd step on two operators.
+"""The routed FFN where a gradient is needed, over the expert-sorted slots: one autograd step; ``cpu.py`` has the formulas.
 
-Kept for the backward pass: z = (g, u) [S, 2s], the routing in int32, and x [T, H] where gate_up_proj learns; with ``recompute`` x
-and the routing alone. Sums of [S, H] rows, y and dx, are made some columns at a time in a workspace of bounded size.
+In PyTorch what is kept for the backward pass is x [T, H], the routing, and z = (g, u) [S, 2s]. In Triton z, the routing in int32,
+and x where gate_up_proj learns; sums of [S, H] rows, y and dx, are made some columns at a time in a workspace of bounded size. With
+``recompute`` x and the routing alone.
 """
 
 from __future__ import annotations
@@ -12,11 +13,41 @@ import torch
 from torch import Tensor
 
 from ..._autograd import first_order
+from ..._backend import use_kernels
+from ...dispatch import sort_slots
 from ...dispatch.operators import sort_slots_op
+from . import cpu
 from .operators import grouped_ffn_backward_op, grouped_ffn_training_op
 
 
-class _TrainingFFN(torch.autograd.Function):
+class _InPyTorch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        weights: Tensor,
+        source: Tensor,
+        offsets: Tensor,
+        activation: str,
+        recompute: bool,
+    ) -> Tensor:
+        y, kept = cpu.forward(x, gate_up_proj, down_proj, weights, source, offsets, activation, not recompute)
+        ctx.save_for_backward(x, gate_up_proj, down_proj, weights, source, offsets, kept)
+        ctx.activation = activation
+        return y
+
+    @staticmethod
+    @first_order("expert_ffn")
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate_up_proj, down_proj, weights, source, offsets, kept = ctx.saved_tensors
+        needs = cpu.Needs(*ctx.needs_input_grad[:4])
+        found = cpu.backward(dy, x, gate_up_proj, down_proj, weights, source, offsets, kept, ctx.activation, needs)
+        return *found, None, None, None, None
+
+
+class _InTriton(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -62,6 +93,12 @@ def training_ffn(
     """x [T, H] -> [T, H]; indices [T, K]; weights [T, K], None: 1; the arguments of ``expert_ffn``, checked there.
 
     workspace: bytes that rows [S, columns] may take before they are summed to y or dx, at least 128 columns; None: a default."""
-    token, source, offsets, slot_of = sort_slots_op(indices, gate_up_proj.shape[0])
-    slots = token.int(), source.int(), offsets, slot_of
-    return _TrainingFFN.apply(x, gate_up_proj, down_proj, weights, *slots, activation, recompute, workspace)
+    E = gate_up_proj.shape[0]
+    if not use_kernels(x):
+        slots = sort_slots(indices, E)
+        if weights is None:
+            weights = torch.ones(indices.shape, dtype=torch.float32, device=x.device)
+        return _InPyTorch.apply(x, gate_up_proj, down_proj, weights, slots.source, slots.offsets, activation, recompute)
+    token, source, offsets, slot_of = sort_slots_op(indices, E)
+    sorted_slots = token.int(), source.int(), offsets, slot_of
+    return _InTriton.apply(x, gate_up_proj, down_proj, weights, *sorted_slots, activation, recompute, workspace)

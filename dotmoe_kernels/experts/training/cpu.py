@@ -1,4 +1,4 @@
-"""The routed FFN where a gradient is needed: one autograd step that never keeps the [S, H] rows.
+"""The routed FFN where a gradient is needed, in PyTorch: both passes, of which none keeps the [S, H] rows.
 
     h_p = act(g_p) * u_p, (g_p, u_p) = GateUp_e x_t;  y_t = sum over the slots p of t of w_p Down_e h_p
 
@@ -17,14 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..._autograd import first_order
 from ..._checks import compute_dtype
-from ...dispatch import Slots
 from ..activations import find_activation
 
 _FEW = 16  # rows of an expert up to which the gradient of its weights costs its memory, not its products
@@ -168,43 +166,3 @@ def backward(
         ddown,
         None if dw is None else dw.view(weights.shape).to(weights.dtype),
     )
-
-
-class _TrainingFFN(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
-        weights: Tensor,
-        source: Tensor,
-        offsets: Tensor,
-        activation: str,
-        recompute: bool,
-    ) -> Tensor:
-        y, kept = forward(x, gate_up_proj, down_proj, weights, source, offsets, activation, not recompute)
-        ctx.save_for_backward(x, gate_up_proj, down_proj, weights, source, offsets, kept)
-        ctx.activation = activation
-        return y
-
-    @staticmethod
-    @first_order("expert_ffn")
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate_up_proj, down_proj, weights, source, offsets, kept = ctx.saved_tensors
-        needs = Needs(*ctx.needs_input_grad[:4])
-        found = backward(dy, x, gate_up_proj, down_proj, weights, source, offsets, kept, ctx.activation, needs)
-        return *found, None, None, None, None
-
-
-def training_ffn(
-    x: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    weights: Tensor,
-    slots: Slots,
-    activation: str,
-    recompute: bool = False,
-) -> Tensor:
-    """x [T, H] -> [T, H]; weights [T, K]; the arguments of ``expert_ffn``, checked there."""
-    return _TrainingFFN.apply(x, gate_up_proj, down_proj, weights, slots.source, slots.offsets, activation, recompute)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The grouped path in Triton, backward: the formulas of ``experts/training.py`` over the expert-sorted slots.
+"""The grouped path in Triton, backward: the formulas of ``cpu.py`` over the expert-sorted slots.
 
     dh_p = Down_e^T dy_t (t = token[p]), h_p = act(g_p) * u_p;  dw_p = <h_p, dh_p>;  dDown_e = sum_p dy_t (w_p h_p)^T
     dz_p = (dg_p, du_p) = w_p (act'(g_p) u_p dh_p, act(g_p) dh_p);  dGateUp_e = sum_p dz_p x_t^T;  dx_t = sum_p GateUp_e^T dz_p
@@ -17,14 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._backend import device_guard
+from ..._backend import device_guard, product_options
 from ..._tiles import GroupedTile, grouped_hidden_bwd_tile
-from ..._backend import product_options
+from ..activations.gpu import activate, activate_derivative
 from ..grouped.gpu.down import weight_gradient
 from ..grouped.gpu.forward import token_sums
-from ..grouped.gpu.up import block_of, up_product
-from ..activations.gpu import activate, activate_derivative
 from ..grouped.gpu.schedule import most_row_tiles, pick_tile
+from ..grouped.gpu.up import block_of, up_product
 
 
 @triton.jit

@@ -22,7 +22,18 @@ from torch import Tensor
 
 from ..._backend import device_guard
 from ..._tiles import transport_tiles
-from .sums import BLOCK_P, SCALARS, TINY, add_log_columns, exponents, load_columns, load_rows, logsumexp_programs, sum_programs, vector_strides
+from .sums import (
+    BLOCK_P,
+    SCALARS,
+    TINY,
+    add_log_columns,
+    exponents,
+    load_columns,
+    load_rows,
+    logsumexp_programs,
+    sum_programs,
+    vector_strides,
+)
 
 
 @triton.jit

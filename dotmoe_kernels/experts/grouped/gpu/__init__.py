@@ -1,1 +1,1 @@
-"""The routed FFN in Triton; every module imports it."""
+"""The grouped path in Triton; every module imports it."""

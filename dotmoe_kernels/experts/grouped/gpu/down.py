@@ -17,11 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._backend import device_guard
+from ...._backend import device_guard, product_options
 from ...._tiles import GroupedTile, grouped_mm_tile, grouped_weight_tile
-from ...._backend import product_options
-from .up import block_of
 from .schedule import most_row_tiles, pick_tile
+from .up import block_of
 
 
 @triton.jit(do_not_specialize=["S", "E"])

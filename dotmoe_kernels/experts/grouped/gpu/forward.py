@@ -16,9 +16,9 @@ from ...._tiles import reduction as pick_reduction
 from ....dispatch.gpu import gather_rows
 from ....dispatch.operators import sort_slots_op
 from ....permutation import has_dense_view
+from ...masked.gpu.hidden import expert_mask
 from .down import add_product, grouped_product
 from .up import up_product
-from ...masked.gpu.hidden import expert_mask
 
 
 def dense_down(down_proj: Tensor) -> Tensor:

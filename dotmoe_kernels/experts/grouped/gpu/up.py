@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._backend import device_guard
+from ...._backend import device_guard, product_options
 from ...._tiles import GroupedTile, before_hopper, grouped_up_tile
-from ...._backend import product_options
 from ...activations.gpu import activate
 from .schedule import most_row_tiles, pick_tile
 

@@ -18,9 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from ...._backend import device_guard
+from ...._backend import device_guard, product_options
 from ...._tiles import masked_splits, masked_tile
-from ...._backend import product_options
 from ...activations.gpu import activate, activate_derivative
 
 

@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._backend import device_guard
+from ...._backend import device_guard, product_options
 from ...._tiles import mask_tile, masked_tile, masked_up_tile
-from ...._backend import product_options
 from ...activations.gpu import activate
 
 

@@ -22,12 +22,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from ...._backend import device_guard
+from ...._backend import device_guard, product_options
 from ...._tiles import columns_tile, masked_splits, masked_tile, row_tile, slots_tile
-from .gradients import aligned_columns
-from ...._backend import product_options
-from ...grouped.gpu.forward import token_sums
 from ...activations.gpu import activate, activate_derivative
+from ...grouped.gpu.forward import token_sums
+from .gradients import aligned_columns
 
 
 @triton.jit

@@ -1,0 +1,22 @@
+"""Decode experts: a few tokens, no sort; every chosen expert's weights are read once and no others. For T up to about 16.
+
+    y_t = sum over the chosen experts e of w_te Down_e (act(Gate_e x_t) * (Up_e x_t))
+
+Bound by the bytes of the chosen experts' weights. Without a gradient: training takes the grouped path.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..._backend import use_kernels
+from . import cpu
+from .operators import decode_op
+
+
+def decode_ffn(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor | None, activation: str
+) -> Tensor:
+    """x [T, H] -> [T, H]; the arguments of ``expert_ffn``, checked there."""
+    run = decode_op if use_kernels(x) else cpu.decode_ffn
+    return run(x, gate_up_proj, down_proj, indices, weights, activation)

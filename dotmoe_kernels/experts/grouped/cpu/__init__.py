@@ -1,0 +1,54 @@
+"""The grouped path in PyTorch, without a gradient: three ways, by dtype and by the rows of an expert.
+
+products   one product an expert, and its gradients
+padded     16 bits: batched products, every expert's rows padded to a common number
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...._checks import compute_dtype
+from ...._tiles import expert_by_expert
+from ....dispatch import Slots, fits_bags, gather_tokens, sort_slots, sum_bags
+from ...activations import find_activation
+from .padded import padded_ffn, run_lengths
+from .products import multiply, segments
+
+
+def _expert_by_expert(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, slots: Slots, weights: Tensor, act: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Each expert from its tokens' rows to their sums while they are in the cache; the [S, H] rows never exist as a whole."""
+    y = torch.zeros(x.shape, dtype=compute_dtype(x), device=x.device)
+    w = weights.reshape(-1)[slots.source][:, None].to(y.dtype)  # [S, 1]
+    for e, start, end in segments(slots.offsets):
+        token = slots.token[start:end]
+        gate, up = (x.index_select(0, token) @ gate_up_proj[e].T).chunk(2, -1)  # [n, s] each
+        rows = act(gate).mul_(up) @ down_proj[e].T
+        y.index_add_(0, token, rows.to(y.dtype) * w[start:end])
+    return y.to(x.dtype)
+
+
+def grouped_ffn(
+    x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor | None, activation: str
+) -> Tensor:
+    """x [T, H] -> [T, H]; the arguments of ``expert_ffn``, checked there."""
+    E = gate_up_proj.shape[0]
+    slots, act = sort_slots(indices, E), find_activation(activation).forward
+    if weights is None:
+        weights = torch.ones(indices.shape, dtype=torch.float32, device=x.device)
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        padded, run = run_lengths(slots, down_proj)
+        if run:
+            return padded_ffn(x, gate_up_proj, down_proj, slots, indices, weights, act, padded, run)
+    if x.device.type == "cpu" and expert_by_expert(x.dtype, indices.numel(), E):
+        return _expert_by_expert(x, gate_up_proj, down_proj, slots, weights, act)
+    gate, up = multiply(x[slots.token], gate_up_proj.transpose(1, 2), slots.offsets).chunk(2, -1)  # [S, s] each
+    ys = multiply(act(gate).mul_(up), down_proj.transpose(1, 2), slots.offsets)
+    if indices.numel() > 0 and fits_bags(ys, weights):
+        return sum_bags(ys, weights, slots.source, int(slots.offsets[-1]), len(x))
+    return gather_tokens(ys, slots, weights)

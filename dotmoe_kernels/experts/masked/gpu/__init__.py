@@ -1,0 +1,1 @@
+"""The masked path in Triton; every module but ``autograd.py`` imports it."""

@@ -1,0 +1,1 @@
+"""Routing in Triton; every module imports it."""

@@ -1,0 +1,1 @@
+"""Transport in Triton; every module imports it."""
