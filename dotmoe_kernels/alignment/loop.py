@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from .._checks import require, require_indices
 from .checkpoints import last_checkpoint, load_checkpoint, save_checkpoint, truncate_log
 from .config import SOFT_OPTIONS, AlignmentConfig
-from .head import find_head
+from .head import Head, find_head
 from .losses import alignment_losses
 from .module import AlignmentFFN, all_experts
 from .schedule import learning_rate, shuffled_rows
@@ -62,6 +62,168 @@ def _source(layers: dict[str, AlignmentFFN], loss_is_finite: bool) -> str:
             if not all(bool(torch.isfinite(g).all()) for g in gradients):
                 return f"layer {name}"
     return "the output head (every FFN is finite)"
+
+
+class _Run:
+    """What trains, its optimizer, the plans and budgets of the layers, the log and the checkpoints.
+
+    The state of a run is what ``state`` says and ``restore`` takes over; everything else follows from the options and the step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, AlignmentFFN],
+        data: Tensor,
+        config: AlignmentConfig,
+        folder: Path | None,
+        fingerprint: dict[str, Any],
+    ) -> None:
+        self.model, self.layers, self.data, self.config = model, layers, data, config
+        self.device = next(iter(layers.values())).router_weight.device
+        self.transport = Transport(layers, config)
+        self.soft = SoftRouting(layers, config) if any(layer.router == "soft" for layer in layers.values()) else None
+        self.optimizer = torch.optim.AdamW(self._groups(), weight_decay=config.weight_decay)
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.head = self._find_head()
+        options = {k: v for k, v in dataclasses.asdict(config).items() if self.soft is not None or k not in SOFT_OPTIONS}
+        self.marks = json.loads(json.dumps({**options, "data": list(data.shape), "layers": list(layers), **fingerprint}))
+        self.checkpoints = None if folder is None else folder / "checkpoints"
+        self.log_path = None if folder is None else folder / "log.jsonl"
+        self.log: list[dict[str, float]] = []
+        self.last_good, self.begin = "none", time.monotonic()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Routers, affinities and budgets, each with its peak learning rate."""
+        layers, c = self.layers.values(), self.config
+        routers = [layer.router_weight.requires_grad_() for layer in layers]
+        affinities = [layer.affinity.requires_grad_() for layer in layers if layer.affinity is not None]
+        groups: list[dict[str, Any]] = [{"params": routers, "lr": 0.0, "peak": c.router_lr}]
+        if affinities:
+            groups.append({"params": affinities, "lr": 0.0, "peak": c.affinity_lr})
+        if self.soft is not None:
+            budgets = list(self.soft.budgets.parameters())
+            groups.append({"params": budgets, "lr": 0.0, "peak": c.budget_lr, "weight_decay": 0.0})
+        return groups
+
+    def _find_head(self) -> Head | None:
+        with all_experts(self.layers):
+            head = find_head(self.model, self.data[:1, :_PROBE].to(self.device))
+        if head is None:
+            warnings.warn(
+                f"the logits of {type(self.model).__name__} are not its output embedding of the backbone's last hidden state, "
+                "scaled or capped as the config says: the loss takes the whole logits of both passes, which costs memory and time",
+                stacklevel=4,
+            )
+        return head
+
+    def restore(self, resume: bool) -> int:
+        """The first step (0-based). If ``resume``, that of the newest checkpoint, if any, whose state is taken over; else 0."""
+        found = last_checkpoint(self.checkpoints) if resume and self.checkpoints is not None else None
+        first = 0
+        if found is not None:
+            state = load_checkpoint(found, self.marks)
+            first, self.last_good = state["step"], str(found)
+            with torch.no_grad():
+                for parameter, value in zip(self.trained, state["parameters"], strict=True):
+                    parameter.copy_(value)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.transport.tau = state["tau"]
+            self.transport.log_v = {key: value.to(self.device) for key, value in state["log_v"].items()}
+            for name, expert_of in state["assignment"].items():
+                self.layers[name].expert_of = expert_of.to(self.device)
+        if self.log_path is not None:
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            truncate_log(self.log_path, first)
+        return first
+
+    def state(self, done: int) -> dict[str, Any]:
+        """After ``done`` steps."""
+        return {
+            "step": done,
+            "fingerprint": self.marks,
+            "parameters": [p.detach().clone() for p in self.trained],
+            "optimizer": self.optimizer.state_dict(),
+            "tau": self.transport.tau,
+            "log_v": self.transport.log_v,
+            "assignment": {name: layer.expert_of for name, layer in self.layers.items() if layer.affinity is not None},
+        }
+
+    def _outputs(self, input_ids: Tensor) -> Tensor:
+        """The last hidden states [B, N, H] if the head is known, else the logits [B, N, V]."""
+        if self.head is not None:
+            return self.head.hidden(input_ids)
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+    def _pass(self, tokens: Tensor, share: float) -> Tensor:
+        """Dense, sparse and backward pass of tokens [B, N], which are ``share`` of the step; the terms [5], times it."""
+        with torch.no_grad(), all_experts(self.layers):
+            teacher = self._outputs(tokens)
+        losses = alignment_losses(teacher, self._outputs(tokens), tokens, self.layers, self.config, head=self.head)
+        (losses.total * share).backward()
+        if self.soft is not None:
+            self.soft.observe(share)
+        return torch.stack([term.detach().float() for term in losses]) * share
+
+    def step(self, step: int) -> dict[str, float]:
+        """Step number ``step`` (0-based); returns its line of the log.
+
+        Raises:
+            FloatingPointError: a loss or gradient is not finite; nothing has moved."""
+        c, tau = self.config, self.config.tau(step)
+        numbers = self.transport.refresh(tau, rounding=step % c.refresh_every == 0)
+        budget = None if self.soft is None else self.soft.refresh(step)
+        rate = learning_rate(step, c.steps, c.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["peak"]
+        self.optimizer.zero_grad(set_to_none=True)
+        for layer in self.layers.values():
+            layer.finite = None
+        batch = shuffled_rows(self.data, step, c.batch_size, c.seed).to(self.device, non_blocking=True)
+        sums = torch.zeros(5, device=self.device)
+        for micro in batch.split(c.micro_batch_size or c.batch_size):
+            sums += self._pass(micro, len(micro) / len(batch))
+        self.transport.backward()
+        if self.soft is not None:
+            self.soft.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        numbers |= dict(zip(_TERMS, [*sums, norm], strict=True)) | ({} if self.soft is None else self.soft.log())
+        values = _fetch(numbers)
+        self._require_finite(step, values)
+        nn.utils.clip_grads_with_norm_(self.trained, c.clip, norm)
+        self.optimizer.step()
+        entry = {"step": step + 1, "tau": tau, **values, **({} if budget is None else budget.log())}
+        if "sinkhorn_iters" in entry:
+            entry["sinkhorn_iters"] = int(entry["sinkhorn_iters"])
+        return entry | {"lr": rate * c.router_lr, "seconds": time.monotonic() - self.begin}
+
+    def _require_finite(self, step: int, values: dict[str, float]) -> None:
+        if all(math.isfinite(values[name]) for name in _TERMS):
+            return
+        terms = ", ".join(f"{name.removeprefix('grad_')} {values[name]:.4g}" for name in _TERMS)
+        where = _source(self.layers, all(math.isfinite(values[name]) for name in _TERMS[:-1]))
+        raise FloatingPointError(
+            f"non-finite loss or gradient at step {step + 1} in {where} ({terms}); last good checkpoint: {self.last_good}"
+        )
+
+    def record(self, entry: dict[str, float]) -> None:
+        """The log's line, and a checkpoint where one is due."""
+        self.log.append(entry)
+        if self.log_path is None or self.checkpoints is None:
+            return
+        with self.log_path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        done, every = int(entry["step"]), self.config.checkpoint_every
+        if done == self.config.steps or (every and done % every == 0):
+            self.last_good = str(save_checkpoint(self.checkpoints, done, self.state(done)))
+
+    def finish(self) -> AlignmentResult:
+        """The assignments and the budgets after the last update."""
+        last = max(self.config.steps - 1, 0)
+        self.transport.refresh(self.config.tau(last))
+        reached = None if self.soft is None else self.soft.refresh(last)
+        for layer in self.layers.values():
+            layer.plan = layer.routing = None
+        return AlignmentResult(self.config.steps, time.monotonic() - self.begin, self.log, reached)
 
 
 def align(
@@ -103,127 +265,16 @@ def align(
     require_indices(data, "data", 2, "[N, S]")
     require(data.shape[0] >= 1 and data.shape[1] >= 2, "data", f"of shape {list(data.shape)}", "sequences of at least 2 tokens")
     require(len(layers) >= 1, "layers", "empty", "at least one FFN")
-    device = next(iter(layers.values())).router_weight.device
     model.eval().requires_grad_(False)
-    routers = [layer.router_weight.requires_grad_() for layer in layers.values()]
-    affinities = [layer.affinity.requires_grad_() for layer in layers.values() if layer.affinity is not None]
-    groups = [{"params": routers, "lr": 0.0, "peak": config.router_lr}]
-    if affinities:
-        groups.append({"params": affinities, "lr": 0.0, "peak": config.affinity_lr})
-    soft = SoftRouting(layers, config) if any(layer.router == "soft" for layer in layers.values()) else None
-    budgets = [] if soft is None else list(soft.budgets.parameters())
-    if budgets:
-        groups.append({"params": budgets, "lr": 0.0, "peak": config.budget_lr, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-    with all_experts(layers):
-        head = find_head(model, data[:1, :_PROBE].to(device))
-    if head is None:
-        warnings.warn(
-            f"the logits of {type(model).__name__} are not its output embedding of the backbone's last hidden state, scaled or "
-            "capped as the config says: the loss takes the whole logits of both passes, which costs memory and time",
-            stacklevel=2,
-        )
-
-    def outputs(input_ids: Tensor) -> Tensor:
-        """The last hidden states [B, N, H] if the head is known, else the logits [B, N, V]."""
-        return model(input_ids=input_ids, use_cache=False).logits if head is None else head.hidden(input_ids)
-
-    transport = Transport(layers, config)
-    trained = [*routers, *affinities, *budgets]
-
-    options = {k: v for k, v in dataclasses.asdict(config).items() if soft is not None or k not in SOFT_OPTIONS}
-    marks = {**options, "data": list(data.shape), "layers": list(layers), **(fingerprint or {})}
-    marks = json.loads(json.dumps(marks))
-    checkpoints = None if folder is None else Path(folder) / "checkpoints"
-    log_path = None if folder is None else Path(folder) / "log.jsonl"
-    first, last_good = 0, "none"
-    found = last_checkpoint(checkpoints) if resume and checkpoints is not None else None
-    if found is not None:
-        state = load_checkpoint(found, marks)
-        first, last_good = state["step"], str(found)
-        with torch.no_grad():
-            for parameter, value in zip(trained, state["parameters"], strict=True):
-                parameter.copy_(value)
-        optimizer.load_state_dict(state["optimizer"])
-        transport.tau, transport.log_v = state["tau"], {k: v.to(device) for k, v in state["log_v"].items()}
-        for name, expert_of in state["assignment"].items():
-            layers[name].expert_of = expert_of.to(device)
-    if log_path is not None:
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        truncate_log(log_path, first if found is not None else 0)
-
-    def checkpoint(step: int) -> str:
-        assert checkpoints is not None
-        state = {
-            "step": step,
-            "fingerprint": marks,
-            "parameters": [p.detach().clone() for p in trained],
-            "optimizer": optimizer.state_dict(),
-            "tau": transport.tau,
-            "log_v": transport.log_v,
-            "assignment": {name: layer.expert_of for name, layer in layers.items() if layer.affinity is not None},
-        }
-        return str(save_checkpoint(checkpoints, step, state))
-
-    begin, log = time.monotonic(), []
-    bar = tqdm(total=config.steps, initial=first, desc=label, disable=not progress, dynamic_ncols=True)
-    with bar:
+    run = _Run(model, layers, data, config, None if folder is None else Path(folder), fingerprint or {})
+    first = run.restore(resume)
+    with tqdm(total=config.steps, initial=first, desc=label, disable=not progress, dynamic_ncols=True) as bar:
         for step in range(first, config.steps):
-            tau = config.tau(step)
-            numbers = transport.refresh(tau, rounding=step % config.refresh_every == 0)
-            budget = None if soft is None else soft.refresh(step)
-            share = learning_rate(step, config.steps, config.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = share * group["peak"]
-            optimizer.zero_grad(set_to_none=True)
-            for layer in layers.values():
-                layer.finite = None
-            batch = shuffled_rows(data, step, config.batch_size, config.seed).to(device, non_blocking=True)
-            sums = torch.zeros(5, device=device)
-            for micro in batch.split(config.micro_batch_size or config.batch_size):
-                with torch.no_grad(), all_experts(layers):
-                    teacher = outputs(micro)
-                losses = alignment_losses(teacher, outputs(micro), micro, layers, config, head=head)
-                weight = len(micro) / len(batch)
-                (losses.total * weight).backward()
-                if soft is not None:
-                    soft.observe(weight)
-                sums += torch.stack([term.detach().float() for term in losses]) * weight
-            transport.backward()
-            if soft is not None:
-                soft.backward()
-            norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-            numbers |= dict(zip(_TERMS, [*sums, norm], strict=True)) | ({} if soft is None else soft.log())
-            values = _fetch(numbers)
-            if not all(math.isfinite(values[name]) for name in _TERMS):
-                terms = ", ".join(f"{name.removeprefix('grad_')} {values[name]:.4g}" for name in _TERMS)
-                where = _source(layers, all(math.isfinite(values[name]) for name in _TERMS[:-1]))
-                raise FloatingPointError(
-                    f"non-finite loss or gradient at step {step + 1} in {where} ({terms}); last good checkpoint: {last_good}"
-                )
-            nn.utils.clip_grads_with_norm_(trained, config.clip, norm)
-            optimizer.step()
-            entry = {"step": step + 1, "tau": tau, **values, **({} if budget is None else budget.log())}
-            if "sinkhorn_iters" in entry:
-                entry["sinkhorn_iters"] = int(entry["sinkhorn_iters"])
-            entry |= {"lr": share * config.router_lr, "seconds": time.monotonic() - begin}
-            log.append(entry)
-            if log_path is not None:
-                with log_path.open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
-            done = step + 1
-            if checkpoints is not None and (
-                done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0)
-            ):
-                last_good = checkpoint(done)
-            shown = {name: f"{values[name]:.3f}" for name in ("loss", "kl", "ce")}
-            bar.set_postfix(shown, tau=f"{tau:.2f}", refresh=False)
+            entry = run.step(step)
+            run.record(entry)
+            shown = {name: f"{entry[name]:.3f}" for name in ("loss", "kl", "ce")}
+            bar.set_postfix(shown, tau=f"{entry['tau']:.2f}", refresh=False)
             bar.update()
             if on_step is not None:
-                on_step(done)
-    last = max(config.steps - 1, 0)
-    transport.refresh(config.tau(last))  # the assignment and the budgets after the last update
-    reached = None if soft is None else soft.refresh(last)
-    for layer in layers.values():
-        layer.plan = layer.routing = None
-    return AlignmentResult(config.steps, time.monotonic() - begin, log, reached)
+                on_step(step + 1)
+    return run.finish()

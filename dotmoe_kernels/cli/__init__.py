@@ -25,12 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        from huggingface_hub.utils import logging as hub_logging
-        from transformers.utils import logging
+        from ..conversion.sources import quieten
 
-        hub_logging.set_verbosity_error()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        quieten()
         status = COMMANDS[args.command](args)
         sys.stdout.flush()
         return status

@@ -11,7 +11,7 @@ from typing import Any
 
 from .._checks import require
 from .convert import run_convert
-from .inputs import DATA, find_device, named, read_tokenizer, reading, require_model_folder, require_seed, require_vocabulary
+from .inputs import DATA, find_device, named, reading, require_model_folder, require_seed, require_vocabulary
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -56,6 +56,7 @@ def _bars(counts: list[int]) -> str:
 
 def _eval(args: argparse.Namespace) -> int:
     from ..conversion import all_experts, count_parameters, load_tokens, moe_blocks
+    from ..conversion.sources import read_tokenizer
     from ..evaluation import active_summary, collect_load, load_summary, perplexity, retention
 
     require(args.batch_size >= 1, "--batch-size", args.batch_size, "at least 1")
@@ -124,6 +125,8 @@ def _generate(args: argparse.Namespace) -> int:
     require(0 <= args.temperature < math.inf, "--temperature", args.temperature, "at least 0")
     require_seed(args.seed)
     import torch
+
+    from ..conversion.sources import read_tokenizer
 
     model = _load(args)
     tokenizer = read_tokenizer(args.model)

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from .._checks import require
 from ..alignment.config import AlignmentConfig
 from ..conversion.recipes import Recipe, load_recipe
-from .inputs import DATA, find_device, named, read_tokenizer, reading, require_model_folder, require_seed, require_vocabulary
+from .inputs import DATA, find_device, named, reading, require_model_folder, require_seed, require_vocabulary
 from .parser import SEQUENCE_LENGTH, STAGES
 
 if TYPE_CHECKING:
-    from ..models.config import DotMoeConfig
     from ..conversion.finetuning import FinetuneConfig
+    from ..models.config import DotMoeConfig
 
 _HELD_OUT = 64  # most sequences that are kept back to measure on
 _PAIRS = (("expert_size", "num_experts"), ("active_fraction", "top_k"))  # one of a pair gives the other
@@ -173,16 +173,12 @@ def _folders(args: argparse.Namespace) -> tuple[Path, Path]:
 
 def _load_dense(args: argparse.Namespace, stages: list[str], device: str) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
 
     from ..conversion import find_ffns
+    from ..conversion.sources import read_dense
 
-    dtype = getattr(torch, args.dtype) if args.dtype else "auto"
     with reading(args.model):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, output_loading_info=True)
-        dense, found = loaded
-        lacking = sorted(found["missing_keys"])
-        require(not lacking, "MODEL", f"{args.model}, without the tensor {', '.join(lacking[:4])}", "a complete causal LM")
+        dense: Any = read_dense(args.model, getattr(torch, args.dtype) if args.dtype else "auto")
         dense = dense.to(device)
         find_ffns(dense)  # a model that cannot be converted ends here, before the data is read
     require(stages != ["finetune"], "--stage", *_ALONE)
@@ -271,6 +267,7 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
 
     from ..conversion import DotMoeConfig, check_lines, convert, count_parameters, finetune, save, self_check
     from ..conversion.finetuning import require_lora
+    from ..conversion.sources import read_tokenizer
     from ..evaluation import collect_load, perplexity, retention
 
     tuning = _finetune_options(args, options) if "finetune" in stages else None

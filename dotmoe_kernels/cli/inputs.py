@@ -59,17 +59,6 @@ def find_device(name: str) -> str:
     return name
 
 
-def read_tokenizer(folder: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        allowed = "a MODEL saved with one, as save(model, folder, tokenizer=...) does"
-        raise ValueError(f"{folder} has no tokenizer that can be read; allowed: {allowed} ({reason})") from None
-
-
 def require_model_folder(name: str, *, weights: bool = True) -> None:
     """A local folder must hold a config, and weights unless told otherwise; another name is left to transformers."""
     require(bool(name), "MODEL", repr(name), "a Hugging Face model folder, or a name")

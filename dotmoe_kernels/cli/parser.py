@@ -49,26 +49,19 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of `dotmoe`."""
-    parser = _Parser(
-        prog="dotmoe",
-        description="Turn a pretrained dense LLM into a sparse Mixture-of-Experts by differentiable optimal transport.",
-        epilog="dotmoe COMMAND --help shows examples.",
+def _add_command(commands: Any, name: str, help: str, examples: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=help,
+        description=help,
+        epilog="examples:\n" + "\n".join("  " + line for line in examples.splitlines()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"dotmoe_kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, help: str, examples: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name,
-            help=help,
-            description=help,
-            epilog="examples:\n" + "\n".join("  " + line for line in examples.splitlines()),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
 
-    demo = add(
+def _add_demo(commands: Any) -> None:
+    demo = _add_command(
+        commands,
         "demo",
         "Train a small LLaMA on the spot, convert it with every method, measure, save, reload and generate. No download.",
         "dotmoe demo\ndotmoe demo --quick --output ./demo-quick\ndotmoe demo --data my-text.txt --overwrite",
@@ -81,33 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in DIR")
 
-    convert = add(
-        "convert",
-        "Convert a dense causal LM: align, materialise, check, measure, save.",
-        "dotmoe convert ./llama --data corpus.jsonl --output ./llama-moe\n"
-        "dotmoe convert ./llama --recipe llama3-8b --data corpus.jsonl --output ./llama-moe\n"
-        "dotmoe convert --recipe llama3-8b-e128 --dry-run      # what it would take; needs no model, no data and no GPU\n"
-        "dotmoe convert ./llama --data a.txt b.txt --expert-size 128 --active-fraction 0.25 --steps 500 --output ./llama-moe\n"
-        "dotmoe convert ./llama --data corpus.parquet --output ./llama-moe --resume      # after an interruption\n"
-        "dotmoe convert ./llama --data corpus.jsonl --router soft --cap 1.5 --output ./llama-soft\n"
-        "dotmoe convert ./llama --data corpus.jsonl --stage reconstruct,align,finetune --output ./llama-moe\n"
-        "dotmoe convert ./llama-moe --data corpus.jsonl --stage finetune --lora-rank 16 --output ./llama-moe-tuned\n"
-        "dotmoe convert ./llama --data corpus.jsonl --method kmeans --output ./baseline",
-    )
-    convert.add_argument("model", nargs="?", metavar="MODEL", help="a Hugging Face model folder, or a name (default: the recipe's)")
-    convert.add_argument("--output", metavar="DIR", help="where the converted model goes")
-    convert.add_argument(
-        "--recipe",
-        metavar="NAME",
-        help=f"topology and options: {', '.join(recipe_names())}, or a .toml file of your own; flags go before what it says",
-    )
-    convert.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="only print topology, parameters, and the tokens, memory and time predicted of every stage, from the config alone",
-    )
-    convert.add_argument("--json", action="store_true", help="print JSON, with --dry-run")
-    _add_data(convert, required=False, sequence_length=SEQUENCE_LENGTH)
+
+def _add_topology(convert: argparse.ArgumentParser) -> None:
     topology = convert.add_argument_group("topology")
     size = topology.add_mutually_exclusive_group()
     size.add_argument("--expert-size", type=int, metavar="N", help="s, neurons an expert (default: 128)")
@@ -116,6 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
     share.add_argument("--active-fraction", type=float, metavar="X", help="share of the FFN a token uses (default: 0.25)")
     share.add_argument("--top-k", type=int, metavar="N", help="K, experts a token")
     topology.add_argument("--router", choices=_ROUTERS, help="soft: weights that sum to K in the mean (default: top_k)")
+
+
+def _add_alignment(convert: argparse.ArgumentParser) -> None:
     train = convert.add_argument_group("alignment")
     train.add_argument(
         "--method",
@@ -143,6 +114,9 @@ def build_parser() -> argparse.ArgumentParser:
         default = getattr(AlignmentConfig, name.replace("-", "_"))
         shown = "the batch size" if default is None else default
         train.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=f"{meaning} (default: {shown})")
+
+
+def _add_stages(convert: argparse.ArgumentParser) -> None:
     stages = convert.add_argument_group("stages")
     stages.add_argument(
         "--stage",
@@ -160,12 +134,49 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="train adapters on the attention's projections, merged at the end, and the routers, not every weight; needs peft",
     )
+
+
+def _add_convert(commands: Any) -> None:
+    convert = _add_command(
+        commands,
+        "convert",
+        "Convert a dense causal LM: align, materialise, check, measure, save.",
+        "dotmoe convert ./llama --data corpus.jsonl --output ./llama-moe\n"
+        "dotmoe convert ./llama --recipe llama3-8b --data corpus.jsonl --output ./llama-moe\n"
+        "dotmoe convert --recipe llama3-8b-e128 --dry-run      # what it would take; needs no model, no data and no GPU\n"
+        "dotmoe convert ./llama --data a.txt b.txt --expert-size 128 --active-fraction 0.25 --steps 500 --output ./llama-moe\n"
+        "dotmoe convert ./llama --data corpus.parquet --output ./llama-moe --resume      # after an interruption\n"
+        "dotmoe convert ./llama --data corpus.jsonl --router soft --cap 1.5 --output ./llama-soft\n"
+        "dotmoe convert ./llama --data corpus.jsonl --stage reconstruct,align,finetune --output ./llama-moe\n"
+        "dotmoe convert ./llama-moe --data corpus.jsonl --stage finetune --lora-rank 16 --output ./llama-moe-tuned\n"
+        "dotmoe convert ./llama --data corpus.jsonl --method kmeans --output ./baseline",
+    )
+    convert.add_argument("model", nargs="?", metavar="MODEL", help="a Hugging Face model folder, or a name (default: the recipe's)")
+    convert.add_argument("--output", metavar="DIR", help="where the converted model goes")
+    convert.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help=f"topology and options: {', '.join(recipe_names())}, or a .toml file of your own; flags go before what it says",
+    )
+    convert.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only print topology, parameters, and the tokens, memory and time predicted of every stage, from the config alone",
+    )
+    convert.add_argument("--json", action="store_true", help="print JSON, with --dry-run")
+    _add_data(convert, required=False, sequence_length=SEQUENCE_LENGTH)
+    _add_topology(convert)
+    _add_alignment(convert)
+    _add_stages(convert)
     convert.add_argument("--resume", action="store_true", help="continue from the last checkpoint in DIR.run")
     convert.add_argument("--overwrite", action="store_true", help="replace DIR and DIR.run")
     convert.add_argument("--no-progress", action="store_true", help="no bar")
     _add_device(convert)
 
-    evaluate = add(
+
+def _add_eval(commands: Any) -> None:
+    evaluate = _add_command(
+        commands,
         "eval",
         "Measure a converted model: perplexity dense and sparse, active parameters, load of the experts, active experts a token.",
         "dotmoe eval ./llama-moe --data held-out.txt\ndotmoe eval ./llama-moe --data held-out.txt --path masked\n"
@@ -178,7 +189,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     _add_device(evaluate)
 
-    generate = add(
+
+def _add_generate(commands: Any) -> None:
+    generate = _add_command(
+        commands,
         "generate",
         "Continue a prompt with a converted model.",
         'dotmoe generate ./llama-moe --prompt "def main("\n'
@@ -191,7 +205,10 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     _add_device(generate)
 
-    info = add(
+
+def _add_info(commands: Any) -> None:
+    info = _add_command(
+        commands,
         "info",
         "Show the structure of a converted model, or what a dense one could become.",
         "dotmoe info ./llama-moe\ndotmoe info ./llama --json\ndotmoe info --paths ./llama-moe --dtype bfloat16",
@@ -200,4 +217,17 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("--paths", action="store_true", help="which path the experts take at every number of tokens, and why")
     info.add_argument("--dtype", choices=_DTYPES, help="of the weights, for --paths (default: as saved)")
     info.add_argument("--json", action="store_true", help="print JSON")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `dotmoe`."""
+    parser = _Parser(
+        prog="dotmoe",
+        description="Turn a pretrained dense LLM into a sparse Mixture-of-Experts by differentiable optimal transport.",
+        epilog="dotmoe COMMAND --help shows examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"dotmoe_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_demo, _add_convert, _add_eval, _add_generate, _add_info):
+        add(commands)
     return parser

@@ -25,12 +25,14 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .._files import write_file
+from ..alignment.checkpoints import read_log
 from ..alignment.config import AlignmentConfig
 from ..evaluation import collect_load, perplexity, retention
 from ..models.checkpoint import load, save
-from .checks import check_lines, self_check
-from ..models.counts import count_parameters
 from ..models.config import DotMoeConfig
+from ..models.counts import count_parameters
+from ..models.modeling import DotMoeForCausalLM
+from .checks import check_lines, self_check
 from .data import pack_documents, read_documents
 from .pipeline import METHODS, convert
 
@@ -161,6 +163,55 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """What every method starts from."""
+
+    folder: Path
+    dense: LlamaForCausalLM
+    train: Tensor
+    held: Tensor
+    perplexity: float  # the dense model's
+    router: str
+    options: AlignmentConfig
+    progress: bool
+
+    def run(self, method: str) -> tuple[DotMoeForCausalLM, dict[str, Any], list[dict[str, float]]]:
+        """The dense model converted with ``method``; its row of the table, and its log."""
+        start, run = time.monotonic(), self.folder / "logs" / method
+        model = convert(
+            copy.deepcopy(self.dense),
+            DotMoeConfig(num_experts=_EXPERTS, num_experts_per_tok=_TOP_K, router=self.router),
+            method=method,
+            data=self.train,
+            alignment=self.options,
+            folder=run,
+            progress=self.progress,
+        )
+        seconds = time.monotonic() - start
+        with collect_load(model) as counts:
+            value = perplexity(model, self.held)
+        means = counts.mean_active()
+        total, active = count_parameters(model, means)
+        row = {
+            "method": method,
+            "perplexity": value,
+            "retention": retention(self.perplexity, value),
+            "active_parameters": active,
+            "total_parameters": total,
+            "mean_active": sum(means.values()) / len(means),
+            "seconds": seconds,
+        }
+        return model, row, read_log(run / "log.jsonl")
+
+
+def _generate(model: DotMoeForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, seed: int) -> str:
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    torch.manual_seed(seed)
+    output: Any = model.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.7, top_k=50, pad_token_id=0)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
 def run_demo(
     folder: str | Path,
     *,
@@ -204,56 +255,23 @@ def run_demo(
 
     start = time.monotonic()
     dense = train_dense(train, size.dense_steps, vocab_size=len(tokenizer), seed=seed, progress=progress)
-    dense_perplexity, total = perplexity(dense, held), dense.num_parameters()
-    rows: list[dict[str, Any]] = [
-        {
-            "method": "dense",
-            "perplexity": dense_perplexity,
-            "retention": 1.0,
-            "active_parameters": total,
-            "total_parameters": total,
-            "seconds": time.monotonic() - start,
-        }
-    ]
+    value, total = perplexity(dense, held), dense.num_parameters()
+    first = {"method": "dense", "perplexity": value, "retention": 1.0, "active_parameters": total, "total_parameters": total}
+    rows: list[dict[str, Any]] = [{**first, "seconds": time.monotonic() - start}]
     dense.save_pretrained(folder / "dense")
     tokenizer.save_pretrained(folder / "dense")
     with torch.no_grad():
         dense_logits = dense(input_ids=held[:4], use_cache=False).logits
 
     options = AlignmentConfig(steps=size.align_steps, batch_size=_ALIGN_BATCH, seed=seed, checkpoint_every=0)
-    logs, sparse = {}, None
+    setting = _Setting(folder, dense, train, held, value, router, options, progress)
+    converted, logs = {}, {}
     for method in METHODS:
-        start, run = time.monotonic(), folder / "logs" / method
-        model = convert(
-            copy.deepcopy(dense),
-            DotMoeConfig(num_experts=_EXPERTS, num_experts_per_tok=_TOP_K, router=router),
-            method=method,
-            data=train,
-            alignment=options,
-            folder=run,
-            progress=progress,
-        )
-        seconds = time.monotonic() - start
-        with collect_load(model) as counts:
-            value = perplexity(model, held)
-        means = counts.mean_active()
-        all_parameters, active = count_parameters(model, means)
-        rows.append(
-            {
-                "method": method,
-                "perplexity": value,
-                "retention": retention(dense_perplexity, value),
-                "active_parameters": active,
-                "total_parameters": all_parameters,
-                "mean_active": sum(means.values()) / len(means),
-                "seconds": seconds,
-            }
-        )
-        logs[method] = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        model, row, logs[method] = setting.run(method)
+        rows.append(row)
         if method == "dot":
-            sparse = model
-    assert sparse is not None
-
+            converted[method] = model
+    sparse = converted["dot"]
     figures = {f"{row['method']} perplexity": round(row["perplexity"], 3) for row in rows}
     figures["active experts a token, dot"] = round(next(row["mean_active"] for row in rows if row["method"] == "dot"), 3)
     save(sparse, folder / "dotmoe", tokenizer=tokenizer, overwrite=True, card={"measured on": "held-out " + source, **figures})
@@ -262,34 +280,20 @@ def run_demo(
     reloaded = perplexity(again, held)
 
     label = "quick: proves the path, not the ranking" if quick else "full"
-    taken = (
-        f"K = {_TOP_K}, 25 % of the FFN active" if router == "top_k" else f"soft router whose weights sum to {_TOP_K} in the mean"
-    )
+    hard = router == "top_k"
+    taken = f"K = {_TOP_K}, 25 % of the FFN active" if hard else f"soft router whose weights sum to {_TOP_K} in the mean"
     say(f"\ndemo ({label}): LLaMA of {total / 1e6:.1f} M parameters, E = {_EXPERTS}, s = 16, {taken}")
     say(_table(rows))
     say("\nself-checks:\n  " + "\n  ".join(check_lines(checks)) + f", perplexity {reloaded:.2f}")
-    prompt = "def " if not data else texts[0][:16]
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    torch.manual_seed(seed)
-    output: Any = again.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.7, top_k=50, pad_token_id=0)
-    say(f"\nthe reloaded model writes:\n{tokenizer.decode(output[0], skip_special_tokens=True)}\n")
+    say(f"\nthe reloaded model writes:\n{_generate(again, tokenizer, texts[0][:16] if data else 'def ', seed)}\n")
 
-    report = {
-        "label": label,
-        "router": router,
-        "rows": rows,
-        "reloaded_perplexity": reloaded,
-        "self_check": checks,
-        "seconds": time.monotonic() - begin,
-    }
+    report = {"label": label, "router": router, "rows": rows, "reloaded_perplexity": reloaded, "self_check": checks}
+    report["seconds"] = time.monotonic() - begin
     write_file(folder / "demo.json", lambda file: file.write(json.dumps(report, indent=2).encode()))
-    drawn = _write_figure(folder / "demo.png", rows, logs, f"dotmoe demo ({label}), {source}", hard=router == "top_k")
+    drawn = _write_figure(folder / "demo.png", rows, logs, f"dotmoe demo ({label}), {source}", hard=hard)
     say(f"checkpoint: {folder / 'dotmoe'}")
-    say(
-        f"figure: {folder / 'demo.png'}"
-        if drawn
-        else "figure: not written, matplotlib is missing: pip install 'dotmoe_kernels[demo]'"
-    )
+    missing = "figure: not written, matplotlib is missing: pip install 'dotmoe_kernels[demo]'"
+    say(f"figure: {folder / 'demo.png'}" if drawn else missing)
     say(f"total: {report['seconds']:.0f} s")
     if not checks["passed"]:
         raise ValueError(f"self-check failed: {checks}")

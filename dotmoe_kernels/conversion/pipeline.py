@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +21,21 @@ from ..alignment.loop import align
 from ..alignment.module import AlignmentFFN, collect_inputs
 from ..alignment.reconstruction import reconstruct
 from ..alignment.schedule import ends
+from ..alignment.soft import BudgetState
 from ..alignment.transport import Transport
-from ..partitions import PARTITIONS, Partition, activation_partition, kmeans_partition, noise_router, random_partition, start_affinity
 from ..models.config import DotMoeConfig
-from .data import as_tokens
 from ..models.modeling import DotMoeForCausalLM, dense_class, materialize
 from ..models.surgery import DenseFFN, find_ffns, swap_ffn
+from ..partitions import (
+    PARTITIONS,
+    Partition,
+    activation_partition,
+    kmeans_partition,
+    noise_router,
+    random_partition,
+    start_affinity,
+)
+from .data import as_tokens
 
 METHODS = ("dot", *PARTITIONS)
 STAGES = ("reconstruct", "align")
@@ -112,6 +122,108 @@ def _build_layers(
     return layers
 
 
+def _check_data(
+    model: PreTrainedModel, data: Tensor | Iterable[Tensor] | None, method: str, options: AlignmentConfig
+) -> Tensor | None:
+    """The sequences to train on; without any, a warning that nothing is trained."""
+    if data is not None:
+        tokens = as_tokens(data)
+        require_range(tokens, "data", 0, model.config.get_text_config().vocab_size - 1)
+        return tokens
+    needed = "activation" in (method, options.init if method == "dot" else "")
+    require(not needed, "data", None, 'token sequences to calibrate on, for "activation"')
+    warnings.warn(
+        f"data is None: nothing is trained, the router is random (N(0, {options.init_std})) and so the model is not usable "
+        "as it is; give data to align it",
+        stacklevel=3,
+    )
+    return None
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel, ffns: dict[str, DenseFFN]) -> Iterator[None]:
+    """Inside, no weight trains and the mode is eval. After an error the model is whole again, its dense FFNs in their places."""
+    before = {name: ffn.module for name, ffn in ffns.items()}
+    grads = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval().requires_grad_(False)
+        yield
+    except BaseException:
+        for name, dense in before.items():
+            swap_ffn(model, name, dense)
+        for module, training in modes:
+            module.training = training
+        raise
+    finally:
+        for parameter, flag in grads:
+            parameter.requires_grad_(flag)
+
+
+class _Run(NamedTuple):
+    """What the stages share."""
+
+    model: PreTrainedModel
+    layers: dict[str, AlignmentFFN]
+    tokens: Tensor
+    options: AlignmentConfig
+    folder: Path | None
+    shared: dict[str, Any]  # arguments of every stage
+
+    def reconstruct(self, steps: int) -> dict[str, Any]:
+        """Each layer alone; its figures."""
+        place = None if self.folder is None else self.folder / "reconstruct"
+        options = dataclasses.replace(self.options, steps=steps)
+        sample: dict[str, Any] = {"tokens": RECONSTRUCT_TOKENS, "batch_tokens": RECONSTRUCT_BATCH}
+        done = reconstruct(self.model, self.layers, self.tokens, options, folder=place, **sample, **self.shared)
+        errors = {name: list(pair) for name, pair in done.errors.items()}  # a config is JSON
+        return {"steps": done.steps, "tokens": done.tokens, "relative_error": errors}
+
+    def align(self, label: str) -> tuple[dict[str, Any], BudgetState | None]:
+        """All layers together; the figures, and the soft router's budgets."""
+        result = align(self.model, self.layers, self.tokens, self.options, folder=self.folder, label=label, **self.shared)
+        written = None if self.folder is None else self.folder / "log.jsonl"
+        log = result.log if written is None or not written.is_file() else read_log(written)
+        whole = len(log) == result.steps  # a log that was removed before the run was resumed says nothing of the beginning
+        curves = {name: ends([entry[name] for entry in log]) for name in ("loss", "kl", "ce") if whole}
+        tokens = result.steps * self.options.batch_size * self.tokens.shape[1]
+        return {"steps": result.steps, "tokens": tokens, **curves}, result.budgets
+
+
+def _fingerprint(
+    model: PreTrainedModel, ffns: dict[str, DenseFFN], config: DotMoeConfig, method: str, tokens: Tensor, early: int
+) -> dict[str, Any]:
+    """What must agree with a run that is resumed. ``early``: steps of the reconstruction."""
+    return {
+        "method": method,
+        "topology": [config.num_experts, config.num_experts_per_tok, *(["soft"] if config.router == "soft" else [])],
+        "model": [type(model).__name__, model.num_parameters()],
+        "weights": weights_checksum(w for ffn in ffns.values() for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)),
+        "tokens": tokens_checksum(tokens),
+        "reconstruct_steps": early,
+    }
+
+
+def _describe(
+    config: DotMoeConfig, method: str, options: AlignmentConfig, figures: dict[str, Any], budgets: BudgetState | None
+) -> None:
+    """Writes into ``config`` what was learned beside the weights, and how."""
+    if config.router == "soft":
+        config.router_threshold, config.router_cap = options.threshold, options.cap
+        config.router_temperature = options.router_temperature_end
+        if budgets is not None:
+            config.router_k, config.router_temperature = budgets
+    aligned = figures.get("align", {"steps": 0, "tokens": 0})
+    config.assignment = {
+        "method": method,
+        "init": options.init if method == "dot" else method,
+        "steps": aligned["steps"],
+        "seed": options.seed,
+        "tokens": aligned["tokens"],
+    }
+    config.stages = figures or None
+
+
 def convert(
     model: PreTrainedModel,
     config: DotMoeConfig,
@@ -166,84 +278,27 @@ def convert(
     ffns = find_ffns(model)
     config = copy.deepcopy(config)
     _check_model(model, config, ffns)
-    options = _soft_options(options, config)
-    stages = _ordered(stages)
-    require(
-        isinstance(reconstruct_steps, int) and reconstruct_steps >= 0,
-        "reconstruct_steps",
-        reconstruct_steps,
-        "an integer of at least 0",
-    )
-    tokens = None if data is None else as_tokens(data)
-    if tokens is not None:
-        vocabulary = model.config.get_text_config().vocab_size
-        require_range(tokens, "data", 0, vocabulary - 1)
-    needs_data = "activation" in (method, options.init if method == "dot" else "")
-    require(tokens is not None or not needs_data, "data", None, 'token sequences to calibrate on, for "activation"')
-    if tokens is None:
-        warnings.warn(
-            f"data is None: nothing is trained, the router is random (N(0, {options.init_std})) and so the model is not usable "
-            "as it is; give data to align it",
-            stacklevel=2,
-        )
-
-    before = {name: ffn.module for name, ffn in ffns.items()}
-    grads = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval().requires_grad_(False)
+    options, stages = _soft_options(options, config), _ordered(stages)
+    whole = isinstance(reconstruct_steps, int) and reconstruct_steps >= 0
+    require(whole, "reconstruct_steps", reconstruct_steps, "an integer of at least 0")
+    tokens = _check_data(model, data, method, options)
+    figures: dict[str, Any] = {}
+    budgets = None
+    with _frozen(model, ffns):
         layers = _build_layers(model, ffns, config, method, options, tokens)
-        steps, budgets, figures = 0, None, {}
         if tokens is not None:
             early = reconstruct_steps if "reconstruct" in stages else 0
-            fingerprint = {
-                "method": method,
-                "topology": [config.num_experts, config.num_experts_per_tok, *(["soft"] if config.router == "soft" else [])],
-                "model": [type(model).__name__, model.num_parameters()],
-                "weights": weights_checksum(w for ffn in ffns.values() for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)),
-                "tokens": tokens_checksum(tokens),
-                "reconstruct_steps": early,
-            }
-            run: dict[str, Any] = {"resume": resume, "progress": progress, "fingerprint": fingerprint}
+            fingerprint = _fingerprint(model, ffns, config, method, tokens, early)
+            shared = {"resume": resume, "progress": progress, "fingerprint": fingerprint}
+            run = _Run(model, layers, tokens, options, None if folder is None else Path(folder), shared)
             if early:
-                place = None if folder is None else Path(folder) / "reconstruct"
-                sample: dict[str, Any] = {"tokens": RECONSTRUCT_TOKENS, "batch_tokens": RECONSTRUCT_BATCH}
-                begun = reconstruct(model, layers, tokens, dataclasses.replace(options, steps=early), folder=place, **sample, **run)
-                errors = {name: list(pair) for name, pair in begun.errors.items()}  # a config is JSON
-                figures["reconstruct"] = {"steps": begun.steps, "tokens": begun.tokens, "relative_error": errors}
+                figures["reconstruct"] = run.reconstruct(early)
             if "align" in stages and options.steps:
-                result = align(model, layers, tokens, options, folder=folder, label=method, **run)
-                steps, budgets = result.steps, result.budgets
-                written = None if folder is None else Path(folder) / "log.jsonl"
-                log = result.log if written is None or not written.is_file() else read_log(written)
-                whole = len(log) == steps  # a log that was removed before the run was resumed says nothing of the beginning
-                curves = {name: ends([entry[name] for entry in log]) for name in ("loss", "kl", "ce") if whole}
-                figures["align"] = {"steps": steps, "tokens": steps * options.batch_size * tokens.shape[1], **curves}
+                figures["align"], budgets = run.align(method)
+            del run
         if method == "dot" and not figures:
             Transport(layers, options).refresh(options.tau_end)
-    except BaseException:
-        for name, dense in before.items():
-            swap_ffn(model, name, dense)
-        for module, training in modes:
-            module.training = training
-        raise
-    finally:
-        for parameter, flag in grads:
-            parameter.requires_grad_(flag)
-
     learned = {name: (layer.expert_of, layer.router_weight.detach()) for name, layer in layers.items()}
-    del layers, before, modes  # so that the dense FFNs are freed one by one
-    if config.router == "soft":
-        config.router_threshold, config.router_cap = options.threshold, options.cap
-        config.router_temperature = options.router_temperature_end
-        if budgets is not None:
-            config.router_k, config.router_temperature = budgets
-    config.assignment = {
-        "method": method,
-        "init": options.init if method == "dot" else method,
-        "steps": steps,
-        "seed": options.seed,
-        "tokens": 0 if tokens is None else steps * options.batch_size * tokens.shape[1],
-    }
-    config.stages = figures or None
+    del layers  # so that the dense FFNs are freed one by one
+    _describe(config, method, options, figures, budgets)
     return materialize(model, config, learned, ffns=ffns).eval()  # type: ignore[arg-type]

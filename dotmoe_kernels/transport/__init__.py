@@ -51,6 +51,38 @@ class _Sinkhorn(torch.autograd.Function):
         return *adjoint_layers(affinity, capacity, tau, plan, steps, grad, final, ctx.needs_input_grad[2]), None
 
 
+def _temperatures(tau: float | Tensor, affinity: Tensor) -> Tensor:
+    """tau as [...] in the dtype of the computation, checked."""
+    batch, dtype = affinity.shape[:-2], compute_dtype(affinity)
+    if isinstance(tau, Tensor):
+        require(tau.dim() == 0 or tau.shape == batch, "tau", f"of shape {list(tau.shape)}", f"a float or shape {list(batch)}")
+        require_same(tau, "tau", affinity, "affinity", dtype=False)
+        taus = tau.to(dtype).expand(batch)
+    else:
+        require(isinstance(tau, int | float), "tau", repr(tau), "a positive number or a tensor")
+        taus = torch.full(batch, float(tau), dtype=dtype, device=affinity.device)
+    if has_values(affinity) and taus.numel():
+        require(bool((taus > 0).all() & taus.isfinite().all()), "tau", tau, "positive and finite")
+    return taus
+
+
+def _capacities(capacity: Tensor | None, affinity: Tensor) -> Tensor:
+    """The capacities as [..., E] in the dtype of the computation, checked."""
+    batch, (F, E), dtype = affinity.shape[:-2], affinity.shape[-2:], compute_dtype(affinity)
+    if capacity is None:
+        return torch.full((*batch, E), F / E, dtype=dtype, device=affinity.device)
+    require_tensor(capacity, "capacity", "[E] or [..., E]")
+    fits = tuple(capacity.shape) in ((E,), (*batch, E))
+    require(fits, "capacity", f"of shape {list(capacity.shape)}", f"[{E}] or {[*batch, E]}")
+    require_same(capacity, "capacity", affinity, "affinity", dtype=False)
+    capacities = capacity.to(dtype).expand(*batch, E)
+    if has_values(affinity) and capacities.numel():
+        require(bool((capacities > 0).all()), "capacity", capacity.tolist(), "positive entries")
+        total = capacities.double().sum(-1)
+        require(bool(((total - F).abs() <= 1e-4 * F).all()), "capacity", f"summing to {total.tolist()}", f"sum F = {F}")
+    return capacities
+
+
 def sinkhorn(
     affinity: Tensor,
     capacity: Tensor | None = None,
@@ -107,33 +139,8 @@ def sinkhorn(
     require(backward in ("unroll", "implicit"), "backward", repr(backward), '"unroll" or "implicit"')
     require_finite(affinity, "affinity")
     dtype, device = compute_dtype(affinity), affinity.device
-    check_values = has_values(affinity)
-
-    if isinstance(tau, Tensor):
-        require(tau.dim() == 0 or tau.shape == batch, "tau", f"of shape {list(tau.shape)}", f"a float or shape {list(batch)}")
-        require_same(tau, "tau", affinity, "affinity", dtype=False)
-        taus = tau.to(dtype).expand(batch)
-    else:
-        require(isinstance(tau, int | float), "tau", repr(tau), "a positive number or a tensor")
-        taus = torch.full(batch, float(tau), dtype=dtype, device=device)
-    if check_values and taus.numel():
-        require(bool((taus > 0).all() & taus.isfinite().all()), "tau", tau, "positive and finite")
-    if capacity is None:
-        capacities = torch.full((*batch, E), F / E, dtype=dtype, device=device)
-    else:
-        require_tensor(capacity, "capacity", "[E] or [..., E]")
-        require(
-            tuple(capacity.shape) in ((E,), (*batch, E)),
-            "capacity",
-            f"of shape {list(capacity.shape)}",
-            f"[{E}] or {[*batch, E]}",
-        )
-        require_same(capacity, "capacity", affinity, "affinity", dtype=False)
-        capacities = capacity.to(dtype).expand(*batch, E)
-        if check_values and capacities.numel():
-            require(bool((capacities > 0).all()), "capacity", capacity.tolist(), "positive entries")
-            total = capacities.double().sum(-1)
-            require(bool(((total - F).abs() <= 1e-4 * F).all()), "capacity", f"summing to {total.tolist()}", f"sum F = {F}")
+    taus = _temperatures(tau, affinity)
+    capacities = _capacities(capacity, affinity)
     if init is None:
         start = torch.zeros((*batch, E), dtype=dtype, device=device)
     else:

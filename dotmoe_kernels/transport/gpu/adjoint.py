@@ -29,9 +29,9 @@ from torch import Tensor
 
 from ..._backend import device_guard
 from ..._tiles import transport_tiles
+from ..cpu.scaling import SAFE
 from .plain import _sinkhorn_adjoint_plain_kernel
 from .product import BLOCK_T, _sinkhorn_adjoint_finish_kernel
-from ..cpu.scaling import SAFE
 from .sums import BLOCK_P, SCALARS, load_columns, load_rows, sum_programs, vector_strides
 
 
@@ -327,68 +327,22 @@ def unrolled_adjoint(
     grad_strides = {"stride_gl": grad_l, "stride_gf": grad_f, "stride_ge": grad_e}
     a_strides = {"stride_al": a_l, "stride_af": a_f, "stride_ae": a_e, "VEC": vec}
     fixed = {"E": E, "EXACT_ROWS": exact_rows}
+    common = {**fixed, **tiles.blocks, **tiles.options}
+    potentials, sums = (history, count, low, plain), (u, uf, fbar, z, v)
     with device_guard(plan):
         _sinkhorn_adjoint_range_kernel[(L,)](
-            history, count, low, plain, T, SAFE, E=E, BLOCK_E=triton.next_power_of_2(max(E, 16)), BLOCK_T=BLOCK_T, num_warps=4
+            *potentials, T, SAFE, E=E, BLOCK_E=triton.next_power_of_2(max(E, 16)), BLOCK_T=BLOCK_T, num_warps=4
         )
         _sinkhorn_adjoint_start_kernel[(programs, L)](
-            plan,
-            grad,
-            history,
-            count,
-            low,
-            plain,
-            partial,
-            u,
-            fbar,
-            F,
-            T,
-            chunk,
-            **grad_strides,
-            VEC=vec_g,
-            **fixed,
-            **tiles.blocks,
-            **tiles.options,
+            plan, grad, *potentials, partial, u, fbar, F, T, chunk, **grad_strides, VEC=vec_g, **common
         )
         for step in range(T, 0, -1):
             _sinkhorn_adjoint_step_kernel[(programs, L)](
-                plan,
-                history,
-                count,
-                low,
-                plain,
-                partial,
-                u,
-                uf,
-                fbar,
-                z,
-                v,
-                dlogc,
-                F,
-                T,
-                step,
-                chunk,
-                **fixed,
-                **tiles.blocks,
-                BLOCK_P=BLOCK_P,
-                **tiles.options,
+                plan, *potentials, partial, *sums, dlogc, F, T, step, chunk, BLOCK_P=BLOCK_P, **common
             )
+        plain_sums = (partial, uf, fbar, z, v, dlogc, dinit)
         _sinkhorn_adjoint_plain_kernel[(L,)](
-            affinity,
-            tau,
-            history,
-            count,
-            plain,
-            partial,
-            uf,
-            fbar,
-            z,
-            v,
-            dlogc,
-            dinit,
-            F,
-            T,
-            programs,
+            *(affinity, tau, history, count, plain, *plain_sums, F, T, programs),
             **a_strides,
             **fixed,
             **plain_tiles.blocks,
@@ -396,22 +350,7 @@ def unrolled_adjoint(
             **plain_tiles.options,
         )
         _sinkhorn_adjoint_finish_kernel[(programs, L)](
-            affinity,
-            tau,
-            plan,
-            grad,
-            history,
-            count,
-            plain,
-            u,
-            uf,
-            z,
-            v,
-            da,
-            xdx,
-            F,
-            T,
-            chunk,
+            *(affinity, tau, plan, grad, history, count, plain, u, uf, z, v, da, xdx, F, T, chunk),
             **a_strides,
             **grad_strides,
             VEC_G=vec_g,
