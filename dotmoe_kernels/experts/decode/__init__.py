@@ -11,12 +11,15 @@ from torch import Tensor
 
 from ..._backend import use_kernels
 from . import cpu
-from .operators import decode_op
 
 
 def decode_ffn(
     x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor | None, activation: str
 ) -> Tensor:
     """x [T, H] -> [T, H]; the arguments of ``expert_ffn``, checked there."""
-    run = decode_op if use_kernels(x) else cpu.decode_ffn
-    return run(x, gate_up_proj, down_proj, indices, weights, activation)
+    arguments = (x, gate_up_proj, down_proj, indices, weights, activation)
+    if not use_kernels(x):
+        return cpu.decode_ffn(*arguments)
+    from .operators import decode_op  # defined when it is first needed: that takes milliseconds
+
+    return decode_op(*arguments)

@@ -25,15 +25,17 @@ from ..._tiles import expert_by_expert_masked
 from ..activations import find_activation
 from .cpu.dense import MaskedFFN, expert_mask, view_ffn
 from .cpu.sparse import SparseMaskedFFN
-from .gpu.autograd import masked, masked_view
 
 
 def masked_view_ffn(
     x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor | None, activation: str
 ) -> Tensor:
     """x [T, H] -> [T, H]; the arguments of ``expert_ffn``, checked there. A ``down_proj`` without ``has_dense_view`` is copied."""
-    chips = use_kernels(x) and not wants_gradient(x, gate_up_proj, down_proj, weights)
-    return (masked_view if chips else view_ffn)(x, gate_up_proj, down_proj, indices, weights, activation)
+    if use_kernels(x) and not wants_gradient(x, gate_up_proj, down_proj, weights):
+        from .gpu.autograd import masked_view  # its operators take as long to define as the rest of the package to import
+
+        return masked_view(x, gate_up_proj, down_proj, indices, weights, activation)
+    return view_ffn(x, gate_up_proj, down_proj, indices, weights, activation)
 
 
 def _check_masked(
@@ -143,6 +145,8 @@ def masked_ffn(
     find_activation(activation)
     with torch.autocast(x.device.type, enabled=False):
         if use_kernels(x):
+            from .gpu.autograd import masked
+
             tensors = x, gate_proj, up_proj, down_proj, expert_of, indices, plan, probs, weights
             return masked(*tensors, E, activation, recompute, balanced)
         T, F = len(x), len(gate_proj)
