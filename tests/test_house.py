@@ -1,6 +1,7 @@
 """The house: imports run downward without a circle, and transformers stays upstairs; functions' bodies are read too."""
 
 import ast
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -152,6 +153,39 @@ def test_no_long_function():
                 if lines > 90:
                     long.append(f"{path.relative_to(ROOT)}: {node.name} has {lines}")
     assert long == []
+
+
+def table(file, head):
+    """The first cells of the table under that line of a text at the top of the project."""
+    lines = (ROOT.parent / file).read_text().splitlines()
+    start = lines.index(head)
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append(line.split("|")[1])
+    return rows
+
+
+@pytest.mark.skipif(not (ROOT.parent / "CONTRIBUTING.md").exists(), reason="an installed package has no CONTRIBUTING.md")
+def test_contributing_shows_every_room_in_the_order_of_the_floors():
+    shown = [room for cell in table("CONTRIBUTING.md", "| room | what |") for room in re.findall(r"`(\w+)(?:/|\.py)`", cell)]
+    built = [room for floor in FLOORS for room in floor if room not in ("", "__main__")]
+    assert sorted(shown) == sorted(built)
+    upstairs = [room for room in shown if not room.startswith("_") and room != "reference"]
+    assert upstairs == [room for room in built if room in upstairs]
+
+
+@pytest.mark.skipif(not (ROOT.parent / "README.md").exists(), reason="an installed package has no README.md")
+def test_readme_shows_every_op():
+    lines = (ROOT.parent / "README.md").read_text().splitlines()
+    start = lines.index("| step | op |")
+    rows = [line for line in lines[start + 2 : start + 12] if line.startswith("|")]
+    steps = [row.split("|")[1].strip() for row in rows]
+    assert all((ROOT / step).exists() or (ROOT / f"{step}.py").exists() for step in steps)
+    shown = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    classes = {"AlignmentConfig", "DotMoeConfig", "DotMoeForCausalLM", "FinetuneConfig", "Routing", "SinkhornInfo", "Slots"}
+    assert shown == set(dk.__all__) - classes - {"convert", "export", "finetune", "load", "save"}
 
 
 @pytest.mark.parametrize(
