@@ -11,6 +11,7 @@ import warnings
 import weakref
 
 import pytest
+import safetensors.torch
 import torch
 from tiny import BACKBONES, E, F, H, K, V, dense_model, random_layers, sparse_model, tokens
 from torch import nn
@@ -43,10 +44,10 @@ def logits(model, x, **kwargs):
 
 
 def has_layout(model):
-    """down_proj is the transpose of a contiguous [E, s, H] in every layer."""
-    return all(
-        b.experts.gate_up_proj.is_contiguous() and b.experts.down_proj.transpose(1, 2).is_contiguous()
-        for b in moe_blocks(model).values()
+    """down_proj is the transpose of a contiguous parameter [E, s, H] in every layer."""
+    experts = [block.experts for block in moe_blocks(model).values()]
+    return all(e.gate_up_proj.is_contiguous() and e.down_rows.is_contiguous() for e in experts) and all(
+        e.down_proj.data_ptr() == e.down_rows.data_ptr() and e.down_proj.shape == (E, H, F // E) for e in experts
     )
 
 
@@ -149,12 +150,12 @@ def test_restored_bit_for_bit(kind, tie):
 def test_state_dict_keys():
     dense = dense_model()
     ffn = {f"model.layers.{i}.mlp.{p}_proj.weight" for i in range(2) for p in ("gate", "up", "down")}
-    own = ("experts.gate_up_proj", "experts.down_proj", "gate.weight", "neuron_order")
+    own = ("experts.gate_up_proj", "experts.down_rows", "gate.weight", "neuron_order")
     expected = (set(dense.state_dict()) - ffn) | {f"model.layers.{i}.mlp.{n}" for i in range(2) for n in own}
     state = sparse_model().state_dict()
     assert set(state) == expected
     shapes = [tuple(state[f"model.layers.0.mlp.{n}"].shape) for n in own]
-    assert shapes == [(E, 2 * F // E, H), (E, H, F // E), (E, H), (F,)]
+    assert shapes == [(E, 2 * F // E, H), (E, F // E, H), (E, H), (F,)]
     assert state["model.layers.0.mlp.neuron_order"].dtype == torch.int64
 
 
@@ -220,23 +221,90 @@ def test_deepcopy_and_pickle():
 
 
 @pytest.mark.parametrize("assign", [True, False])
-def test_load_state_dict_keeps_the_layout(assign):
+@pytest.mark.parametrize("of_a_file", [True, False])
+def test_load_state_dict_keeps_the_layout(assign, of_a_file):
     model, other = sparse_model(), sparse_model(seed=5)
-    state = {n: t.contiguous() for n, t in model.state_dict().items()}
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    if of_a_file:
+        for name in [n for n in state if n.endswith("down_rows")]:
+            state[name.replace("down_rows", "down_proj")] = state.pop(name).transpose(1, 2).contiguous()
+    names = list(state)
     other.load_state_dict(state, assign=assign)
+    assert list(state) == names
     assert has_layout(other)
     assert torch.equal(logits(other, tokens()), logits(model, tokens()))
 
 
+@pytest.mark.parametrize("made", ["converted", "loaded", "drawn", "moved"])
+def test_every_parameter_is_contiguous(made, tmp_path):
+    """As FSDP2, flattening and safetensors want it, with one storage for all paths."""
+    model = sparse_model()
+    if made == "loaded":
+        dk.save(model, tmp_path / "m")
+        model = dk.load(tmp_path / "m")
+    elif made == "drawn":
+        model = DotMoeForCausalLM(model.config)
+    elif made == "moved":
+        model = copy.deepcopy(model).to(torch.bfloat16)
+    assert all(p.is_contiguous() for p in model.parameters())
+    assert has_layout(model)
+    parameters = list(model.parameters())
+    flat = torch.nn.utils.parameters_to_vector(parameters)
+    torch.nn.utils.vector_to_parameters(flat * 2, parameters)
+    assert torch.equal(torch.nn.utils.parameters_to_vector(parameters), flat * 2)
+    safetensors.torch.save_file({n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}, tmp_path / "s.safetensors")
+
+
+def test_lbfgs_takes_a_step():
+    model, x = sparse_model().train(), tokens()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x, labels=x).loss
+        loss.backward()
+        return loss
+
+    first = float(optimizer.step(closure))
+    assert float(closure()) < first
+
+
+def test_fully_sharded_training_equals_the_plain(tmp_path):
+    """FSDP2 on one process: parameters become shards, and the loss and a step of SGD are the plain ones."""
+    from torch.distributed.fsdp import fully_shard
+
+    plain, sharded, x = sparse_model().train(), sparse_model().train(), tokens()
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for layer in sharded.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        losses = []
+        for model in (plain, sharded):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for _ in range(2):
+                loss = model(x, labels=x).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(float(loss.detach()))
+        assert losses[2:] == pytest.approx(losses[:2], rel=1e-5)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_interleave_storage_keeps_parameters():
     model, x = sparse_model(), tokens()
-    expected, down = logits(model, x), model.model.layers[0].mlp.experts.down_proj
-    down.data = down.data.contiguous()
+    expected, down = logits(model, x), model.model.layers[0].mlp.experts.down_rows
+    down.data = down.data.transpose(1, 2).contiguous().transpose(1, 2)
     assert not has_layout(model)
     interleave_storage(model)
     interleave_storage(model)
     assert has_layout(model)
-    assert model.model.layers[0].mlp.experts.down_proj is down
+    assert model.model.layers[0].mlp.experts.down_rows is down
     assert torch.equal(logits(model, x), expected)
 
 
@@ -265,10 +333,10 @@ def test_gradients_reach_router_and_experts():
     out = model(x, labels=x)
     out.loss.backward()
     for block in moe_blocks(model).values():
-        for parameter in (block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj):
+        for parameter in (block.gate.weight, block.experts.gate_up_proj, block.experts.down_rows):
             assert parameter.grad is not None
             assert float(parameter.grad.abs().max()) > 1e-6
-        assert block.experts.down_proj.grad.stride() == block.experts.down_proj.stride()
+        assert block.experts.down_rows.grad.is_contiguous()
 
 
 def test_gradients_equal_the_dense_models():
@@ -281,7 +349,7 @@ def test_gradients_equal_the_dense_models():
     block, mlp = sparse.model.layers[0].mlp, dense.model.layers[0].mlp
     gate = block.experts.gate_up_proj.grad[:, : F // E].reshape(F, H)
     assert relative(gate, mlp.gate_proj.weight.grad[block.neuron_order]) < 1e-10
-    down = block.experts.down_proj.grad.transpose(1, 2).reshape(F, H)
+    down = block.experts.down_rows.grad.reshape(F, H)
     assert relative(down, mlp.down_proj.weight.grad.T[block.neuron_order]) < 1e-10
 
 

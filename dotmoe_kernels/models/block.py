@@ -4,12 +4,13 @@
 
 or, with the soft router, over the experts with p_te = LapSum(Z_t, k)_e > theta, each with weight p_te.
 
-State: ``gate.weight`` [E, H], ``experts.gate_up_proj`` [E, 2s, H], ``experts.down_proj`` [E, H, s], ``neuron_order`` [F] int64.
+State: ``gate.weight`` [E, H], ``experts.gate_up_proj`` [E, 2s, H], ``experts.down_rows`` [E, s, H], ``neuron_order`` [F] int64.
+Files have ``experts.down_proj`` [E, H, s] for the third, as Hugging Face does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from .._checks import compute_dtype, require
 from ..experts import expert_ffn
-from ..permutation import dense_storage, neuron_order, pack_experts, unpack_experts
+from ..permutation import neuron_order, pack_experts, unpack_experts
 from ..routing import route_soft, route_top_k
 from ..routing.budgets import SoftRouter
 from .surgery import DenseFFN
@@ -63,20 +64,25 @@ class DotMoeRouter(nn.Module):
 
 
 class DotMoeExperts(nn.Module):
-    """The experts' weights and their product. ``down_proj`` is kept as the transpose of a contiguous [E, s, H], so that both
-    parameters are also the dense FFN with its neurons permuted."""
+    """The experts' weights and their product. Both parameters are contiguous with a neuron a row, so that they are also the dense
+    FFN with its neurons permuted: ``down_proj`` [E, H, s], Hugging Face's name and shape, is a view of ``down_rows`` [E, s, H]."""
 
     def __init__(self, num_experts: int, hidden_size: int, expert_size: int, activation: str, *, path: str = "auto") -> None:
         super().__init__()
         self.num_experts, self.hidden_size, self.expert_size = num_experts, hidden_size, expert_size
         self.activation, self.path = activation, path
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, expert_size, hidden_size).transpose(1, 2))
+        self.down_rows = nn.Parameter(torch.empty(num_experts, expert_size, hidden_size))
+
+    @property
+    def down_proj(self) -> Tensor:
+        """[E, H, s], the transpose of a contiguous [E, s, H]."""
+        return self.down_rows.transpose(1, 2)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """x [T, H], indices and weights [T, K] -> y [T, H]."""
         gate_up: Tensor = self.gate_up_proj
-        down: Tensor = self.down_proj
+        down = self.down_proj
         if torch.is_autocast_enabled(x.device.type):  # as nn.Linear; .to keeps the strides of down_proj
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
@@ -84,22 +90,18 @@ class DotMoeExperts(nn.Module):
             return expert_ffn(x, gate_up, down, indices, weights, activation=self.activation, path=self.path)
 
     def interleave_storage(self) -> None:
-        """Re-establish the layout of ``down_proj``; keeps the Parameter object, and does nothing where the layout is right."""
+        """Make both parameters contiguous; keeps the Parameter objects, and does nothing where they are."""
         with torch.no_grad():
-            if not self.gate_up_proj.is_contiguous():
-                self.gate_up_proj.data = self.gate_up_proj.data.contiguous()
-            stored = dense_storage(self.down_proj.data)
-            if stored.stride() != self.down_proj.stride():
-                self.down_proj.data = stored
+            for parameter in (self.gate_up_proj, self.down_rows):
+                if not parameter.is_contiguous():
+                    parameter.data = parameter.data.contiguous()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DotMoeExperts:
-        super()._apply(fn, recurse)
-        self.interleave_storage()
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # with assign=True the loaded tensor replaces ours
-        self.interleave_storage()
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Takes the tensors of a file as well."""
+        if f"{prefix}down_proj" in state_dict:
+            state_dict[f"{prefix}down_rows"] = state_dict.pop(f"{prefix}down_proj").transpose(1, 2)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.interleave_storage()  # with assign=True the loaded tensor replaces ours
 
     def extra_repr(self) -> str:
         return (
@@ -171,11 +173,10 @@ class DotMoeBlock(nn.Module):
                 block = cls(E, top_k, H, F_ // E, ffn.activation, soft=soft)
             trains = ffn.gate_proj.requires_grad
             block.experts.gate_up_proj = nn.Parameter(gate_up, requires_grad=trains)
-            block.experts.down_proj = nn.Parameter(down, requires_grad=trains)
+            block.experts.down_rows = nn.Parameter(down.transpose(1, 2), requires_grad=trains)
             weight = router_weight.detach().to(device=gate_up.device, dtype=gate_up.dtype, copy=True)
             block.gate.weight = nn.Parameter(weight.contiguous())
             block.neuron_order = order
-            block.experts.interleave_storage()
         return block.train(ffn.module.training)
 
     def dense_weights(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,7 +215,7 @@ def moe_blocks(model: nn.Module) -> dict[str, DotMoeBlock]:
 
 
 def interleave_storage(model: nn.Module) -> None:
-    """Re-establish the layout of every ``down_proj``; idempotent, keeps the Parameter objects."""
+    """Make the experts' parameters contiguous, as the dense view of them needs; idempotent, keeps the Parameter objects."""
     for block in moe_blocks(model).values():
         block.experts.interleave_storage()
 

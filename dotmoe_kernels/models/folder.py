@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from .._checks import require
 from .block import moe_blocks
@@ -82,7 +83,7 @@ def check_folder(folder: str | os.PathLike[str], model_class: Callable[[DotMoeCo
     config = _read_config(path)
     with torch.device("meta"):
         model = model_class(config)
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: list(tensor.shape) for name, tensor in revert_weight_conversion(model, model.state_dict()).items()}
     tied = model.all_tied_weights_keys
     with ExitStack() as stack:
         where: dict[str, Any] = {}
@@ -92,8 +93,8 @@ def check_folder(folder: str | os.PathLike[str], model_class: Callable[[DotMoeCo
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} cannot be read ({error}); allowed: a complete safetensors file") from None
             where.update(dict.fromkeys(handle.keys(), handle))
-        # of a tied pair one is enough
-        absent = [n for n in expected if n not in where and tied.get(n) not in where and not _is_tied_source(n, tied, where)]
+        # of a tied pair one is enough, and the source is named
+        absent = [n for n in expected if n not in where and n not in tied and not _is_tied_source(n, tied, where)]
         require(not absent, str(path), f"without the tensor {', '.join(absent[:4])}", "a checkpoint with every tensor of the model")
         for name in expected.keys() & where.keys():
             shape = list(where[name].get_slice(name).get_shape())

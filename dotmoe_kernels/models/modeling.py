@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .._checks import require
@@ -308,5 +310,11 @@ def restore_dense(model: DotMoeForCausalLM) -> PreTrainedModel:
     return dense
 
 
+# Hugging Face's files have the down projections as [E, H, s]
+register_checkpoint_conversion_mapping(
+    DotMoeConfig.model_type,
+    [WeightConverter("experts.down_proj", "experts.down_rows", [Transpose(1, 2)])],
+    overwrite=True,
+)
 AutoConfig.register(DotMoeConfig.model_type, DotMoeConfig, exist_ok=True)
 AutoModelForCausalLM.register(DotMoeConfig, DotMoeForCausalLM, exist_ok=True)
