@@ -24,8 +24,7 @@ from ..alignment.schedule import ends
 from ..alignment.soft import BudgetState
 from ..alignment.transport import Transport
 from ..models.config import DotMoeConfig
-from ..models.folder import check_names
-from ..models.modeling import DotMoeForCausalLM, dense_class, materialize, meta_backbone
+from ..models.modeling import DotMoeForCausalLM, dense_class, materialize
 from ..models.surgery import DenseFFN, find_ffns, swap_ffn
 from ..partitions import (
     PARTITIONS,
@@ -45,13 +44,12 @@ _CALIBRATION_TOKENS = 2048  # that the activation partition clusters on
 
 
 def _check_model(model: PreTrainedModel, config: DotMoeConfig, ffns: dict[str, DenseFFN]) -> None:
-    """What ``materialize`` would refuse, or ``load`` once it is saved, before anything is trained."""
+    """What ``materialize`` would refuse, before anything is trained."""
     expected = dense_class(model.config)
     require(type(model) is expected, "model", f"a {type(model).__name__}", f"the causal LM of its config, {expected.__name__}")
     widths = sorted({ffn.gate_proj.shape[0] for ffn in ffns.values()})
     require(len(widths) == 1, "model", f"with FFN widths {widths}", "one width for every layer")
     config.check(dense_width=widths[0])
-    check_names(model, meta_backbone(copy.deepcopy(model.config)))
     require(config.router_k is None, "config.router_k", config.router_k, "None: it is learned")
 
 

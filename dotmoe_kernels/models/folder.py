@@ -141,7 +141,7 @@ def check_dense_folder(folder: Path, model_class: Any) -> None:
         require(False, f"{name} of {folder}", f"of shape {list(given)}", f"shape {list(expected)}")
 
 
-def check_names(model: Any, fresh: Any) -> None:
+def check_state(model: Any, fresh: Any) -> None:
     """The tensors of ``model`` must be those that a model of its config has, or what is saved of it cannot be read back.
 
     Args:
