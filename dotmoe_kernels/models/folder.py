@@ -81,42 +81,6 @@ def _weight_files(path: Path) -> list[Path]:
     return shards
 
 
-def check_folder(folder: str | os.PathLike[str], model_class: Callable[[DotMoeConfig], Any]) -> DotMoeConfig:
-    """Check a saved model by its config and file headers, before any weight is read; returns its config.
-
-    Args:
-        folder: as written by ``save``.
-        model_class: what makes the model of a config, ``DotMoeForCausalLM``.
-
-    Raises:
-        ValueError: see ``load``.
-    """
-    path = Path(folder).expanduser()
-    require(path.is_dir(), "folder", f"{path}, which is no folder", "a folder written by dotmoe_kernels.save")
-    config = _read_config(path)
-    with torch.device("meta"):
-        model = model_class(config)
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = model.all_tied_weights_keys
-    with ExitStack() as stack:
-        where: dict[str, Any] = {}
-        for file in _weight_files(path):
-            try:
-                handle = stack.enter_context(safe_open(file, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} cannot be read ({error}); allowed: a complete safetensors file") from None
-            where.update(dict.fromkeys(handle.keys(), handle))
-        # of a tied pair one is enough
-        absent = [n for n in expected if n not in where and tied.get(n) not in where and not _is_tied_source(n, tied, where)]
-        require(not absent, str(path), f"without the tensor {', '.join(absent[:4])}", "a checkpoint with every tensor of the model")
-        for name in expected.keys() & where.keys():
-            shape = list(where[name].get_slice(name).get_shape())
-            require(shape == expected[name], f"{name} of {path}", f"of shape {shape}", f"shape {expected[name]}")
-        names = [f"{name}.neuron_order" for name in moe_blocks(model)]
-        check_orders({n.removesuffix(".neuron_order"): where[n].get_tensor(n) for n in names}, str(path))
-    return config
-
-
 def check_dense_folder(folder: Path, model_class: Any) -> None:
     """Check the folder of a stock model by its headers: transformers reads every tensor of ``model_class`` from it and no other.
 
@@ -158,6 +122,42 @@ def check_state(model: Any, fresh: Any) -> None:
     require(not lacking, "model", f"a {kind} without the tensor {', '.join(lacking[:4])}", allowed)
     other = next((name for name, shape in ours.items() if shape != theirs[name]), None)
     require(other is None, "model", f"a {kind} whose {other} is of shape {ours.get(other or '')}", allowed)
+
+
+def check_folder(folder: str | os.PathLike[str], model_class: Callable[[DotMoeConfig], Any]) -> DotMoeConfig:
+    """Check a saved model by its config and file headers, before any weight is read; returns its config.
+
+    Args:
+        folder: as written by ``save``.
+        model_class: what makes the model of a config, ``DotMoeForCausalLM``.
+
+    Raises:
+        ValueError: see ``load``.
+    """
+    path = Path(folder).expanduser()
+    require(path.is_dir(), "folder", f"{path}, which is no folder", "a folder written by dotmoe_kernels.save")
+    config = _read_config(path)
+    with torch.device("meta"):
+        model = model_class(config)
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = model.all_tied_weights_keys
+    with ExitStack() as stack:
+        where: dict[str, Any] = {}
+        for file in _weight_files(path):
+            try:
+                handle = stack.enter_context(safe_open(file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} cannot be read ({error}); allowed: a complete safetensors file") from None
+            where.update(dict.fromkeys(handle.keys(), handle))
+        # of a tied pair one is enough
+        absent = [n for n in expected if n not in where and tied.get(n) not in where and not _is_tied_source(n, tied, where)]
+        require(not absent, str(path), f"without the tensor {', '.join(absent[:4])}", "a checkpoint with every tensor of the model")
+        for name in expected.keys() & where.keys():
+            shape = list(where[name].get_slice(name).get_shape())
+            require(shape == expected[name], f"{name} of {path}", f"of shape {shape}", f"shape {expected[name]}")
+        names = [f"{name}.neuron_order" for name in moe_blocks(model)]
+        check_orders({n.removesuffix(".neuron_order"): where[n].get_tensor(n) for n in names}, str(path))
+    return config
 
 
 def _is_tied_source(name: str, tied: Mapping[str, str], where: Mapping[str, Any]) -> bool:
