@@ -74,7 +74,8 @@ def write_folder(path: Path, belongs: Callable[[str], bool] = lambda name: False
         _sync(new)
         if path not in made or not _rename_folder(new, path):
             _move_files(new, path, belongs, last)
-        sync_folder(path.parent)
+        if path in made:
+            sync_folder(path.parent)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         with suppress(OSError):  # the first that is not empty ends it

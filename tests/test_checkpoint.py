@@ -361,6 +361,22 @@ def test_a_folder_in_the_place_of_a_file(saved):
     assert (saved / "README.md" / "notes.txt").read_text() == "mine"
 
 
+def test_an_adapter_is_never_left_beside_another_model(saved, tmp_path):
+    """transformers would put it into whatever model it finds there."""
+    (saved / "adapter_config.json").write_text("{}")
+    before = contents(saved)
+    dk.save(sparse_model(), tmp_path / "source")
+    for act in (
+        lambda: dk.save(sparse_model(seed=9), saved, overwrite=True),
+        lambda: dk.export(tmp_path / "source", saved, overwrite=True),
+    ):
+        with pytest.raises(
+            ValueError, match=r"whose adapter_config.json would be loaded into the model; allowed: a folder without one"
+        ):
+            act()
+    assert contents(saved) == before
+
+
 def test_export_never_replaces_its_source(saved, tmp_path):
     before = contents(saved)
     (tmp_path / "link").symlink_to(saved)

@@ -21,6 +21,7 @@ _TOKENIZER = (
 )
 # of tokenizers as well, but others may mean something else by the name
 VOCABULARIES = ("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model")
+_ADAPTER = "adapter_config.json"
 _NOTHING = "lost+found"  # a fresh volume's
 
 
@@ -71,6 +72,7 @@ def check_target(folder: str | os.PathLike[str], argument: str, overwrite: bool,
         known, argument, f"{path}, which holds something else than a model", "a new folder, or one with the config.json of a model"
     )
     require(blocked is None, argument, f"{path}, whose {blocked} is a folder", "a new folder, or one with a model")
+    require(_ADAPTER not in names, argument, f"{path}, whose {_ADAPTER} would be loaded into the model", "a folder without one")
     return path
 
 
