@@ -141,7 +141,7 @@ class _Run:
         return {
             "step": done,
             "fingerprint": self.marks,
-            "parameters": [p.detach().clone() for p in self.trained],
+            "parameters": [p.detach() for p in self.trained],
             "optimizer": self.optimizer.state_dict(),
             "tau": self.transport.tau,
             "log_v": self.transport.log_v,

@@ -6,20 +6,16 @@ import argparse
 import json
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 from .._checks import require
 from .convert import run_convert
+from .folders import demo_folder
 from .inputs import DATA, find_device, named, reading, require_model_folder, require_seed, require_vocabulary
 
 
 def _demo(args: argparse.Namespace) -> int:
-    folder = Path(args.output)
-    require(args.overwrite or not folder.exists(), "--output", f"{folder}, which exists", "a new folder, or --overwrite")
-    ours = (folder / "demo.json").is_file() or (folder / "dense").is_dir()
-    known = not folder.exists() or ours or (folder.is_dir() and not any(folder.iterdir()))
-    require(known, "--output", f"{folder}, which holds something else than a demo", "a new folder")
+    folder = demo_folder(args)
     require_seed(args.seed)
     from ..conversion.demo import run_demo
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import shutil
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._checks import require
 from ..alignment.config import AlignmentConfig
 from ..conversion.recipes import Recipe, load_recipe
+from .folders import clear_run, convert_folders, has_checkpoints
 from .inputs import DATA, find_device, named, reading, require_model_folder, require_seed, require_vocabulary
 from .parser import SEQUENCE_LENGTH, STAGES
 
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 _HELD_OUT = 64  # most sequences that are kept back to measure on
 _PAIRS = (("expert_size", "num_experts"), ("active_fraction", "top_k"))  # one of a pair gives the other
 _TOPOLOGY = (*_PAIRS[0], *_PAIRS[1], "router")
-_OF_A_RUN = (".", "log.jsonl", "checkpoints", "reconstruct", "finetune")  # how names in DIR.run begin
 _BOTH = "reconstruct or align"
 _OF_STAGE = {  # flags that no other stage reads
     "reconstruct": ("reconstruct_steps",),
@@ -141,36 +138,6 @@ def _finetune_options(args: argparse.Namespace, options: AlignmentConfig) -> Fin
         return FinetuneConfig(**fields, **{name: value for name, value in flags.items() if value is not None})
 
 
-def _folders(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Where the model and where its run goes; everything that can be refused before the model is loaded is."""
-    output = Path(args.output).expanduser()
-    if output.name in ("", ".."):
-        output = Path(os.path.abspath(output))
-    require(bool(output.name), "--output", args.output, "a folder that can be made")
-    run = output.with_name(output.name + ".run")
-    require(args.overwrite or not output.exists(), "--output", f"{output}, which exists", "a new folder, or --overwrite")
-    source = Path(args.model).expanduser().resolve()
-    inside = source.is_dir() and bool({output.resolve(), run.resolve()} & {source, *source.parents})
-    require(not inside, "--output", f"{output}, which would replace MODEL", "another folder")
-    parent = next(folder for folder in output.absolute().parents if folder.exists())
-    writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
-    require(writable, "--output", f"{output}, and {parent} cannot be written to", "a folder that can be made")
-    replaceable = not output.exists() or (output.is_dir() and ((output / "config.json").is_file() or not any(output.iterdir())))
-    require(
-        replaceable, "--output", f"{output}, which holds something else than a model", "a new folder, or one with a config.json"
-    )
-    ours = not run.exists() or (run.is_dir() and all(p.name.startswith(_OF_A_RUN) for p in run.iterdir()))
-    require(ours, "--output", f"{output}, and {run} holds something else than a run", "a folder without one of that name beside it")
-    started = any(run.rglob("step-*.pt"))
-    require(
-        args.resume or args.overwrite or not started,
-        "--output",
-        f"{output}, with an interrupted run in {run}",
-        "--resume to continue it, or --overwrite to start anew",
-    )
-    return output, run
-
-
 def _load_dense(args: argparse.Namespace, stages: list[str], device: str) -> Any:
     import torch
 
@@ -260,7 +227,7 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
     missing = [name for name, value in (("MODEL", args.model), ("--data", args.data), ("--output", args.output)) if not value]
     if missing:
         raise ValueError(f"the following arguments are required: {', '.join(missing)}")
-    output, run = _folders(args)
+    output, run = convert_folders(args)
     require_model_folder(args.model)
     device = find_device(args.device)
     import torch
@@ -287,8 +254,10 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
         dense_perplexity = figures["dense perplexity"] = perplexity(model, held, batch_size=1)
         with torch.no_grad():
             dense_logits = model(input_ids=held[:1].to(device), use_cache=False).logits
-    if args.overwrite and not args.resume and run.exists():
-        shutil.rmtree(run)
+    if args.overwrite and not args.resume:
+        clear_run(run, logs=True)
+    if args.resume and not has_checkpoints(run, stages):
+        print(f"dotmoe convert: --resume: nothing to resume in {run}, the run starts anew", file=sys.stderr)
     if config is not None:
         model = convert(
             model,
@@ -323,8 +292,7 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
         print(f"held-out perplexity: dense {dense_perplexity:.3f}, sparse {value:.3f} {kept}")
     if not checks["passed"]:
         return _failed(checks)
-    for rest in (run / "checkpoints", run / "reconstruct", run / "finetune" / "checkpoints"):
-        shutil.rmtree(rest, ignore_errors=True)
+    clear_run(run, logs=False)
     logs = [str(log) for log in (run / "log.jsonl", run / "finetune" / "log.jsonl") if log.is_file()]
     ending = f"; log of the training: {', '.join(logs)}" if logs else ""
     print(f"saved: {output}" + (ending if model.config.stages else "; nothing was trained (--steps 0)"))

@@ -72,7 +72,7 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--quick", action="store_true", help="a minute: proves the path, not the ranking")
     demo.add_argument("--router", choices=_ROUTERS, default="top_k", help="of every method (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in DIR")
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in DIR, whose other files stay")
 
 
 def _add_topology(convert: argparse.ArgumentParser) -> None:
@@ -168,8 +168,11 @@ def _add_convert(commands: Any) -> None:
     _add_topology(convert)
     _add_alignment(convert)
     _add_stages(convert)
-    convert.add_argument("--resume", action="store_true", help="continue from the last checkpoint in DIR.run")
-    convert.add_argument("--overwrite", action="store_true", help="replace DIR and DIR.run")
+    convert.add_argument("--run-folder", metavar="DIR", help="where log and checkpoints go (default: that of --output, with .run)")
+    convert.add_argument("--resume", action="store_true", help="continue from the last checkpoint of the run")
+    convert.add_argument(
+        "--overwrite", action="store_true", help="replace the model in DIR, whose other files stay, and start its run anew"
+    )
     convert.add_argument("--no-progress", action="store_true", help="no bar")
     _add_device(convert)
 

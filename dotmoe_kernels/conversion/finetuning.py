@@ -5,6 +5,7 @@ All weights train, or with ``lora_rank`` adapters on the attention's projections
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -31,6 +32,7 @@ from ..alignment.checkpoints import (
 from ..alignment.schedule import ends, learning_rate, shuffled_rows
 from ..evaluation import perplexity
 from ..models.block import DotMoeRouter, moe_blocks
+from ..models.folder import check_state
 from ..models.modeling import DotMoeForCausalLM
 from ..routing import route_soft, route_top_k
 from .data import as_tokens
@@ -198,6 +200,8 @@ def finetune(
         FloatingPointError: a non-finite loss or gradient; names the step and the last good checkpoint.
     """
     require(isinstance(model, DotMoeForCausalLM), "model", f"a {type(model).__name__}", "a DotMoeForCausalLM")
+    with torch.device("meta"):
+        check_state(model, DotMoeForCausalLM(copy.deepcopy(model.config)))  # or what is saved afterwards cannot be read back
     options = FinetuneConfig() if config is None else config
     tokens = as_tokens(data)
     vocabulary = model.config.get_text_config().vocab_size

@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 from .._checks import require
-from .._files import check_target, replace_folder
+from .._files import write_folder
 from ..models.checkpoint import load
-from ..models.folder import OURS
+from ..models.folder import OURS, check_dense_folder
 from ..models.modeling import restore_dense
+from ..models.target import VOCABULARIES, check_target, in_its_place, replaced_files, require_apart
 
 __all__ = ["ARCHITECTURES", "export"]
 
@@ -24,19 +25,26 @@ def export(
 
     Args:
         folder: as written by ``save``.
-        out: folder to write.
+        out: folder to write; neither ``folder`` nor one that holds it.
         architecture: "dense": the source model, bit for bit, for AutoModelForCausalLM; of a model that was fine-tuned a dense model
             of its weights.
-        overwrite: replace a model folder that exists.
+        overwrite: replace the model in a folder that has one; its files that are no part of a model stay.
 
     Raises:
-        ValueError: an unknown architecture, an ``out`` that exists, and those of ``load``.
+        ValueError: an unknown architecture, an ``out`` that exists, what was written cannot be read back, and those of ``load``.
     """
     require(architecture in ARCHITECTURES, "architecture", repr(architecture), " | ".join(map(repr, ARCHITECTURES)))
     path = check_target(out, "out", overwrite)
+    require_apart(path, "out", f"{path}, which", {"folder": folder})
     model = load(folder)
-    with replace_folder(path) as new:
-        restore_dense(model).save_pretrained(new)
-        for file in sorted(Path(folder).iterdir()):  # the tokenizer's
-            if file.is_file() and file.name not in OURS and file.suffix != ".safetensors":
+    files = [file for file in sorted(Path(folder).iterdir()) if file.is_file() and file.suffix != ".safetensors"]
+    others = [file for file in files if file.name not in OURS]  # the tokenizer's
+    replaced = replaced_files(tokenizer=bool(others))
+    with write_folder(path, replaced) as new:
+        dense = restore_dense(model)
+        dense.save_pretrained(new)
+        for file in others:
+            if replaced(file.name) or file.name in VOCABULARIES or not (path / file.name).exists():
                 shutil.copy2(file, new / file.name)
+        with in_its_place(new, path):
+            check_dense_folder(new, type(dense))

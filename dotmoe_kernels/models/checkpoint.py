@@ -1,4 +1,5 @@
-"""Save and load a converted model: one folder, written beside its place and renamed; ``folder.py`` says what is in it."""
+"""Save and load a converted model: one folder, checked before it takes its place; ``folder.py`` says what is in it, ``target.py``
+where it may be."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 
 from .._checks import require
-from .._files import check_target, replace_folder
+from .._files import write_folder
 from .card import model_card
+from .folder import check_folder
 from .modeling import DotMoeForCausalLM
+from .target import check_target, in_its_place, replaced_files
 
 
 def save(
@@ -25,27 +28,30 @@ def save(
 ) -> None:
     """Write a converted model as one folder; ``load`` and ``from_pretrained`` read it.
 
-    The folder appears complete or not at all: whatever goes wrong, an older one stays as it was.
+    The model appears complete and readable or not at all: whatever goes wrong, an older one stays as it was.
 
     Args:
         model: the sparse model.
         folder: to write; parents are made.
         tokenizer: saved along when given.
-        overwrite: replace a model folder that exists.
+        overwrite: replace the model in a folder that has one; its files that are no part of a model stay.
         card: measured figures for README.md: name -> number, text, or a dictionary of those (a table of its own).
         max_shard_size: of one safetensors file.
 
     Raises:
-        ValueError: ``model`` is not a DotMoeForCausalLM; the folder exists and ``overwrite`` is False; it holds no model.
+        ValueError: ``model`` is not a DotMoeForCausalLM; the folder exists and ``overwrite`` is False; it holds no model; what was
+            written cannot be read back.
         OSError, SafetensorError: the disk is full or not writable.
     """
     require(isinstance(model, DotMoeForCausalLM), "model", f"a {type(model).__name__}", "a DotMoeForCausalLM")
     path = check_target(folder, "folder", overwrite)
-    with replace_folder(path) as new:
+    with write_folder(path, replaced_files(tokenizer=tokenizer is not None)) as new:
         model.save_pretrained(new, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         (new / "README.md").write_text(model_card(model, path.name, card or {}), encoding="utf-8")
+        with in_its_place(new, path):
+            check_folder(new, DotMoeForCausalLM)
 
 
 def load(
