@@ -16,6 +16,7 @@ from test_cli import assert_one_line, call, contents, convert_arguments, interru
 import dotmoe_kernels as dk
 from dotmoe_kernels._files import probe_folder, write_folder
 from dotmoe_kernels.alignment import checkpoints
+from dotmoe_kernels.conversion.demo import run_demo
 
 here, converted, tokenizer, tiny_demo = test_cli.here, test_cli.converted, test_cli.tokenizer, test_cli.tiny_demo
 
@@ -515,6 +516,14 @@ def test_the_demo_leaves_a_folder_named_like_a_part_of_it_alone(capsys, tmp_path
     before = contents(tmp_path)
     status, _, err = call(capsys, "demo", "--quick", "--output", tmp_path / "demo", "--overwrite")
     assert_one_line(status, err, "demo", "which holds something else than a ")
+    assert contents(tmp_path) == before
+
+
+def test_run_demo_asks_before_it_replaces(converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "demo" / "dense")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"folder is .*dense, which exists; allowed: a new folder, or overwrite=True"):
+        run_demo(tmp_path / "demo", progress=False)
     assert contents(tmp_path) == before
 
 

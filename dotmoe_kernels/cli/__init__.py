@@ -1,6 +1,6 @@
 """`dotmoe`: convert, evaluate, generate, inspect, demonstrate. Wrong arguments end with one line and exit status 2.
 
-parser.py the arguments, inputs.py what they name, convert.py and commands.py what they do
+parser.py the arguments, inputs.py what they name, folders.py where they write, convert.py and commands.py what they do
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from ..models.checkpoint import load, save
 from ..models.config import DotMoeConfig
 from ..models.counts import count_parameters
 from ..models.modeling import DotMoeForCausalLM
-from ..models.target import replaced_files
+from ..models.target import check_target, replaced_files
 from .checks import check_lines, self_check
 from .data import pack_documents, read_documents
 from .pipeline import METHODS, convert
@@ -238,9 +238,11 @@ def run_demo(
         say: where the lines go.
 
     Raises:
-        ValueError: too little text.
+        ValueError: too little text; ``folder`` holds a demo and ``overwrite`` is False, or something else.
     """
     folder, size, begin = Path(folder), QUICK if quick else FULL, time.monotonic()
+    for part in ("dense", "dotmoe"):
+        check_target(folder / part, "folder", overwrite)
     source = ", ".join(data) if data else "the Python standard library's sources"
     texts = list(read_documents(data, text_field=text_field)) if data else standard_library()
     train_texts, held_texts = split_documents(texts, seed)
