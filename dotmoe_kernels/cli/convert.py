@@ -12,7 +12,7 @@ from .._checks import require
 from ..alignment.config import AlignmentConfig
 from ..conversion.recipes import Recipe, load_recipe
 from .folders import clear_run, convert_folders, has_checkpoints
-from .inputs import DATA, find_device, named, reading, require_model_folder, require_seed, require_vocabulary
+from .inputs import DATA, find_device, find_tokenizer, named, reading, require_model_folder, require_seed, require_vocabulary
 from .parser import SEQUENCE_LENGTH, STAGES
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _read_data(args: argparse.Namespace, tokenizer: Any, vocabulary: int) -> tup
         f"{tokens.numel()} tokens",
         f"at least two sequences of {args.sequence_length}, one to train and one to measure on",
     )
-    require_vocabulary(tokens, vocabulary, args.model)
+    require_vocabulary(tokens, vocabulary, args)
     keep = min(max(len(tokens) // 20, 1), _HELD_OUT)
     print(f"data: {tokens[:-keep].numel():,} tokens to train on, {tokens[-keep:].numel():,} held out (the end of the data)")
     return tokens[:-keep], tokens[-keep:]
@@ -234,7 +234,6 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
 
     from ..conversion import DotMoeConfig, check_lines, convert, count_parameters, finetune, save, self_check
     from ..conversion.finetuning import require_lora
-    from ..conversion.sources import read_tokenizer
     from ..evaluation import collect_load, perplexity, retention
 
     tuning = _finetune_options(args, options) if "finetune" in stages else None
@@ -245,7 +244,7 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
     model = _load_converted(args, device) if started_sparse else _load_dense(args, stages, device)
     text = model.config.get_text_config()
     config = None if started_sparse else DotMoeConfig.for_dense(text, **topology)
-    tokenizer = read_tokenizer(args.model)
+    tokenizer = find_tokenizer(args)
     train, held = _read_data(args, tokenizer, text.vocab_size)
     figures: dict[str, Any] = {"base_model": args.model, "data": " ".join(args.data), "held-out tokens": held.numel()}
     rerun: dict[str, Any] = {"resume": args.resume, "progress": not args.no_progress}
