@@ -1,4 +1,4 @@
-"""What the commands take: text of every kind, a tokenizer of one's own and dense models to measure."""
+"""What the commands take: text of every kind, a tokenizer of one's own, dense models to measure; and flags that nothing reads."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ def here(tmp_path_factory):
 def in_subprocess(*arguments, **environment):
     command = [sys.executable, "-m", "dotmoe_kernels", *map(os.fspath, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.run(command, capture_output=True, timeout=100, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, timeout=300, env=environment, check=False)
 
 
 def evaluate(here, *extra, model="moe", data="held.txt"):
@@ -373,6 +373,83 @@ def test_a_model_whose_json_is_broken(capsys, here, shards, tmp_path, name, mode
         if status or command == "convert":  # generation's settings may be empty, say, and info reads no weights
             assert_one_line(status, err, command, "")
     assert not (tmp_path / "out").exists()
+
+
+# --- flags that nothing reads -------------------------------------------------------------------------------------------------
+
+
+SOFT = {
+    "--router-temperature-start": "0.2",
+    "--router-temperature-end": "0.1",
+    "--threshold": "0.1",
+    "--cap": "1.5",
+    "--budget-lr": "0.1",
+}
+DOT = {"--init": "kmeans", "--affinity-lr": "0.1", "--tau-start": "2.0", "--tau-end": "0.2", "--refresh-every": "2"}
+
+
+@pytest.mark.parametrize("flag", SOFT)
+@pytest.mark.parametrize("extra", [(), ("--router", "top_k"), ("--dry-run",)], ids=["", "top_k", "dry run"])
+def test_a_flag_of_the_soft_router_without_it(capsys, here, tmp_path, flag, extra):
+    status, out, err = call(capsys, *convert_arguments(here, tmp_path / "moe", flag, SOFT[flag], *extra))
+    assert_one_line(status, err, "convert", f": error: {flag} is {SOFT[flag]}; allowed: together with --router soft")
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", DOT)
+@pytest.mark.parametrize("method", ["random", "kmeans", "activation"])
+def test_a_flag_of_dot_beside_another_method(capsys, here, tmp_path, flag, method):
+    arguments = convert_arguments(here, tmp_path / "moe", flag, DOT[flag], "--method", method)
+    status, out, err = call(capsys, *arguments)
+    assert_one_line(status, err, "convert", f": error: {flag} is {DOT[flag]}; allowed: together with --method dot")
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+    status, _, err = call(capsys, *arguments, "--dry-run")
+    assert_one_line(status, err, "convert", "together with --method dot")
+
+
+def test_the_same_flags_together(capsys, here, tmp_path):
+    soft = [part for pair in SOFT.items() for part in pair]
+    dot = [part for pair in DOT.items() for part in pair]
+    status, _, err = call(capsys, *convert_arguments(here, tmp_path / "moe", *soft, *dot, "--router", "soft", "--method", "dot"))
+    assert (status, err) == (0, "")
+    assert dk.load(tmp_path / "moe").config.router_cap == 1.5
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "message"),
+    [
+        ("[alignment]\ncap = 1.5", (), "cap in recipe {} is 1.5; allowed: together with --router soft"),
+        ('[topology]\nrouter = "top_k"\n[alignment]\nthreshold = 0.1', (), "threshold in recipe {} is 0.1; allowed: together with"),
+        ("[alignment]\ncap = 1.5", ("--router", "soft"), None),
+        ('[topology]\nrouter = "soft"\n[alignment]\ncap = 1.5', (), None),
+        ('[topology]\nrouter = "soft"\n[alignment]\ncap = 1.5', ("--router", "top_k"), None),
+        ('[topology]\nrouter = "soft"', ("--router", "top_k", "--cap", "2"), "--cap is 2.0; allowed: together with --router soft"),
+        ('[topology]\nrouter = "soft"', ("--cap", "2"), None),
+        ('[alignment]\ninit = "kmeans"', (), None),
+        ('[alignment]\ninit = "kmeans"', ("--method", "random"), "init in recipe {} is kmeans; allowed: together with"),
+        ('[alignment]\ninit = "kmeans"', ("--method", "random", "--init", "noise"), "--init is noise; allowed: together with"),
+        ("[alignment]\ntau_end = 0.2\naffinity_lr = 0.1", ("--method", "random"), None),
+    ],
+)
+def test_a_recipe_that_says_what_nothing_reads(capsys, here, tmp_path, recipe, flags, message):
+    """A flag goes before the recipe, and what it makes idle in there is no mistake."""
+    path = tmp_path / "mine.toml"
+    path.write_text(recipe)
+    arguments = ("convert", here / "dense", "--recipe", path, "--expert-size", "8", "--dry-run", *flags)
+    status, out, err = call(capsys, *arguments)
+    if message is None:
+        assert (status, err) == (0, "")
+    else:
+        assert_one_line(status, err, "convert", ": error: " + message.format(path))
+        assert out == ""
+
+
+def test_init_beside_another_method_in_python(here):
+    model = AutoModelForCausalLM.from_pretrained(here / "dense")
+    with pytest.raises(ValueError, match=r'init is \'noise\'; allowed: together with method="dot"'):
+        dk.convert(model, dk.DotMoeConfig(num_experts=8, top_k=2), method="random", init="noise")
 
 
 @pytest.mark.parametrize("data", [{"input_ids": [[1, 2]]}, [{"input_ids": [1, 2]}], "held.txt"])

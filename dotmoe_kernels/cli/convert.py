@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from .._checks import require
-from ..alignment.config import AlignmentConfig
+from ..alignment.config import SOFT_OPTIONS, AlignmentConfig
 from ..conversion.recipes import Recipe, load_recipe
 from .folders import clear_run, convert_folders, has_checkpoints
 from .inputs import DATA, find_device, find_tokenizer, named, reading, require_model_folder, require_seed, require_vocabulary
@@ -33,6 +33,7 @@ _OF_STAGE = {  # flags that no other stage reads
     ),
 }
 
+_OF_DOT = ("init", "affinity_lr", "tau_start", "tau_end", "refresh_every")  # flags that no other method reads
 _ALONE = ("finetune alone, of a dense MODEL", "another stage before it, or a converted MODEL")
 
 
@@ -128,6 +129,20 @@ def _stages(args: argparse.Namespace) -> list[str]:
     return stages
 
 
+def _refuse_unread(args: argparse.Namespace, recipe: Recipe, router: str) -> None:
+    """Options that this router, or this method, does not read. A recipe's for its soft router may lie idle beside --router top_k,
+    and those for dot beside another method, but for what dot starts from: the partitions are methods of the same names."""
+    for name in SOFT_OPTIONS:
+        said = recipe.alignment.get(name) if recipe.topology.get("router") != "soft" else None
+        value = said if getattr(args, name) is None else getattr(args, name)
+        require(value is None or router == "soft", name, value, "together with --router soft")
+    for name in _OF_DOT:
+        value = getattr(args, name)
+        if value is None and name == "init":
+            value = recipe.alignment.get(name)
+        require(value is None or args.method == "dot", name, value, "together with --method dot")
+
+
 def _finetune_options(args: argparse.Namespace, options: AlignmentConfig) -> FinetuneConfig:
     from ..conversion.finetuning import FinetuneConfig
 
@@ -220,6 +235,7 @@ def run_convert(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, topology: dict[str, Any]) -> int:
     stages = _stages(args)
+    _refuse_unread(args, recipe, topology.get("router", "top_k"))
     if args.dry_run:
         return _dry_run(args, recipe, options, topology, stages)
     require(not args.json, "--json", "given", "together with --dry-run")
