@@ -831,7 +831,6 @@ COMMANDS = {
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("dense", "MODEL is {}, whose model_type is 'llama'; allowed: a folder written by dotmoe_kernels.save"),
         ("empty folder", "MODEL is {}, without a config.json; allowed: a folder written by dotmoe_kernels.save"),
         ("not there", "MODEL is {}, which does not exist; allowed: a folder written by dotmoe_kernels.save"),
         ("short.txt", "MODEL is {}, which is no folder; allowed: a folder written by dotmoe_kernels.save"),
@@ -845,7 +844,7 @@ COMMANDS = {
     ],
 )
 def test_a_folder_that_is_no_converted_model(capsys, here, wrong, converted, tmp_path, command, model, message):
-    folder = {"dense": here / "dense", "a/name": model, "": model}.get(model, wrong / model)
+    folder = {"a/name": model, "": model}.get(model, wrong / model)
     if model.startswith("moe"):
         folder = tmp_path / "moe"
         left_out = {"moe without weights": ["*.safetensors"], "moe without tokenizer": ["token*", "special*"]}.get(model, [])

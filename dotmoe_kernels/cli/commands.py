@@ -11,7 +11,7 @@ from typing import Any
 from .._checks import require
 from .convert import run_convert
 from .folders import demo_folder
-from .inputs import DATA, find_device, named, reading, require_model_folder, require_seed, require_vocabulary
+from .inputs import DATA, find_device, find_tokenizer, named, reading, require_model_folder, require_seed, require_vocabulary
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -45,22 +45,20 @@ def _load(args: argparse.Namespace) -> Any:
 
 def _bars(counts: list[int]) -> str:
     """A histogram in one line: eight heights, a space for nothing; at most 32 columns, neighbours added up."""
+    heights = "▁▂▃▄▅▆▇█"
+    try:
+        heights.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        heights = ".:-=+*#@"
     width = -(-len(counts) // 32)
     sums = [sum(counts[n : n + width]) for n in range(0, len(counts), width)]
-    return "".join("▁▂▃▄▅▆▇█"[min(8 * v // max(sums), 7)] if v else " " for v in sums)
+    return "".join(heights[min(8 * v // max(sums), 7)] if v else " " for v in sums)
 
 
-def _eval(args: argparse.Namespace) -> int:
-    from ..conversion import all_experts, count_parameters, load_tokens, moe_blocks
-    from ..conversion.sources import read_tokenizer
-    from ..evaluation import active_summary, collect_load, load_summary, perplexity, retention
+def _read_tokens(args: argparse.Namespace, model: Any) -> Any:
+    from ..conversion import load_tokens
 
-    require(args.batch_size >= 1, "--batch-size", args.batch_size, "at least 1")
-    require(args.sequence_length >= 2, "--sequence-length", args.sequence_length, "at least 2")
-    model = _load(args)
-    for block in moe_blocks(model).values():
-        block.path = args.path
-    tokenizer = read_tokenizer(args.model)
+    tokenizer = find_tokenizer(args)
     with named(**DATA):
         tokens = load_tokens(
             args.data,
@@ -69,7 +67,64 @@ def _eval(args: argparse.Namespace) -> int:
             max_tokens=args.max_tokens,
             text_field=args.text_field,
         )
-    require_vocabulary(tokens, model.config.get_text_config().vocab_size, args.model)
+    require_vocabulary(tokens, model.config.get_text_config().vocab_size, args)
+    return tokens
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from ..models.inspect import is_converted, model_type
+
+    require(args.batch_size >= 1, "--batch-size", args.batch_size, "at least 1")
+    require(args.sequence_length >= 2, "--sequence-length", args.sequence_length, "at least 2")
+    if model_type(args.model) is not None and not is_converted(args.model):
+        return _eval_dense(args)
+    return _eval_converted(args)
+
+
+def _eval_dense(args: argparse.Namespace) -> int:
+    """Of any dense causal LM, whether it could be converted or not."""
+    require(args.path is None, "--path", args.path, "none: MODEL is dense, and has no experts")
+    import torch
+
+    from ..conversion.sources import read_dense
+    from ..evaluation import perplexity
+    from ..models.surgery import refuse_sparse
+
+    require_model_folder(args.model)
+    device = find_device(args.device)
+    with reading(args.model):
+        model: Any = read_dense(args.model, getattr(torch, args.dtype) if args.dtype else "auto")
+        refuse_sparse(model)
+    model = model.to(device).eval()
+    tokens = _read_tokens(args, model)
+    value, total = perplexity(model, tokens, batch_size=args.batch_size), model.num_parameters()
+    report = {
+        "model": args.model,
+        "kind": "dense",
+        "data": args.data,
+        "tokens": tokens.numel(),
+        "perplexity_dense": value,
+        "total_parameters": total,
+        "active_parameters": total,
+    }
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    print(f"{args.model} on {tokens.numel():,} tokens: a dense model")
+    print(f"perplexity: {value:.3f}")
+    print(f"parameters: {total:,}, all of them active")
+    return 0
+
+
+def _eval_converted(args: argparse.Namespace) -> int:
+    from ..conversion import all_experts, count_parameters, moe_blocks
+    from ..evaluation import active_summary, collect_load, load_summary, perplexity, retention
+
+    model = _load(args)
+    path = args.path or "auto"
+    for block in moe_blocks(model).values():
+        block.path = path
+    tokens = _read_tokens(args, model)
     with all_experts(model):
         dense = perplexity(model, tokens, batch_size=args.batch_size)
     with collect_load(model) as counts:
@@ -79,6 +134,7 @@ def _eval(args: argparse.Namespace) -> int:
     total, active = count_parameters(model, means)
     report = {
         "model": args.model,
+        "kind": "dotmoe",
         "data": args.data,
         "tokens": tokens.numel(),
         "perplexity_dense": dense,
@@ -86,7 +142,7 @@ def _eval(args: argparse.Namespace) -> int:
         "retention": retention(dense, sparse),
         "total_parameters": total,
         "active_parameters": active,
-        "path": args.path,
+        "path": path,
         "router": model.config.router,
         "fine_tuned": bool(model.config.finetune_runs),
         "mean_active_experts": mean,
@@ -122,13 +178,11 @@ def _generate(args: argparse.Namespace) -> int:
     require_seed(args.seed)
     import torch
 
-    from ..conversion.sources import read_tokenizer
-
     model = _load(args)
-    tokenizer = read_tokenizer(args.model)
+    tokenizer = find_tokenizer(args)
     inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     require(inputs["input_ids"].numel() > 0, "--prompt", repr(args.prompt), "text of at least one token")
-    require_vocabulary(inputs["input_ids"], model.config.get_text_config().vocab_size, args.model)
+    require_vocabulary(inputs["input_ids"], model.config.get_text_config().vocab_size, args)
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id or 0, **sampling)

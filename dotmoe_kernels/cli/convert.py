@@ -9,10 +9,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from .._checks import require
-from ..alignment.config import AlignmentConfig
+from ..alignment.config import SOFT_OPTIONS, AlignmentConfig
 from ..conversion.recipes import Recipe, load_recipe
 from .folders import clear_run, convert_folders, has_checkpoints
-from .inputs import DATA, find_device, named, reading, require_model_folder, require_seed, require_vocabulary
+from .inputs import DATA, find_device, find_tokenizer, named, reading, require_model_folder, require_seed, require_vocabulary
 from .parser import SEQUENCE_LENGTH, STAGES
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ _OF_STAGE = {  # flags that no other stage reads
     ),
 }
 
+_OF_DOT = ("init", "affinity_lr", "tau_start", "tau_end", "refresh_every")  # flags that no other method reads
 _ALONE = ("finetune alone, of a dense MODEL", "another stage before it, or a converted MODEL")
 
 
@@ -128,6 +129,20 @@ def _stages(args: argparse.Namespace) -> list[str]:
     return stages
 
 
+def _refuse_unread(args: argparse.Namespace, recipe: Recipe, router: str) -> None:
+    """Options that this router, or this method, does not read. A recipe's for its soft router may lie idle beside --router top_k,
+    and those for dot beside another method, but for what dot starts from: the partitions are methods of the same names."""
+    for name in SOFT_OPTIONS:
+        said = recipe.alignment.get(name) if recipe.topology.get("router") != "soft" else None
+        value = said if getattr(args, name) is None else getattr(args, name)
+        require(value is None or router == "soft", name, value, "together with --router soft")
+    for name in _OF_DOT:
+        value = getattr(args, name)
+        if value is None and name == "init":
+            value = recipe.alignment.get(name)
+        require(value is None or args.method == "dot", name, value, "together with --method dot")
+
+
 def _finetune_options(args: argparse.Namespace, options: AlignmentConfig) -> FinetuneConfig:
     from ..conversion.finetuning import FinetuneConfig
 
@@ -193,7 +208,7 @@ def _read_data(args: argparse.Namespace, tokenizer: Any, vocabulary: int) -> tup
         f"{tokens.numel()} tokens",
         f"at least two sequences of {args.sequence_length}, one to train and one to measure on",
     )
-    require_vocabulary(tokens, vocabulary, args.model)
+    require_vocabulary(tokens, vocabulary, args)
     keep = min(max(len(tokens) // 20, 1), _HELD_OUT)
     print(f"data: {tokens[:-keep].numel():,} tokens to train on, {tokens[-keep:].numel():,} held out (the end of the data)")
     return tokens[:-keep], tokens[-keep:]
@@ -220,6 +235,7 @@ def run_convert(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, topology: dict[str, Any]) -> int:
     stages = _stages(args)
+    _refuse_unread(args, recipe, topology.get("router", "top_k"))
     if args.dry_run:
         return _dry_run(args, recipe, options, topology, stages)
     require(not args.json, "--json", "given", "together with --dry-run")
@@ -234,7 +250,6 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
 
     from ..conversion import DotMoeConfig, check_lines, convert, count_parameters, finetune, save, self_check
     from ..conversion.finetuning import require_lora
-    from ..conversion.sources import read_tokenizer
     from ..evaluation import collect_load, perplexity, retention
 
     tuning = _finetune_options(args, options) if "finetune" in stages else None
@@ -245,7 +260,7 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
     model = _load_converted(args, device) if started_sparse else _load_dense(args, stages, device)
     text = model.config.get_text_config()
     config = None if started_sparse else DotMoeConfig.for_dense(text, **topology)
-    tokenizer = read_tokenizer(args.model)
+    tokenizer = find_tokenizer(args)
     train, held = _read_data(args, tokenizer, text.vocab_size)
     figures: dict[str, Any] = {"base_model": args.model, "data": " ".join(args.data), "held-out tokens": held.numel()}
     rerun: dict[str, Any] = {"resume": args.resume, "progress": not args.no_progress}

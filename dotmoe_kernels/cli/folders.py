@@ -25,8 +25,9 @@ def _probe(path: Path, argument: str, given: str, *, file: bool = False, allowed
 
 def _read(args: argparse.Namespace) -> dict[str, str]:
     """What the command reads and where it runs, by what errors call it."""
-    model = {"MODEL": args.model} if getattr(args, "model", None) else {}
-    return model | {f"{source} of --data": source for source in args.data or ()} | {"the current folder": os.curdir}
+    named = {"MODEL": getattr(args, "model", None), "--tokenizer": getattr(args, "tokenizer", None)}
+    given = {argument: source for argument, source in named.items() if source}
+    return given | {f"{source} of --data": source for source in args.data or ()} | {"the current folder": os.curdir}
 
 
 def convert_folders(args: argparse.Namespace) -> tuple[Path, Path]:

@@ -24,8 +24,16 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_text_field(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--text-field", metavar="NAME", default="text", help="field of a JSONL, parquet or dataset row (default: %(default)s)"
+        "--text-field",
+        metavar="NAME",
+        default="text",
+        help="field of a JSON, parquet or dataset row that holds text or chat messages; a.b is b in the object a "
+        "(default: %(default)s)",
     )
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", metavar="DIR", help="a folder with a tokenizer, or a name, instead of MODEL's own")
 
 
 def _add_data(parser: argparse.ArgumentParser, *, required: bool, sequence_length: int) -> None:
@@ -34,7 +42,8 @@ def _add_data(parser: argparse.ArgumentParser, *, required: bool, sequence_lengt
         nargs="+",
         required=required,
         metavar="FILE",
-        help="text: .txt .md .py .jsonl .parquet files, folders of them, or a Hugging Face dataset NAME[:CONFIG][:SPLIT]",
+        help="text: .txt .md .py .jsonl .json .parquet files, all but the last also as .gz or .zst, folders of them, or a "
+        "Hugging Face dataset NAME[:CONFIG][:SPLIT]",
     )
     _add_text_field(parser)
     default = sequence_length if required else None  # a recipe may say it
@@ -165,6 +174,7 @@ def _add_convert(commands: Any) -> None:
     )
     convert.add_argument("--json", action="store_true", help="print JSON, with --dry-run")
     _add_data(convert, required=False, sequence_length=SEQUENCE_LENGTH)
+    _add_tokenizer(convert)
     _add_topology(convert)
     _add_alignment(convert)
     _add_stages(convert)
@@ -181,14 +191,17 @@ def _add_eval(commands: Any) -> None:
     evaluate = _add_command(
         commands,
         "eval",
-        "Measure a converted model: perplexity dense and sparse, active parameters, load of the experts, active experts a token.",
-        "dotmoe eval ./llama-moe --data held-out.txt\ndotmoe eval ./llama-moe --data held-out.txt --path masked\n"
+        "Measure a converted model: perplexity dense and sparse, active parameters, load of the experts, active experts a token; "
+        "of a dense one the perplexity.",
+        "dotmoe eval ./llama-moe --data held-out.txt\ndotmoe eval ./llama --data held-out.txt\n"
+        "dotmoe eval ./llama-moe --data held-out.txt --path masked\n"
         "dotmoe eval ./llama-moe --data held-out.jsonl --sequence-length 1024 --json",
     )
-    evaluate.add_argument("model", metavar="MODEL", help="a converted model")
+    evaluate.add_argument("model", metavar="MODEL", help="a converted or a dense model folder")
     _add_data(evaluate, required=True, sequence_length=1024)
+    _add_tokenizer(evaluate)
     evaluate.add_argument("--batch-size", type=int, default=4, help="sequences a pass (default: %(default)s)")
-    evaluate.add_argument("--path", choices=_PATHS, default="auto", help="how the experts run (default: %(default)s)")
+    evaluate.add_argument("--path", choices=_PATHS, help="how the experts run (default: auto)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     _add_device(evaluate)
 
@@ -201,7 +214,8 @@ def _add_generate(commands: Any) -> None:
         'dotmoe generate ./llama-moe --prompt "def main("\n'
         'dotmoe generate ./llama-moe --prompt "Once" --temperature 0.8 --max-new-tokens 100',
     )
-    generate.add_argument("model", metavar="MODEL", help="a converted model, saved with its tokenizer")
+    generate.add_argument("model", metavar="MODEL", help="a converted model")
+    _add_tokenizer(generate)
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: %(default)s)")

@@ -271,6 +271,7 @@ def convert(
     Source: DOT-MoE (arXiv 2606.01666).
     """
     require(method in METHODS, "method", repr(method), " | ".join(METHODS))
+    require(init is None or method == "dot", "init", repr(init), 'together with method="dot"')
     options = AlignmentConfig() if alignment is None else alignment
     if init is not None:
         options = dataclasses.replace(options, init=init)

@@ -33,15 +33,17 @@ def read_dense(name: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     return model
 
 
-def read_tokenizer(folder: str) -> Any:
-    """The tokenizer of a model's folder, or name.
+def read_tokenizer(folder: str, *, allowed: str = "a MODEL saved with one, as save(model, folder, tokenizer=...) does") -> Any:
+    """The tokenizer of a model's folder, or name. ``allowed``: what the error asks for instead.
 
     Raises:
         ValueError: there is none that can be read.
+        ImportError: it needs another package.
     """
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # tokenizers raises the bare class, and broken JSON whatever its wrong type leads to
         reason = " ".join(str(error).split())
-        allowed = "a MODEL saved with one, as save(model, folder, tokenizer=...) does"
         raise ValueError(f"{folder} has no tokenizer that can be read; allowed: {allowed} ({reason})") from None

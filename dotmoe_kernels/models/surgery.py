@@ -148,7 +148,8 @@ def _configs(model: nn.Module) -> tuple[Any, Any]:
     return config, config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _refuse_sparse(model: nn.Module) -> None:
+def refuse_sparse(model: nn.Module) -> None:
+    """Unless it is a dense model."""
     config, text = _configs(model)
     kind = type(model).__name__
     if getattr(config, "model_type", None) == "dotmoe":
@@ -190,7 +191,7 @@ def find_ffns(model: nn.Module) -> dict[str, DenseFFN]:
         ValueError: the model is already sparse; no FFN is recognised (names the nearest module and what was looked for);
             an FFN has biases or computes something else besides.
     """
-    _refuse_sparse(model)
+    refuse_sparse(model)
     _, text = _configs(model)
     found = {}
     for name, module in model.named_modules():
