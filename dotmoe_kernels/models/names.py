@@ -1,0 +1,93 @@
+"""Tensors by their names in files: transformers renames and converts those of some backbones on save, and back on load.
+
+A converted model's files have the names of its dense model's, but for what is in the FFNs: the conversions are looked up for the
+backbone, as for the dense model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightTransform,
+    convert_and_load_state_dict_in_model,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from .._checks import require
+
+
+def read_conversions(backbone: PreTrainedModel, quantizer: Any = None) -> list[WeightTransform]:
+    """From the names in files to those of the state dict."""
+    return get_model_conversion_mapping(backbone, hf_quantizer=quantizer)
+
+
+def write_conversions(backbone: PreTrainedModel) -> list[WeightTransform]:
+    """What ``save_pretrained`` reverts: the conversions that the files needed which the model came from, or else all."""
+    used: list[WeightTransform] | None = getattr(backbone, "_weight_conversions", None)
+    if used is not None:
+        return used
+    # a prefix may be there or not, and a model that came from no file is written without
+    return [c for c in get_model_conversion_mapping(backbone, add_legacy=False) if not isinstance(c, PrefixChange)]
+
+
+def file_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict of ``model`` as a file has it."""
+    tensors: dict[str, Tensor] = revert_weight_conversion(model, model.state_dict())
+    return tensors
+
+
+def check_names(model: Any, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load ``tensors``, which have shapes but no storage, into ``model``, which has none either: what a real load will find.
+
+    Args:
+        model: the sparse model on the meta device; it is used up.
+        tensors: by name in the file.
+        source: of the tensors, for the message.
+
+    Raises:
+        ValueError: a tensor is missing or has a wrong shape.
+    """
+    options = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=read_conversions(model.backbone))
+    tied = model.all_tied_weights_keys
+    with _no_bar():
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), options)
+    for name, error in info.conversion_errors.items():
+        raise ValueError(f"{name} of {source} cannot be converted: {str(error).strip().splitlines()[-1]}")
+    for name, shape, expected in sorted(info.mismatched_keys):
+        require(False, f"{name} of {source}", f"of shape {list(shape)}", f"shape {list(expected)}")
+    missing = info.missing_keys
+    have = {target for target in tied if target not in missing} | {source for source in tied.values() if source not in missing}
+    # of a tied pair one is enough
+    absent = [n for n in model.state_dict() if n in missing and not _has_twin(n, tied, have)]
+    require(not absent, source, f"without the tensor {', '.join(absent[:4])}", "a checkpoint with every tensor of the model")
+
+
+def _has_twin(name: str, tied: Mapping[str, str], have: set[str]) -> bool:
+    return tied.get(name) in have or any(source == name and target in have for target, source in tied.items())
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Nothing is read here, so nothing is announced."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def header_tensors(handles: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors without storage as the headers of safetensors files describe them; ``handles`` by tensor name."""
+    return {name: torch.empty(handle.get_slice(name).get_shape(), device="meta") for name, handle in handles.items()}
