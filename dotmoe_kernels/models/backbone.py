@@ -116,7 +116,8 @@ def _check_modules(model: PreTrainedModel, fresh: PreTrainedModel) -> None:
         twin = twins.pop(name, None)
         if twin is None or type(module) is not type(twin):
             plain = "the modules" if twin is None else f"the {type(twin).__name__}"
-            given = f"a {kind} with a {type(module).__name__} as {name}"
+            origin = type(module).__module__.partition(".")[0]  # peft's Linear has torch's name
+            given = f"a {kind} with a {origin} {type(module).__name__} as {name}"
             refuse("model", given, _advice(module, f"{plain} of a fresh {kind}, unquantised"))
         ours, theirs = _own_state(module), _own_state(twin)
         for key in sorted(ours.keys() ^ theirs.keys()):

@@ -14,28 +14,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    PrefixChange,
-    WeightTransform,
-    convert_and_load_state_dict_in_model,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import PrefixChange, convert_and_load_state_dict_in_model, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from .._checks import require
 
 
-def read_conversions(backbone: PreTrainedModel, quantizer: Any = None) -> list[WeightTransform]:
+def read_conversions(backbone: PreTrainedModel, quantizer: Any = None) -> list[Any]:
     """From the names in files to those of the state dict."""
-    return get_model_conversion_mapping(backbone, hf_quantizer=quantizer)
+    return list(get_model_conversion_mapping(backbone, hf_quantizer=quantizer))
 
 
-def write_conversions(backbone: PreTrainedModel) -> list[WeightTransform]:
+def write_conversions(backbone: PreTrainedModel) -> list[Any]:
     """What ``save_pretrained`` reverts: the conversions that the files needed which the model came from, or else all."""
-    used: list[WeightTransform] | None = getattr(backbone, "_weight_conversions", None)
+    used = getattr(backbone, "_weight_conversions", None)
     if used is not None:
-        return used
+        return list(used)
     # a prefix may be there or not, and a model that came from no file is written without
     return [c for c in get_model_conversion_mapping(backbone, add_legacy=False) if not isinstance(c, PrefixChange)]
 
