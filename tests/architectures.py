@@ -71,9 +71,9 @@ EXTRA: dict[str, dict] = {
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
     "roc_bert": {"pronunciation_vocab_size": 16, "pronunciation_embed_dim": 16, "shape_vocab_size": 16, "shape_embed_dim": 16},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"layer_types": ["mamba", "hybrid"], "mamba_dt_rank": 4},
+    "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2, "mamba_dt_rank": 4},
     "zamba2": {
-        "layer_types": ["mamba", "hybrid"],
+        **{"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2},
         **{"n_mamba_heads": 8, "mamba_headdim": 8, "mamba_ngroups": 1, "mamba_d_state": 8},
     },
     "zaya": {"num_experts_per_tok": 1},

@@ -30,6 +30,7 @@ WHY = {  # the message's words -> the table's
     "already sparse": "already sparse",
     "no FFN was recognised": "no gated FFN of three linear layers",
     "has biases": "biases",
+    "an FFN of its own": "one FFN for several layers",
     "that transformers itself provides": "its text config has no causal LM class",
     "has the name of an attribute": "a child with the name of an attribute of ours",
 }

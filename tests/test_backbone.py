@@ -166,7 +166,7 @@ def test_a_conversion_in_inference_mode():
 
 def test_a_shared_ffn_is_no_ffn_of_two_layers():
     with pytest.raises(
-        ValueError, match=r"model.layers.1.mlp is the same module as model.layers.0.mlp; allowed: an FFN of its own"
+        ValueError, match=r"model.layers.1.mlp has the weights of model.layers.0.mlp; allowed: an FFN of its own"
     ):
         find_ffns(with_a_shared_ffn(dense_model()))
 

@@ -196,16 +196,16 @@ def find_ffns(model: nn.Module) -> dict[str, DenseFFN]:
     refuse_sparse(model)
     _, text = _configs(model)
     found = {}
-    first: dict[nn.Module, str] = {}
+    owner: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if module in first:  # an FFN of two layers would be swapped in one of them
-            if first[module] in found:
-                raise ValueError(f"{name} is the same module as {first[module]}; allowed: an FFN of its own for every layer")
-            continue
-        first[module] = name
         ffn = recognise_ffn(module, text, name=name)
-        if ffn is not None:
-            found[name] = ffn
+        if ffn is None:
+            continue
+        for weight in module.parameters():  # an FFN of two layers would be swapped in one of them
+            other = owner.setdefault(id(weight), name)
+            if other != name:
+                raise ValueError(f"{name} has the weights of {other}; allowed: an FFN of its own for every layer")
+        found[name] = ffn
     if not found:
         raise ValueError(
             f"model is {type(model).__name__}, in which no FFN was recognised: {_candidate(model)}; looked for: a module with "
