@@ -242,9 +242,8 @@ def test_a_renamed_tensor_that_is_missing(tmp_path):
 
 
 def test_the_restored_dense_model_has_all_of_its_names(tmp_path):
-    dense = tiny_model("exaone")
-    dense.save_pretrained(tmp_path / "dense")
     dk.save(converted("exaone"), tmp_path / "moe")
+    tiny_model("exaone").save_pretrained(tmp_path / "dense")
     dk.export(tmp_path / "moe", tmp_path / "back", architecture="dense")
     assert names_in(tmp_path / "back" / "model.safetensors") == names_in(tmp_path / "dense" / "model.safetensors")
 
