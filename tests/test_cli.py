@@ -615,6 +615,18 @@ def test_convert_an_encoder(capsys, here, wrong, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_convert_a_folder_with_an_adapter(capsys, here, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder = shutil.copytree(here / "dense", tmp_path / "adapted")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    arguments = convert_arguments(here, tmp_path / "moe")
+    arguments[1] = str(folder)
+    status, _, err = call(capsys, *arguments)
+    assert_one_line(status, err, "convert", "merge_and_unload() puts them into the weights")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_convert_a_converted_model(capsys, here, converted, tmp_path):
     status, _, err = call(capsys, *convert_arguments(here, tmp_path / "again", model="moe"))
     assert_one_line(status, err, "convert", "already converted; allowed: a dense model")

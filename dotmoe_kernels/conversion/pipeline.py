@@ -23,8 +23,9 @@ from ..alignment.reconstruction import reconstruct
 from ..alignment.schedule import ends
 from ..alignment.soft import BudgetState
 from ..alignment.transport import Transport
+from ..models.backbone import check_backbone, shared_width
 from ..models.config import DotMoeConfig
-from ..models.modeling import DotMoeForCausalLM, dense_class, materialize
+from ..models.modeling import DotMoeForCausalLM, check_return, materialize
 from ..models.surgery import DenseFFN, find_ffns, swap_ffn
 from ..partitions import (
     PARTITIONS,
@@ -44,13 +45,13 @@ _CALIBRATION_TOKENS = 2048  # that the activation partition clusters on
 
 
 def _check_model(model: PreTrainedModel, config: DotMoeConfig, ffns: dict[str, DenseFFN]) -> None:
-    """What ``materialize`` would refuse, before anything is trained."""
-    expected = dense_class(model.config)
-    require(type(model) is expected, "model", f"a {type(model).__name__}", f"the causal LM of its config, {expected.__name__}")
-    widths = sorted({ffn.gate_proj.shape[0] for ffn in ffns.values()})
-    require(len(widths) == 1, "model", f"with FFN widths {widths}", "one width for every layer")
-    config.check(dense_width=widths[0])
+    """What ``materialize`` and ``load`` would refuse, before anything is trained."""
+    width = shared_width(ffn.gate_proj for ffn in ffns.values())
+    config.check(dense_width=width)
     require(config.router_k is None, "config.router_k", config.router_k, "None: it is learned")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said once, by the conversion itself
+        check_return(model, config, width)
 
 
 def _soft_options(options: AlignmentConfig, config: DotMoeConfig) -> AlignmentConfig:
@@ -264,8 +265,9 @@ def convert(
             reached.
 
     Raises:
-        ValueError: an unknown method or stage, a topology that does not fit, a model without recognisable FFNs or already sparse,
-            data of a wrong shape or with token ids outside the vocabulary, "activation" without data.
+        ValueError: an unknown method or stage, a topology that does not fit, a model without recognisable FFNs, already sparse,
+            wrapped, with adapters or otherwise not as its class makes it, or not in memory; data of a wrong shape or with token ids
+            outside the vocabulary, "activation" without data.
         FloatingPointError: a non-finite loss; names the step, the layer and the last good checkpoint.
 
     Source: DOT-MoE (arXiv 2606.01666).
@@ -276,6 +278,7 @@ def convert(
     if init is not None:
         options = dataclasses.replace(options, init=init)
     require(isinstance(config, DotMoeConfig), "config", f"a {type(config).__name__}", "a DotMoeConfig")
+    check_backbone(model)
     ffns = find_ffns(model)
     config = copy.deepcopy(config)
     _check_model(model, config, ffns)

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
 
 from .._checks import require
-from .block import moe_blocks
 from .config import DotMoeConfig
+from .names import check_names, header_tensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OURS = ("config.json", "generation_config.json", "README.md", WEIGHTS, INDEX)  # written anew by every save
@@ -140,8 +139,6 @@ def check_folder(folder: str | os.PathLike[str], model_class: Callable[[DotMoeCo
     config = _read_config(path)
     with torch.device("meta"):
         model = model_class(config)
-    expected = {name: list(tensor.shape) for name, tensor in revert_weight_conversion(model, model.state_dict()).items()}
-    tied = model.all_tied_weights_keys
     with ExitStack() as stack:
         where: dict[str, Any] = {}
         for file in _weight_files(path):
@@ -150,16 +147,7 @@ def check_folder(folder: str | os.PathLike[str], model_class: Callable[[DotMoeCo
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} cannot be read ({error}); allowed: a complete safetensors file") from None
             where.update(dict.fromkeys(handle.keys(), handle))
-        # of a tied pair one is enough, and the source is named
-        absent = [n for n in expected if n not in where and n not in tied and not _is_tied_source(n, tied, where)]
-        require(not absent, str(path), f"without the tensor {', '.join(absent[:4])}", "a checkpoint with every tensor of the model")
-        for name in expected.keys() & where.keys():
-            shape = list(where[name].get_slice(name).get_shape())
-            require(shape == expected[name], f"{name} of {path}", f"of shape {shape}", f"shape {expected[name]}")
-        names = [f"{name}.neuron_order" for name in moe_blocks(model)]
-        check_orders({n.removesuffix(".neuron_order"): where[n].get_tensor(n) for n in names}, str(path))
+        check_names(model, header_tensors(where), str(path))
+        orders = {n.removesuffix(".neuron_order"): where[n].get_tensor(n) for n in where if n.endswith(".neuron_order")}
+        check_orders(orders, str(path))
     return config
-
-
-def _is_tied_source(name: str, tied: Mapping[str, str], where: Mapping[str, Any]) -> bool:
-    return any(source == name and target in where for target, source in tied.items())

@@ -8,22 +8,23 @@ AutoConfig and AutoModelForCausalLM.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Transpose, WeightConverter
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from .._checks import require
 from ..routing.budgets import SoftRouter
+from .backbone import check_backbone, meta_backbone, shared_width
 from .block import DotMoeBlock, check_layer, interleave_storage, moe_blocks
 from .config import DotMoeConfig
 from .folder import check_folder, check_orders
+from .names import check_names, file_tensors, read_conversions, write_conversions
 from .surgery import DenseFFN, find_ffns, recognise_ffn, swap_ffn
 
 # what a causal LM declares on its class beyond what post_init gathers from its children
@@ -46,30 +47,6 @@ _DECLARED = (
     "main_input_name",
     "supports_gradient_checkpointing",
 )
-
-
-def dense_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The causal LM class of transformers for a dense config.
-
-    Raises:
-        ValueError: transformers has none.
-    """
-    try:
-        classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError:
-        raise ValueError(
-            f"dense_config is a {type(config).__name__}; allowed: the config of a causal LM that transformers itself provides"
-        ) from None
-    if not isinstance(classes, list | tuple):
-        return classes
-    by_name = {c.__name__: c for c in classes}
-    return next((by_name[a] for a in config.architectures or [] if a in by_name), classes[0])
-
-
-def meta_backbone(config: PreTrainedConfig) -> PreTrainedModel:
-    """The dense model without storage; it keeps ``config`` itself."""
-    with torch.device("meta"):
-        return dense_class(config)(config)
 
 
 class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
@@ -110,6 +87,9 @@ class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
             for (name, ffn), soft in zip(ffns.items(), config.soft_routers(len(ffns)), strict=True):
                 swap_ffn(backbone, name, self._meta_block(ffn, soft))
         require(backbone.config is config.dense_config, "backbone", "of another config", "the model of config.dense_config")
+        taken = next((name for name, _ in backbone.named_children() if hasattr(DotMoeForCausalLM, name)), None)
+        given = f"a {type(backbone).__name__}, whose child {taken} has the name of an attribute of DotMoeForCausalLM"
+        require(taken is None, "model", given, "a backbone without such a child")
         # One module tree, two objects: what is set on one is set on the other. deepcopy and pickle keep it so.
         self._parameters, self._buffers, self._modules = backbone._parameters, backbone._buffers, backbone._modules
         self._non_persistent_buffers_set = backbone._non_persistent_buffers_set
@@ -148,6 +128,30 @@ class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
         gone = {re.sub(r"\.\d+\.", ".*.", name) + "." for name in moe_blocks(self)}
         plan = getattr(self, "_tp_plan", None) or {}
         self._tp_plan = {key: rule for key, rule in plan.items() if not any(key.startswith(prefix) for prefix in gone)}
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: modules are initialised by the backbone's own class, as in a dense model. Those of a class that is not of
+        transformers are passed over once their tensors are loaded, and with them the buffers that are in no checkpoint."""
+        return False
+
+    @property
+    def _weight_conversions(self) -> Any:
+        """Read and set by transformers: what ``save_pretrained`` reverts, so that files have the backbone's names."""
+        return write_conversions(self._backbone)
+
+    @_weight_conversions.setter
+    def _weight_conversions(self, used: Any) -> None:
+        backbone: Any = self._backbone
+        backbone._weight_conversions = used
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kw: Any) -> Any:
+        """As of every model of transformers, with the conversions of the backbone in the place of ours."""
+        ours, quantizer = load_config.weight_mapping or [], load_config.hf_quantizer
+        asked = ours[: len(ours) - len(get_model_conversion_mapping(model, hf_quantizer=quantizer))]  # key_mapping comes first
+        options = dataclasses.replace(load_config, weight_mapping=[*asked, *read_conversions(model.backbone, quantizer)])
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, options, *args, **kw)
 
     def init_weights(self) -> None:
         """Nothing: __init__ draws weights itself, and only where it was given none."""
@@ -267,20 +271,15 @@ def materialize(
     Raises:
         ValueError: FFN names that do not match, a topology that does not fit, uneven experts, not a causal LM of transformers.
     """
-    require(
-        type(model) is dense_class(model.config),
-        "model",
-        f"a {type(model).__name__}",
-        f"the causal LM of its config, {dense_class(model.config).__name__}",
-    )
-    ffns = find_ffns(model) if ffns is None else ffns
+    if ffns is None:
+        check_backbone(model)
+        ffns = find_ffns(model)
     missing, unknown = sorted(set(ffns) - set(layers)), sorted(set(layers) - set(ffns))
     require(not missing, "layers", f"without {', '.join(missing[:4])}", "an entry for every FFN of the model")
     require(not unknown, "layers", f"with {', '.join(unknown[:4])}", "only FFNs of the model")
-    widths = sorted({ffn.gate_proj.shape[0] for ffn in ffns.values()})
-    require(len(widths) == 1, "model", f"with FFN widths {widths}", "one width for every layer")
+    width = shared_width(ffn.gate_proj for ffn in ffns.values())
     config = copy.deepcopy(config)
-    config.bind(model.config, dense_width=widths[0])
+    config.bind(model.config, dense_width=width)
     soft = config.soft_routers(len(ffns))
     for name, ffn in ffns.items():  # before anything is swapped
         check_layer(ffn, *layers[name], config.num_experts, name)
@@ -291,10 +290,28 @@ def materialize(
     return DotMoeForCausalLM(config, backbone=model)
 
 
+def check_return(model: PreTrainedModel, config: DotMoeConfig, width: int) -> None:
+    """Whether what ``save`` will write of this dense model, once it is converted, is what ``load`` looks for: names and shapes,
+    without any storage. ``width`` is F.
+
+    Raises:
+        ValueError: a tensor would be missing, or have another shape.
+    """
+    trial = copy.deepcopy(config)
+    trial.bind(copy.deepcopy(model.config), dense_width=width)
+    with torch.device("meta"):
+        sparse = DotMoeForCausalLM(trial)
+    used = getattr(model, "_weight_conversions", None)
+    if used is not None:
+        sparse._weight_conversions = used
+    check_names(sparse, file_tensors(sparse), f"a saved {type(model).__name__}")
+
+
 def restore_dense(model: DotMoeForCausalLM) -> PreTrainedModel:
     """The dense model, with the FFN neurons in their first order; every tensor outside the FFNs is shared with ``model``."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     dense = copy.deepcopy(model.backbone, memo=shared)
+    dense.__dict__.pop("_weight_conversions", None)  # those that a sparse file needed: none of the FFNs'
     skeleton = find_ffns(meta_backbone(dense.config))
     text = dense.config.get_text_config()
     for name, block in moe_blocks(model).items():
@@ -310,11 +327,5 @@ def restore_dense(model: DotMoeForCausalLM) -> PreTrainedModel:
     return dense
 
 
-# Hugging Face's files have the down projections as [E, H, s]
-register_checkpoint_conversion_mapping(
-    DotMoeConfig.model_type,
-    [WeightConverter("experts.down_proj", "experts.down_rows", [Transpose(1, 2)])],
-    overwrite=True,
-)
 AutoConfig.register(DotMoeConfig.model_type, DotMoeConfig, exist_ok=True)
 AutoModelForCausalLM.register(DotMoeConfig, DotMoeForCausalLM, exist_ok=True)
