@@ -165,9 +165,7 @@ def test_a_conversion_in_inference_mode():
 
 
 def test_a_shared_ffn_is_no_ffn_of_two_layers():
-    with pytest.raises(
-        ValueError, match=r"model.layers.1.mlp has the weights of model.layers.0.mlp; allowed: an FFN of its own"
-    ):
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp has the weights of model.layers.0.mlp; allowed: an FFN of its own"):
         find_ffns(with_a_shared_ffn(dense_model()))
 
 
@@ -242,9 +240,8 @@ def test_a_renamed_tensor_that_is_missing(tmp_path):
 
 
 def test_the_restored_dense_model_has_all_of_its_names(tmp_path):
-    dense = tiny_model("exaone")
-    dense.save_pretrained(tmp_path / "dense")
     dk.save(converted("exaone"), tmp_path / "moe")
+    tiny_model("exaone").save_pretrained(tmp_path / "dense")
     dk.export(tmp_path / "moe", tmp_path / "back", architecture="dense")
     assert names_in(tmp_path / "back" / "model.safetensors") == names_in(tmp_path / "dense" / "model.safetensors")
 
