@@ -101,9 +101,8 @@ def packages(tmp_path, monkeypatch):
     texts = tmp_path / "texts"
     texts.mkdir()
     for part in ("valid", "test"):
-        articles = [
-            f" = {part} {n} = \n\n {prose(9, seed=60 + n + len(part))}\n\n = = Part = = \n more @-@ over , so \n" for n in range(2)
-        ]
+        bodies = [prose(9, seed=60 + n + 10 * len(part)) + "\n = 1 over C = x \n" for n in range(2)]
+        articles = [f" = {part} {n} = \n \n {b} \n \n = = Part = = \n \n more @-@ over \n \n" for n, b in enumerate(bodies)]
         (texts / f"wikitext2-{part}.txt").write_text(" \n" + "".join(articles))
     return tmp_path
 
@@ -146,7 +145,8 @@ def test_everything_is_made_of_the_packages(capsys, packages):
     for part, found in parts.items():
         for document in found:
             assert text.is_held_out(document) == (part == "held-out")
-    assert {d.name[:5] for d in parts["held-out"] if d.source == "wikitext2"} == {"test:"}
+    assert {d.name for d in parts["held-out"] if d.source == "wikitext2"} == {"test: test 0", "test: test 1"}
+    assert {d.name for d in parts["train"] if d.source == "wikitext2"} == {"valid: valid 0", "valid: valid 1"}
     readme = (data / "README.md").read_text()
     for name in (*by_source, *fetch.TASK_NAMES, "SmolLM2"):
         assert f"| {name}" in readme, name

