@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -381,6 +382,50 @@ def test_eval_as_text(capsys, here, converted):
     assert (status, err) == (0, "")
     for part in ("perplexity: dense ", ", sparse ", "% retained)", "active a token", "load of the experts", "model.layers.1.mlp"):
         assert part in out
+
+
+def test_eval_says_what_a_token_tells_of_its_expert(capsys, here, converted):
+    arguments = ("eval", converted, "--data", here / "held.txt", "--sequence-length", S)
+    _, out, _ = call(capsys, *arguments)
+    report = json.loads(call(capsys, *arguments, "--json")[1])
+    assert "I, the mutual information between token and expert in nats\n(0 = pruning; at most log(E / K), 1.386 here):" in out
+    for name, load in report["load"].items():
+        entropy = -sum(p * math.log(p) for p in load["share"] if p)
+        assert report["mutual_information"][name] == pytest.approx(max(entropy - math.log(2), 0), abs=1e-9)
+        row = next(line for line in out.splitlines() if line.startswith(f"  {name} "))
+        assert row.split()[-1] == f"{report['mutual_information'][name]:.3f}"
+
+
+def test_convert_says_that_the_routing_collapsed(capsys, here, tmp_path, tokenizer):
+    """Embeddings that are one vector but for a little: every token goes to the same experts."""
+    model = write_model(tmp_path / "dense", tokenizer)
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 20 * torch.randn(32)
+    model.save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(prose(300))
+    arguments = convert_arguments(here, tmp_path / "moe", model=tmp_path / "dense", data=tmp_path / "text.txt")
+    status, out, err = call(capsys, *arguments)
+    assert status == 0
+    assert err.count("\n") == 1
+    assert err.startswith("dotmoe convert: warning: 2 of 2 layers leave experts without a token (the most in model.layers.")
+    assert err.endswith(" on the held-out text: what those hold is pruned, not routed\n")
+    card = (tmp_path / "moe" / "README.md").read_text()
+    assert "**Unused experts.** 2 layers leave experts without a token on the text that was held out" in card
+    assert "## unused experts" in card
+
+
+def test_hidden_and_centre_reach_the_run(capsys, here, tmp_path):
+    output = tmp_path / "moe"
+    status, _, err = call(capsys, *convert_arguments(here, output, "--hidden", "4", "--centre"))
+    assert (status, err) == (0, "")
+    rows = [json.loads(line) for line in (tmp_path / "moe.run" / "log.jsonl").read_text().splitlines()]
+    assert all(row["hidden"] > 0 for row in rows)
+    assert len(dk.load(output).config.stages["align"]["hidden"]) == 2
+    status, _, err = call(capsys, *convert_arguments(here, tmp_path / "other", "--hidden", "-1"))
+    assert_one_line(status, err, "convert", "--hidden is -1.0; allowed: a number of at least 0")
+    arguments = ("--data", here / "text.txt", "--output", tmp_path / "other", "--stage", "reconstruct", "--hidden", "2")
+    status, _, err = call(capsys, "convert", here / "dense", *arguments)
+    assert_one_line(status, err, "convert", "--hidden is 2.0; allowed: together with --stage align")
 
 
 def test_eval_of_a_fine_tuned_model_claims_nothing_of_the_dense_one(capsys, here, converted, tmp_path):

@@ -30,6 +30,9 @@ class AlignmentConfig:
         threshold, cap: of the soft router: an expert with p <= threshold is off, and so are those beyond ceil(k cap).
         budget_lr: peak learning rate of the layers' shares of the soft router's budget; they do not decay.
         kl, ce, z, balance: weights of the four loss terms.
+        hidden: weight of a fifth, the distillation of every block's output (see ``hidden``; paper: none). 0: not computed.
+        centre: the routers do not see the direction of their FFN's mean input, which in a trained model is much of every input
+            and sends all tokens to the same experts (paper: no). It is projected out of their weights, also of those exported.
         init: what A and the router start from: "noise", or the partition "kmeans" or "activation".
         init_std: standard deviation of the noise.
         init_strength: affinity of a neuron to its expert of the partition, in the units of tau.
@@ -61,6 +64,8 @@ class AlignmentConfig:
     ce: float = 1.0
     z: float = 1e-3
     balance: float = 1e-2
+    hidden: float = 0.0
+    centre: bool = False
     init: str = "noise"
     init_std: float = 0.01
     init_strength: float = 0.5
@@ -81,13 +86,14 @@ class AlignmentConfig:
             *("router_temperature_start", "router_temperature_end"),
         ):
             require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
-        for name in ("weight_decay", "kl", "ce", "z", "balance", "init_std", "init_strength", "tol"):
+        for name in ("weight_decay", "kl", "ce", "z", "balance", "hidden", "init_std", "init_strength", "tol"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a number of at least 0")
         for name in ("warmup", "tau_decay"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share from 0 to 1")
         require(0 <= self.threshold < 1, "threshold", self.threshold, "a number in [0, 1)")
         require(1 <= self.cap < math.inf, "cap", self.cap, "a number of at least 1")
         require(self.backward in ("unroll", "implicit"), "backward", repr(self.backward), '"unroll" or "implicit"')
+        require(isinstance(self.centre, bool), "centre", self.centre, "True or False")
         require(self.init in INITS, "init", repr(self.init), " | ".join(INITS))
 
     def tau(self, step: int) -> float:

@@ -1,4 +1,6 @@
-"""The four-term loss (eq. 5): kl KL(dense || sparse) + ce CE(next token) + z mean(logsumexp(Z)^2) + balance E <load, mean Q>."""
+"""The four-term loss (eq. 5): kl KL(dense || sparse) + ce CE(next token) + z mean(logsumexp(Z)^2) + balance E <load, mean Q>;
+and, where it is wanted, a fifth term: hidden times the error of the blocks' outputs (see ``hidden``).
+"""
 
 from __future__ import annotations
 
@@ -22,6 +24,7 @@ class Losses(NamedTuple):
     ce: Tensor
     z: Tensor
     balance: Tensor
+    hidden: Tensor | None = None  # None: not computed
 
 
 def distillation_losses(
@@ -72,10 +75,12 @@ def alignment_losses(
     mask: Tensor | None = None,
     *,
     head: Head | None = None,
+    hidden: Tensor | None = None,
 ) -> Losses:
-    """The four terms and their weighted sum, after a sparse pass through ``layers``.
+    """The terms and their weighted sum, after a sparse pass through ``layers``.
 
     teacher, student: [B, N, H] the last hidden states, from which ``head`` makes the logits; [B, N, V] the logits with None.
+    hidden: [] the error of the blocks' outputs in that pass.
     """
     if head is None:
         kl, ce = distillation_losses(teacher, student, labels, mask)
@@ -85,4 +90,5 @@ def alignment_losses(
     routings = [layer.routing for layer in layers.values() if layer.routing is not None]
     z = torch.stack([r.z_loss for r in routings]).mean()
     balance = torch.stack([r.balance_loss for r in routings]).mean()
-    return Losses(total + config.z * z + config.balance * balance, kl, ce, z, balance)
+    total = total + config.z * z + config.balance * balance
+    return Losses(total if hidden is None else total + config.hidden * hidden, kl, ce, z, balance, hidden)

@@ -129,7 +129,7 @@ def _eval_converted(args: argparse.Namespace) -> int:
         dense = perplexity(model, tokens, batch_size=args.batch_size)
     with collect_load(model) as counts:
         sparse = perplexity(model, tokens, batch_size=args.batch_size)
-    loads, means = counts(), counts.mean_active()
+    loads, means, information = counts(), counts.mean_active(), counts.mutual_information()
     mean = sum(means.values()) / len(means)
     total, active = count_parameters(model, means)
     report = {
@@ -147,6 +147,7 @@ def _eval_converted(args: argparse.Namespace) -> int:
         "fine_tuned": bool(model.config.finetune_runs),
         "mean_active_experts": mean,
         "load": {name: {**load_summary(load), "share": load.tolist()} for name, load in loads.items()},
+        "mutual_information": information,
         "active_experts": {name: {**active_summary(n), "tokens": n.tolist()} for name, n in counts.active.items()},
     }
     if args.json:
@@ -158,11 +159,13 @@ def _eval_converted(args: argparse.Namespace) -> int:
     else:
         print(f"perplexity: dense {dense:.3f}, sparse {sparse:.3f} ({report['retention']:.1%} retained)")
     print(f"parameters: {total:,}, active a token {active:,} ({active / total:.1%}) at {mean:.2f} experts a token")
-    print("load of the experts, in multiples of the even share:")
-    print(f"  {'layer':<28}{'min':>8}{'median':>8}{'max':>8}{'unused':>8}")
+    print("load of the experts, in multiples of the even share, and I, the mutual information between token and expert in nats")
+    print(f"(0 = pruning; at most log(E / K), {math.log(max(len(next(iter(loads.values()))) / mean, 1)):.3f} here):")
+    print(f"  {'layer':<28}{'min':>8}{'median':>8}{'max':>8}{'unused':>8}{'I':>8}")
     for name, load in loads.items():
         s = load_summary(load)
-        print(f"  {name:<28}{s['min']:>8.2f}{s['median']:>8.2f}{s['max']:>8.2f}{s['unused']:>8d}")
+        shown = f"{s['min']:>8.2f}{s['median']:>8.2f}{s['max']:>8.2f}{s['unused']:>8d}{information[name]:>8.3f}"
+        print(f"  {name:<28}{shown}")
     print("active experts a token:")
     print(f"  {'layer':<28}{'mean':>8}{'min':>8}{'median':>8}{'max':>8}  tokens from min to max")
     for name, tokens_by_count in counts.active.items():

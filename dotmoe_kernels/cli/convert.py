@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from .._checks import require
@@ -25,10 +26,10 @@ _TOPOLOGY = (*_PAIRS[0], *_PAIRS[1], "router")
 _BOTH = "reconstruct or align"
 _OF_STAGE = {  # flags that no other stage reads
     "reconstruct": ("reconstruct_steps",),
-    "align": ("steps", "budget_lr"),
+    "align": ("steps", "hidden", "budget_lr"),
     "finetune": ("finetune_steps", "finetune_lr", "lora_rank"),
     _BOTH: (
-        *("method", "init", "affinity_lr", "router_lr", "tau_start", "tau_end", "refresh_every"),
+        *("method", "init", "centre", "affinity_lr", "router_lr", "tau_start", "tau_end", "refresh_every"),
         *("router_temperature_start", "router_temperature_end", "threshold", "cap"),
     ),
 }
@@ -77,7 +78,7 @@ def _dry_run(
     args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, topology: dict[str, Any], stages: list[str]
 ) -> int:
     if args.model is not None:
-        require_model_folder(args.model, weights=False)
+        require_model_folder(args.model, weights=False, gguf=True)
     import torch
 
     from ..conversion import DotMoeConfig
@@ -157,10 +158,12 @@ def _load_dense(args: argparse.Namespace, stages: list[str], device: str) -> Any
     import torch
 
     from ..conversion import find_ffns
-    from ..conversion.sources import read_dense
+    from ..conversion.sources import is_gguf, read_dense
 
     with reading(args.model):
         dense: Any = read_dense(args.model, getattr(torch, args.dtype) if args.dtype else "auto")
+        if is_gguf(args.model):
+            print(f"{args.model}: dequantised by transformers, to {str(dense.dtype).removeprefix('torch.')}")
         dense = dense.to(device)
         find_ffns(dense)  # a model that cannot be converted ends here, before the data is read
     require(stages != ["finetune"], "--stage", *_ALONE)
@@ -224,7 +227,8 @@ def run_convert(args: argparse.Namespace) -> int:
     with named(recipe="--recipe"):
         recipe = Recipe("") if args.recipe is None else load_recipe(args.recipe)
     names = _option_names(args, recipe)
-    with named(**names):
+    with named(**names), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*leave experts without a token")  # said of the held-out text, at the end
         options, topology = _fill_in(args, recipe)
         require_seed(args.seed, names["seed"])
         for name, least in (("sequence_length", 2), ("reconstruct_steps", 0)):
@@ -244,13 +248,13 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
     if missing:
         raise ValueError(f"the following arguments are required: {', '.join(missing)}")
     output, run = convert_folders(args)
-    require_model_folder(args.model)
+    require_model_folder(args.model, gguf=True)
     device = find_device(args.device)
     import torch
 
     from ..conversion import DotMoeConfig, check_lines, convert, count_parameters, finetune, save, self_check
     from ..conversion.finetuning import require_lora
-    from ..evaluation import collect_load, perplexity, retention
+    from ..evaluation import COLLAPSE, collect_load, perplexity, retention, unused_experts, unused_line
 
     tuning = _finetune_options(args, options) if "finetune" in stages else None
     if tuning is not None and tuning.lora_rank:
@@ -293,9 +297,11 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
         model, dense_logits = finetune(model, train, tuning, held_out=held, folder=run / "finetune", **rerun), None
     with collect_load(model) as counts:
         value = perplexity(model, held, batch_size=1)
-    means = counts.mean_active()
+    means, unused = counts.mean_active(), unused_experts(counts.slots)
     mean = sum(means.values()) / len(means)
     figures |= {"sparse perplexity": value, "active experts a token": round(mean, 4)}
+    if unused:
+        figures["unused experts"] = {name: f"{count} of {model.config.num_experts}" for name, count in unused.items()}
     save(model, output, tokenizer=tokenizer, overwrite=args.overwrite, card=figures)
     checks = self_check(model, dense_logits, held[:1], folder=output)
     total, active = count_parameters(model, means)
@@ -305,6 +311,8 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
     if dense_perplexity is not None:
         kept = f"({retention(dense_perplexity, value):.1%} retained)"
         print(f"held-out perplexity: dense {dense_perplexity:.3f}, sparse {value:.3f} {kept}")
+    if unused:
+        print(f"dotmoe convert: warning: {unused_line(unused, counts.slots)} on the held-out text: {COLLAPSE}", file=sys.stderr)
     if not checks["passed"]:
         return _failed(checks)
     clear_run(run, logs=False)

@@ -73,11 +73,14 @@ def find_device(name: str) -> str:
     return name
 
 
-def require_model_folder(name: str, *, weights: bool = True) -> None:
-    """A local folder must hold a config, and weights unless told otherwise; another name is left to transformers."""
+def require_model_folder(name: str, *, weights: bool = True, gguf: bool = False) -> None:
+    """A local folder must hold a config, and weights unless told otherwise; another name is left to transformers. ``gguf``: a
+    .gguf file will do."""
     require(bool(name), "MODEL", repr(name), "a Hugging Face model folder, or a name")
     path = Path(os.path.expanduser(name))
-    if path.is_dir():
+    if gguf and path.suffix.lower() == ".gguf":
+        require(path.is_file(), "MODEL", f"{name}, which is no file", "a .gguf file, a Hugging Face model folder, or a name")
+    elif path.is_dir():
         require((path / "config.json").is_file(), "MODEL", f"{name}, without config.json", "a Hugging Face model folder")
         files = [f for pattern in ("*.safetensors", "*.bin", "*.index.json") for f in path.glob(pattern)]
         require(bool(files) or not weights, "MODEL", f"{name}, without weights", "a folder with safetensors files")

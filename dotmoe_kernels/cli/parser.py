@@ -103,12 +103,19 @@ def _add_alignment(convert: argparse.ArgumentParser) -> None:
         help="what finds the expert of a neuron; all but dot keep their assignment and train the router (default: dot)",
     )
     train.add_argument("--init", choices=INITS, help=f'what "dot" starts from (default: {AlignmentConfig.init})')
+    train.add_argument(
+        "--centre",
+        action=argparse.BooleanOptionalAction,
+        help="the routers do not see the direction of their FFN's mean input, through which all tokens go the same way "
+        f"(default: {'yes' if AlignmentConfig.centre else 'no'})",
+    )
     for name, kind, meaning in (
         ("steps", int, "optimizer steps"),
         ("batch-size", int, "sequences a step"),
         ("micro-batch-size", int, "sequences a pass, whose gradients add up; the fewer, the less memory"),
         ("affinity-lr", float, "peak learning rate of A, the affinity of neurons to experts"),
         ("router-lr", float, "peak learning rate of the routers"),
+        ("hidden", float, "weight of the distillation of every block's output, beside that of the logits; 0 is without"),
         ("tau-start", float, "temperature of the transport in the first step"),
         ("tau-end", float, "and once a fifth of the steps is done"),
         ("refresh-every", int, "steps between roundings of the plan"),
@@ -160,7 +167,9 @@ def _add_convert(commands: Any) -> None:
         "dotmoe convert ./llama-moe --data corpus.jsonl --stage finetune --lora-rank 16 --output ./llama-moe-tuned\n"
         "dotmoe convert ./llama --data corpus.jsonl --method kmeans --output ./baseline",
     )
-    convert.add_argument("model", nargs="?", metavar="MODEL", help="a Hugging Face model folder, or a name (default: the recipe's)")
+    convert.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a Hugging Face model folder, a name, or a .gguf file (default: the recipe's)"
+    )
     convert.add_argument("--output", metavar="DIR", help="where the converted model goes")
     convert.add_argument(
         "--recipe",

@@ -23,6 +23,7 @@ from ..alignment.reconstruction import reconstruct
 from ..alignment.schedule import ends
 from ..alignment.soft import BudgetState
 from ..alignment.transport import Transport
+from ..evaluation import COLLAPSE, unused_experts, unused_line
 from ..models.backbone import check_backbone, shared_width
 from ..models.config import DotMoeConfig
 from ..models.modeling import DotMoeForCausalLM, check_return, materialize
@@ -41,6 +42,7 @@ from .data import as_tokens
 METHODS = ("dot", *PARTITIONS)
 STAGES = ("reconstruct", "align")
 RECONSTRUCT_TOKENS, RECONSTRUCT_BATCH = 65536, 1024  # that the reconstruction collects at most, and takes a step
+_CURVES = ("loss", "kl", "ce", "hidden", "experts_in_use", "largest_load")  # of the log, how each began and ended
 _CALIBRATION_TOKENS = 2048  # that the activation partition clusters on
 
 
@@ -186,9 +188,20 @@ class _Run(NamedTuple):
         written = None if self.folder is None else self.folder / "log.jsonl"
         log = result.log if written is None or not written.is_file() else read_log(written)
         whole = len(log) == result.steps  # a log that was removed before the run was resumed says nothing of the beginning
-        curves = {name: ends([entry[name] for entry in log]) for name in ("loss", "kl", "ce") if whole}
+        kept = [name for name in _CURVES if whole and all(name in entry for entry in log)]
+        curves = {name: ends([entry[name] for entry in log]) for name in kept}
+        if result.loads:
+            _warn_of_unused(result.loads, self.options.batch_size * self.tokens.shape[1], self.layers)
         tokens = result.steps * self.options.batch_size * self.tokens.shape[1]
         return {"steps": result.steps, "tokens": tokens, **curves}, result.budgets
+
+
+def _warn_of_unused(loads: dict[str, Tensor], tokens: int, layers: dict[str, AlignmentFFN]) -> None:
+    """Of the last step, which had so many tokens."""
+    slots = {name: load * tokens * layers[name].top_k for name, load in loads.items()}
+    unused = unused_experts(slots)
+    if unused:
+        warnings.warn(f"{unused_line(unused, slots)} in the last step of the alignment: {COLLAPSE}", stacklevel=4)
 
 
 def _fingerprint(
