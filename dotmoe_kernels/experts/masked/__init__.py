@@ -135,7 +135,9 @@ def masked_ffn(
             gradient, balanced where E does not divide F; on CPU, outside torch.compile, entries of expert_of or indices outside the
             experts, and experts of unequal width where balanced.
 
-    Gradient: to x, plan, probs, weights and the three projections, each only if it needs one. A second derivative is refused.
+    Gradient: to x, plan, probs, weights and the three projections, each only if it needs one. Those of plan, probs and weights see
+    U of every neuron and token, chosen or not: where it overflows, that neuron's row of dP and that token's of dQ are not finite. A
+    second derivative is refused.
 
     Source: eq. 3 and 4 of DOT-MoE (arXiv 2606.01666).
     """
