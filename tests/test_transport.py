@@ -561,7 +561,8 @@ def test_exact_columns_after_a_stop_are_the_last_steps_own(implementation):
     with _backend.interpreted(implementation == "triton"):
         plan, info = dk.sinkhorn(a, tau=0.3, tol=1e-2, final="column", return_info=True)
         assert (info.num_iters < 50).all()
-        expected = [reference.sinkhorn(x.double(), tau=0.3, num_iters=int(n), final="column") for x, n in zip(a, info.num_iters)]
+        steps = info.num_iters.tolist()
+        expected = [reference.sinkhorn(x.double(), tau=0.3, num_iters=n, final="column") for x, n in zip(a, steps, strict=True)]
     for found, (exact, its) in zip(zip(plan, info.log_u, info.log_v, strict=True), expected, strict=True):
         for value, truth in zip(found, (exact, its.log_u, its.log_v), strict=True):
             assert error(value, truth) < 1e-5
