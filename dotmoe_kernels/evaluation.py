@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ._checks import require, require_indices
+from ._checks import is_integer, require, require_indices
 
 COLLAPSE = "what those hold is pruned, not routed"
 _ENOUGH = 16  # slots an expert
@@ -28,7 +28,7 @@ def perplexity(model: nn.Module, tokens: Tensor, *, batch_size: int = 8) -> floa
         ValueError: tokens of a wrong shape or dtype, a batch_size below 1.
     """
     require_indices(tokens, "tokens", 2, "[N, S]")
-    require(isinstance(batch_size, int) and batch_size >= 1, "batch_size", batch_size, "an integer of at least 1")
+    require(is_integer(batch_size) and batch_size >= 1, "batch_size", batch_size, "an integer of at least 1")
     require(
         tokens.shape[0] >= 1 and tokens.shape[1] >= 2, "tokens", f"of shape {list(tokens.shape)}", "at least one pair of tokens"
     )

@@ -122,3 +122,22 @@ def test_decode_on_a_cpu_is_the_reference(dtype, T, stored, weighted):
     assert found.dtype == dtype
     scale = float(expected.abs().max())
     assert float((found.double() - expected).abs().max()) <= 8 * torch.finfo(dtype).eps * scale
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("size", [1e25, 1e38], ids=["gate times up overflows", "the product overflows"])
+@pytest.mark.parametrize("path", PATHS)
+def test_what_no_token_chose_may_overflow_and_a_token_without_slots_may_be_nan(path, size):
+    tensors = problem(6, 5, 2, 8, 16) | {"weights": uniform(6, 2, seed=7, dtype=torch.float32)}
+    indices = torch.tensor([[0, 4], [5, 5], [2, 0], [2, 2], [5, 1], [4, 1]])  # nobody takes expert 3
+    tensors["gate_up_proj"][3] = tensors["gate_up_proj"][3].sign() * size
+    tensors["x"][1] = float("nan")
+    tensors["weights"][4, 0] = float("nan")  # of an empty slot
+    clean = tensors | {"x": tensors["x"].nan_to_num(), "gate_up_proj": tensors["gate_up_proj"].clamp(-1, 1)}
+    clean["weights"] = clean["weights"].nan_to_num()
+    for given in (tensors, {name: t for name, t in tensors.items() if name != "weights"}):
+        expected = value_and_gradients(ours(indices, path="grouped"), {name: clean[name] for name in given})
+        with torch.no_grad():
+            torch.testing.assert_close(ours(indices, path=path)(**given), expected["output 0"])
+        for name, value in value_and_gradients(ours(indices, path=path), given).items():
+            torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import require
+from .._checks import require, require_mask
 from .chunked import chunked_distillation
 from .config import AlignmentConfig
 from .head import Head
@@ -41,7 +41,7 @@ def distillation_losses(
         (kl [], ce []); 0 without a valid token.
 
     Raises:
-        ValueError: logits of different shapes.
+        ValueError: logits of different shapes; a mask of another shape, or neither bool nor integers 0 and 1.
 
     Gradient: to ``logits``.
 
@@ -60,7 +60,7 @@ def distillation_losses(
     nll = -log_q[:, :-1].gather(-1, labels[:, 1:, None])[..., 0]  # [B, N - 1]
     if mask is None:
         return kl.mean(), nll.mean() if nll.numel() else nll.sum()
-    valid = mask.bool()
+    valid = require_mask(mask, "mask", tuple(labels.shape), "[B, N]")
     target = valid[:, 1:] & valid[:, :-1]
     kl = torch.where(valid, kl, 0).sum() / valid.sum().clamp(min=1)
     return kl, torch.where(target, nll, 0).sum() / target.sum().clamp(min=1)

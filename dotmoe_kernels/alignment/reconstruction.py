@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .._checks import require, require_indices
+from .._checks import is_integer, require, require_indices
 from ..evaluation import reconstruction_error
 from .checkpoints import last_checkpoint, load_checkpoint, save_checkpoint
 from .config import SOFT_OPTIONS, AlignmentConfig
@@ -162,7 +162,7 @@ def reconstruct(
     require(data.shape[0] >= 1 and data.shape[1] >= 1, "data", f"of shape {list(data.shape)}", "at least one token")
     require(len(layers) >= 1, "layers", "empty", "at least one FFN")
     for name, value in (("tokens", tokens), ("batch_tokens", batch_tokens)):
-        require(isinstance(value, int) and value >= 1, name, value, "an integer of at least 1")
+        require(is_integer(value) and value >= 1, name, value, "an integer of at least 1")
     model.eval().requires_grad_(False)
     device = next(iter(layers.values())).router_weight.device
     sequences = data[: max(1, tokens // data.shape[1])].to(device)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .._checks import refuse, require, require_indices
+from .._checks import is_integer, refuse, require, require_indices
 from .readers import KINDS, TextField, is_settings, kind_of, missing_extra, read_file
 
 _SOURCES = "a file, a folder or a dataset's name"
@@ -169,7 +169,7 @@ def pack_documents(
     documents: Iterable[str], tokenizer: Any, *, sequence_length: int, max_tokens: int | None = None, given: str = "the documents"
 ) -> Tensor:
     """Tokenised ``documents`` packed into [M, N] int64 as ``load_tokens`` says; ``given`` names them in errors."""
-    require(isinstance(sequence_length, int) and sequence_length >= 1, "sequence_length", sequence_length, "an integer >= 1")
+    require(is_integer(sequence_length) and sequence_length >= 1, "sequence_length", sequence_length, "an integer >= 1")
     enough = max_tokens is None or max_tokens >= sequence_length
     require(enough, "max_tokens", max_tokens, f"at least one sequence, {sequence_length}, or None")
     end = tokenizer.eos_token_id

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._checks import require, require_range
+from .._checks import is_integer, require, require_range
 from ..alignment.checkpoints import read_log, tokens_checksum, weights_checksum
 from ..alignment.config import AlignmentConfig
 from ..alignment.loop import align
@@ -296,7 +296,7 @@ def convert(
     config = copy.deepcopy(config)
     _check_model(model, config, ffns)
     options, stages = _soft_options(options, config), _ordered(stages)
-    whole = isinstance(reconstruct_steps, int) and reconstruct_steps >= 0
+    whole = is_integer(reconstruct_steps) and reconstruct_steps >= 0
     require(whole, "reconstruct_steps", reconstruct_steps, "an integer of at least 0")
     tokens = _check_data(model, data, method, options)
     figures: dict[str, Any] = {}

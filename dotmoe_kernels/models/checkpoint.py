@@ -58,6 +58,7 @@ def load(
     folder: str | os.PathLike[str],
     *,
     dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     **kwargs: Any,
 ) -> DotMoeForCausalLM:
@@ -65,7 +66,7 @@ def load(
 
     Args:
         folder: as written by ``save``.
-        dtype: of the weights; None keeps that of the files.
+        dtype: of the weights; None keeps that of the files. ``torch_dtype`` is its older name.
         device: to move the model to; None leaves it on the CPU.
         kwargs: for ``from_pretrained`` (``device_map``, ``attn_implementation``, ...); a config field such as ``top_k`` replaces
             the saved value.
@@ -80,5 +81,7 @@ def load(
         f"{folder or repr(folder)}, which does not exist",
         "a folder written by dotmoe_kernels.save",
     )
+    require(dtype is None or torch_dtype is None, "torch_dtype", f"{torch_dtype} beside dtype", "one of the two")
+    dtype = torch_dtype if dtype is None else dtype
     model = DotMoeForCausalLM.from_pretrained(folder, dtype="auto" if dtype is None else dtype, **kwargs)
     return model if device is None else model.to(device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .._checks import require
+from .._checks import is_integer, is_number, plain_numbers, require
 from ..alignment.config import AlignmentConfig
 from ..routing.budgets import SoftRouter, slots
 from .backbone import ffn_width
@@ -26,8 +26,8 @@ def _fitting_num_experts(dense_width: int, num_experts: int, multiple: int) -> i
     return min(fits, key=lambda e: abs(math.log(e / num_experts)), default=None)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_count(value: Any) -> bool:
+    return is_integer(value) and value >= 1
 
 
 def _value(config: object, name: str) -> Any:
@@ -45,8 +45,8 @@ def _has(config: object, name: str) -> bool:
         return True
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
 class DotMoeConfig(PreTrainedConfig):
@@ -101,6 +101,7 @@ class DotMoeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if "top_k" in kwargs:  # the base class drops it: generation has a parameter of that name
             self.num_experts_per_tok = kwargs.pop("top_k")
+        plain_numbers(self)
         dense = self.__dict__.pop("dense_config", None)  # the base class must not see the dense attributes through us
         if dense is not None:  # whose own values these are
             kwargs = {name: value for name, value in kwargs.items() if name not in _SHOWN}
@@ -273,9 +274,9 @@ class DotMoeConfig(PreTrainedConfig):
             num_experts = width // size
         if top_k is None:
             fraction = 0.25 if active_fraction is None else active_fraction
-            require(isinstance(fraction, int | float) and 0 < fraction <= 1, "active_fraction", fraction, "a number in (0, 1]")
+            require(is_number(fraction) and 0 < fraction <= 1, "active_fraction", fraction, "a number in (0, 1]")
             top_k = fraction * num_experts
-        whole = top_k if isinstance(top_k, int) else math.ceil(top_k - 1e-9)  # 0.28 * 100 is 28.000000000000004
+        whole = int(top_k) if is_integer(top_k) else math.ceil(top_k - 1e-9)  # 0.28 * 100 is 28.000000000000004
         return cls(num_experts=num_experts, num_experts_per_tok=whole, dense_config=dense_config, **kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:

@@ -49,6 +49,24 @@ _DECLARED = (
 )
 
 
+class _OfBackbone:
+    """A method that is the backbone's own, with its signature: transformers, the Trainer and PEFT read there what a model takes. No
+    data descriptor: hooks of accelerate set another ``forward`` on the model."""
+
+    def __init__(self, doc: str) -> None:
+        self.__doc__ = doc
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        def method(model: Any, *args: Any, **kwargs: Any) -> Any:
+            return getattr(model._backbone, name)(*args, **kwargs)
+
+        method.__name__, method.__qualname__, method.__doc__ = name, f"{owner.__qualname__}.{name}", self.__doc__
+        self.name, self.method = name, method
+
+    def __get__(self, model: Any, owner: type | None = None) -> Any:
+        return self.method if model is None else getattr(model._backbone, self.name)
+
+
 class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
     """A sparse causal LM made from a dense one.
 
@@ -103,7 +121,6 @@ class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
         self._drop_ffn_plans()
         if not fresh:
             self.all_tied_weights_keys = dict(backbone.all_tied_weights_keys)
-            self.generation_config = backbone.generation_config
         elif target.type != "meta":
             self._draw_weights(target)
 
@@ -164,38 +181,20 @@ class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
         """The dense class's object; it shares every module with this model."""
         return self._backbone
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        cache: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The dense model's forward: input_ids [B, N] -> logits [B, N, V], and the loss when ``labels`` are given. Newer versions
-        of transformers call ``past_key_values`` ``cache``."""
-        for name, value in (("past_key_values", past_key_values), ("cache", cache)):
-            if value is not None:  # naming the one that this version does not take would warn
-                kwargs[name] = value
-        return self._backbone.forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+    forward: Any = _OfBackbone(
+        "The dense model's forward: input_ids [B, N] -> logits [B, N, V], and the loss when ``labels`` are given."
+    )
+    prepare_inputs_for_generation: Any = _OfBackbone("The dense model's.")
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        backbone: Any = self._backbone
-        return backbone.prepare_inputs_for_generation(*args, **kwargs)
+    @property
+    def generation_config(self) -> Any:
+        """The backbone's, so that whatever is set here goes along wherever the backbone goes."""
+        return getattr(self.__dict__.get("_backbone"), "generation_config", None)
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        if "_backbone" in self.__dict__:  # the base class sets one before there is a backbone, which has its own
+            self._backbone.generation_config = value
 
     def get_input_embeddings(self) -> nn.Module:
         return self._backbone.get_input_embeddings()

@@ -27,6 +27,8 @@ from .sums import (
     SCALARS,
     TINY,
     add_log_columns,
+    columns_times,
+    combine_programs,
     exponents,
     load_columns,
     load_rows,
@@ -47,6 +49,14 @@ def _log_ratio(partial_ptr, c_ptr, programs, logarithmic, cols, E: tl.constexpr,
         ratio = sum_programs(partial_ptr, programs, E, cols, E, BLOCK_P, BLOCK) / c
         step = tl.log(tl.where(ratio < TINY, TINY, ratio))  # NaN stays NaN
     return tl.where(cols < E, step, 0.0), tl.where(cols < E, tl.abs(ratio - 1.0), 0.0)
+
+
+@triton.jit
+def _column_shares(parts_ptr, c_ptr, programs, cols, E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+    """(top, c / total, log(q / c)) of the column sums q = total * exp(top), of all the programs' [programs, 2, E]."""
+    top, total = combine_programs(parts_ptr, programs, cols, E, BLOCK_P, BLOCK)
+    share = load_columns(c_ptr, cols, E, 0.0) / total
+    return top, share, tl.where(cols < E, top - tl.log(share), 0.0)
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -182,6 +192,61 @@ def _sinkhorn_step_kernel(
 
 
 @triton.jit(do_not_specialize=SCALARS)
+def _sinkhorn_columns_kernel(
+    a_ptr,  # [L, F, E]
+    tau_ptr,  # [L]
+    history_ptr,  # [L, T + 1, E]
+    count_ptr,  # [L]
+    columns_ptr,  # [L, programs, 2, E] out
+    F,
+    num_iters,
+    chunk,
+    stride_al,
+    stride_af,
+    stride_ae,
+    E: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """final "column": the last step's column sums once more, by the columns' maxima, which the plan is taken from."""
+    program = tl.program_id(0)
+    layer = tl.program_id(1).to(tl.int64)
+    stopped = tl.load(count_ptr + layer)
+    steps = tl.where(stopped > 0, stopped, num_iters)
+    cols = tl.arange(0, BLOCK_E)
+    g_ptr = history_ptr + (layer * (num_iters + 1) + steps - 1) * E
+    g = load_columns(g_ptr, cols, E, 0.0)
+    if BLOCK_R > 0:
+        cols_rest = BLOCK_E + tl.arange(0, BLOCK_R)
+        g_rest = load_columns(g_ptr, cols_rest, E, 0.0)
+    else:
+        g_rest = g
+    begin = program * chunk
+    top, total, top_rest, total_rest = add_log_columns(
+        a_ptr + layer * stride_al * VEC,
+        begin,
+        tl.minimum(begin + chunk, F),
+        stride_af * VEC,
+        stride_ae,
+        1.0 / tl.load(tau_ptr + layer),
+        g,
+        g_rest,
+        E,
+        BLOCK_E,
+        BLOCK_R,
+        BLOCK_F,
+    )
+    out_ptr = columns_ptr + (layer * tl.num_programs(0) + program) * 2 * E
+    tl.store(out_ptr + cols, top, mask=cols < E)
+    tl.store(out_ptr + E + cols, total, mask=cols < E)
+    if BLOCK_R > 0:
+        tl.store(out_ptr + cols_rest, top_rest, mask=cols_rest < E)
+        tl.store(out_ptr + E + cols_rest, total_rest, mask=cols_rest < E)
+
+
+@triton.jit(do_not_specialize=SCALARS)
 def _sinkhorn_plan_kernel(
     a_ptr,  # [L, F, E]
     tau_ptr,  # [L]
@@ -192,6 +257,7 @@ def _sinkhorn_plan_kernel(
     plan_ptr,  # [L, F, E]
     log_u_ptr,  # [L, F]
     log_v_ptr,  # [L, E]
+    columns_ptr,  # [L, programs, 2, E] final "column": top and total of the last step's column sums
     worst_ptr,  # [L, programs] final "column": the largest row error of each program
     F,
     num_iters,
@@ -221,7 +287,16 @@ def _sinkhorn_plan_kernel(
     if BLOCK_R > 0:
         cols_rest = BLOCK_E + tl.arange(0, BLOCK_R)
         g_before_rest = load_columns(g_ptr - E, cols_rest, E, 0.0)
-    if stopped > 0:
+    if not EXACT_ROWS:
+        parts_ptr = columns_ptr + layer * programs * 2 * E
+        top, share, change = _column_shares(parts_ptr, c_ptr + layer * E, programs, cols, E, BLOCK_P, BLOCK_E)
+        g = g_before - change
+        if BLOCK_R > 0:
+            top_rest, share_rest, change_rest = _column_shares(
+                parts_ptr, c_ptr + layer * E, programs, cols_rest, E, BLOCK_P, BLOCK_R
+            )
+            g_rest = g_before_rest - change_rest
+    elif stopped > 0:
         g = load_columns(g_ptr, cols, E, 0.0)
         if BLOCK_R > 0:
             g_rest = load_columns(g_ptr, cols_rest, E, 0.0)
@@ -237,7 +312,8 @@ def _sinkhorn_plan_kernel(
         tl.store(log_v_ptr + layer * E + cols, g, mask=cols < E)
         if BLOCK_R > 0:
             tl.store(log_v_ptr + layer * E + cols_rest, g_rest, mask=cols_rest < E)
-        for t in range(tl.where(stopped > 0, steps + 1, steps), num_iters + 1):  # what lies beyond a stop is written too
+        kept = (stopped > 0) & EXACT_ROWS
+        for t in range(tl.where(kept, steps + 1, steps), num_iters + 1):  # what lies beyond a stop is written too
             at = history_ptr + (layer * (num_iters + 1) + t) * E
             tl.store(at + cols, g, mask=cols < E)
             if BLOCK_R > 0:
@@ -284,11 +360,12 @@ def _sinkhorn_plan_kernel(
             if BLOCK_R > 0:
                 p_rest = s_rest * scale[:, None]
                 acc_rest += p_rest
-        else:  # in one exponent: exp(g_n - g_{n-1}) alone may overflow where S is 0
-            p = tl.exp(exponents(a, cols, inv_tau, g, E) + log_u[:, None])
+        else:  # the columns' softmax: exp(X + log_u + g) would miss their sums by the rounding of X
+            log_sum = tl.log(row_sum)
+            p = columns_times(y - row_top[:, None] - log_sum[:, None], top, share, cols, E)
             row_total = tl.sum(p, axis=1)
             if BLOCK_R > 0:
-                p_rest = tl.exp(exponents(a_rest, cols_rest, inv_tau, g_rest, E) + log_u[:, None])
+                p_rest = columns_times(y_rest - row_top[:, None] - log_sum[:, None], top_rest, share_rest, cols_rest, E)
                 row_total += tl.sum(p_rest, axis=1)
             row_off = tl.where(inside, tl.abs(row_total - 1.0), 0.0)
             worst = tl.where((row_off > worst) | (row_off != row_off), row_off, worst)  # NaN wins
@@ -355,7 +432,7 @@ def solve(
     history[:, 0] = init
     tiles, first_tiles, plan_tiles = (transport_tiles(E, kernel, device=affinity.device) for kernel in ("step", "first", "plan"))
     programs, chunk = tiles.split(F, L)
-    partial, worst = new((2, L, programs, E)), new((L, programs))
+    partial, worst, columns = new((2, L, programs, E)), new((L, programs)), new(0 if exact_rows else (L, programs, 2, E))
     stride_l, stride_f, stride_e, vec = vector_strides(affinity)
     strides = {"stride_al": stride_l, "stride_af": stride_f, "stride_ae": stride_e, "E": E, "VEC": vec}
     grid = (programs, L)
@@ -381,6 +458,9 @@ def solve(
                 BLOCK_P=BLOCK_P,
                 **tiles.options,
             )
+        if not exact_rows:
+            first = {**strides, **first_tiles.blocks, **first_tiles.options}
+            _sinkhorn_columns_kernel[grid](affinity, tau, history, count, columns, F, num_iters, chunk, **first)
         _sinkhorn_plan_kernel[grid](
             affinity,
             tau,
@@ -391,6 +471,7 @@ def solve(
             plan,
             log_u,
             log_v,
+            columns,
             worst,
             F,
             num_iters,
