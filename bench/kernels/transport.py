@@ -82,9 +82,9 @@ def _of_history(rows: float) -> dict[str, Cost]:
 TRANSPORT = (
     _kernel("sinkhorn_first_step", "streaming", "first", _costs(1, _each(20))),
     _kernel("sinkhorn_step", "streaming", "step", _costs(1, _each(10))),
-    _kernel("sinkhorn_columns", "streaming", "first", _costs(1, _each(20))),  # final="column"
-    _kernel("sinkhorn_plan", "streaming", "plan", _costs(2, _each(12))),
-    _kernel("sinkhorn_error", "streaming", "error", _of_history(8)),
+    _kernel("sinkhorn_columns", "ending", "first", _costs(1, _each(20))),  # final="column"
+    _kernel("sinkhorn_plan", "ending", "plan", _costs(2, _each(12))),
+    _kernel("sinkhorn_error", "ending", "error", _of_history(8)),
     _kernel("sinkhorn_adjoint_range", "adjoint", "range", _of_history(_STEPS / 16)),
     _kernel("sinkhorn_adjoint_start", "adjoint", "adjoint", _costs(2, _each(10))),
     _kernel("sinkhorn_adjoint_step", "adjoint", "adjoint", _costs(1, _each(8))),

@@ -8,10 +8,8 @@ g_t = g_{t-1} + log c - log q with q the column sums of softmax_e(X + g_{t-1}).
 Every forward keeps the potentials g_0..g_T; every backward keeps only A, the plan and those, and recomputes the rest. All in
 float32, or float64 for a float64 affinity.
 
-    scaling     PyTorch: forward and exact adjoint       streaming   Triton: forward
-    implicit    PyTorch: gradient at the fixed point     adjoint     Triton: exact adjoint
-    host        both of them, layer after layer          gram        Triton: gradient at the fixed point
-    operators   as torch operators
+    cpu   PyTorch, layer after layer: scaling (forward and exact adjoint), implicit (gradient at the fixed point)
+    gpu   Triton: streaming and ending (forward), adjoint with plain and product (exact adjoint), gram (at the fixed point)
 """
 
 from __future__ import annotations

@@ -161,6 +161,19 @@ def add_log_columns(
     return column_top, column_total, column_top_rest, column_total_rest
 
 
+@triton.jit
+def log_ratio(partial_ptr, c_ptr, programs, logarithmic, cols, E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+    """(log(q / c), |q / c - 1|) of the last step's column sums q; both 0 beyond the E columns."""
+    c = load_columns(c_ptr, cols, E, 1.0)
+    if logarithmic:
+        step = logsumexp_programs(partial_ptr, programs, E, cols, E, BLOCK_P, BLOCK) - tl.log(c)
+        ratio = tl.exp(step)
+    else:
+        ratio = sum_programs(partial_ptr, programs, E, cols, E, BLOCK_P, BLOCK) / c
+        step = tl.log(tl.where(ratio < TINY, TINY, ratio))  # NaN stays NaN
+    return tl.where(cols < E, step, 0.0), tl.where(cols < E, tl.abs(ratio - 1.0), 0.0)
+
+
 def vector_strides(x: Tensor) -> tuple[int, int, int, int]:
     """(stride_l, stride_f, stride_e, VEC) of x [L, F, E], the first two in units of VEC elements.
 
