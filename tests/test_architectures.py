@@ -10,6 +10,7 @@ import torch
 import transformers
 from architectures import KINDS, V, expected_outcomes, tiny_model
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 import dotmoe_kernels as dk
 from dotmoe_kernels.conversion import DotMoeConfig, DotMoeForCausalLM
@@ -96,7 +97,7 @@ def outcome(kind, folder):
         return f"refused: {refused}"
     reference, text = attempt(logits, dense), attempt(generated, dense)
     dense.save_pretrained(folder / "dense")
-    loaded = type(dense).from_pretrained(folder / "dense")
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "dense")
     assert_same(dense, loaded)  # the oracle
     dk.save(sparse, folder / "sparse")
     again = dk.load(folder / "sparse")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import E, F, H, K, dense_model, sparse_model, tokens
 from torch import nn
 from torch.nn.utils import prune
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import dotmoe_kernels as dk
 from dotmoe_kernels.conversion import DotMoeConfig, DotMoeForCausalLM, convert, find_ffns, pipeline, self_check
@@ -237,6 +237,16 @@ def test_a_renamed_tensor_that_is_missing(tmp_path):
     save_file(state | {name: torch.ones(3, 3)}, file)
     with pytest.raises(ValueError, match=rf"{Q}.weight of .*moe is of shape \[3, 3\]; allowed: shape \[32, 32\]"):
         dk.load(tmp_path / "moe")
+
+
+def test_a_model_that_does_not_come_back_itself(tmp_path):
+    """Read as another type than its folder says: what is written says neither."""
+    if "exaone" not in KINDS:
+        pytest.skip("this transformers has no exaone")
+    tiny_model("exaone").save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a saved LlamaForCausalLM is without the tensor model.embed_tokens.weight"):
+        convert(model, DotMoeConfig(num_experts=4, top_k=2), data=tokens())
 
 
 def test_the_restored_dense_model_has_all_of_its_names(tmp_path):

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import os
 import re
+import tempfile
 from typing import Any
 
 import torch
@@ -298,12 +299,15 @@ def check_return(model: PreTrainedModel, config: DotMoeConfig, width: int) -> No
     """
     trial = copy.deepcopy(config)
     trial.bind(copy.deepcopy(model.config), dense_width=width)
+    with tempfile.TemporaryDirectory() as folder:  # config.json may say something else than the config in memory
+        trial.save_pretrained(folder)
+        written = DotMoeConfig.from_pretrained(folder)
     with torch.device("meta"):
-        sparse = DotMoeForCausalLM(trial)
+        sparse, reader = DotMoeForCausalLM(trial), DotMoeForCausalLM(written)
     used = getattr(model, "_weight_conversions", None)
     if used is not None:
         sparse._weight_conversions = used
-    check_names(sparse, file_tensors(sparse), f"a saved {type(model).__name__}")
+    check_names(reader, file_tensors(sparse), f"a saved {type(model).__name__}")
 
 
 def restore_dense(model: DotMoeForCausalLM) -> PreTrainedModel:
