@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    ConversionOps,
     PrefixChange,
     Transpose,
     WeightConverter,
@@ -28,23 +29,45 @@ from transformers.utils import logging
 from .._checks import require
 
 
+class _View(ConversionOps):
+    """The transpose without a copy: files are written tensor by tensor, and each is made contiguous there."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kw: Any
+    ) -> dict[str, Any]:
+        tensors = next(iter(input_dict.values()))
+        return {target_patterns[0]: (tensors[0] if isinstance(tensors, list) else tensors).transpose(1, 2)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Transpose(1, 2)
+
+
+class _Rows(Transpose):
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _View()
+
+
 def _experts() -> WeightConverter:
-    return WeightConverter("experts.down_proj", "experts.down_rows", [Transpose(1, 2)])
+    return WeightConverter("experts.down_proj", "experts.down_rows", [_Rows(1, 2)])
+
+
+def _is_ours(conversion: Any) -> bool:
+    return isinstance(conversion, WeightConverter) and any(isinstance(op, _Rows) for op in conversion.operations)
 
 
 def read_conversions(backbone: PreTrainedModel, quantizer: Any = None) -> list[Any]:
     """From the names in files to those of the state dict."""
-    return [*get_model_conversion_mapping(backbone, hf_quantizer=quantizer), _experts()]
+    return [_experts(), *get_model_conversion_mapping(backbone, hf_quantizer=quantizer)]
 
 
 def write_conversions(backbone: PreTrainedModel) -> list[Any]:
     """What ``save_pretrained`` reverts: the conversions that the files needed which the model came from, or else all."""
     used = getattr(backbone, "_weight_conversions", None)
-    if used is not None:
-        return list(used)
-    # a prefix may be there or not, and a model that came from no file is written without
-    found = [c for c in get_model_conversion_mapping(backbone, add_legacy=False) if not isinstance(c, PrefixChange)]
-    return [*found, _experts()]
+    if used is None:  # a prefix may be there or not, and a model that came from no file is written without
+        used = [c for c in get_model_conversion_mapping(backbone, add_legacy=False) if not isinstance(c, PrefixChange)]
+    return [*(c for c in used if not _is_ours(c)), _experts()]  # the files of a dense model did without ours
 
 
 def file_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
