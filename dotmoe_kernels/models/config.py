@@ -23,11 +23,11 @@ def _fitting_num_experts(dense_width: int, num_experts: int, multiple: int) -> i
     return min(fits, key=lambda e: abs(math.log(e / num_experts)), default=None)
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: Any) -> bool:
     return is_integer(value) and value >= 1
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     return is_number(value) and math.isfinite(value)
 
 
