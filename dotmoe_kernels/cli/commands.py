@@ -11,6 +11,7 @@ from typing import Any
 
 from .._checks import require
 from .convert import run_convert
+from .export import run_export
 from .inputs import DATA, find_device, named, reading, require_model_folder, require_seed, require_vocabulary
 
 
@@ -163,4 +164,4 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"demo": _demo, "convert": run_convert, "eval": _eval, "generate": _generate, "info": _info}
+COMMANDS = {"demo": _demo, "convert": run_convert, "eval": _eval, "generate": _generate, "info": _info, "export": run_export}
