@@ -46,7 +46,7 @@ def dense_config(model: str | None, recipe: Recipe | None) -> PreTrainedConfig:
     name = model or (recipe.model if recipe is not None else None)
     if name is None:
         raise ValueError("MODEL is missing; allowed: a model folder, a name, or a recipe with a backbone or a model")
-    config = AutoConfig.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     require(config.model_type != DotMoeConfig.model_type, "MODEL", f"{name}, which is already converted", "a dense model")
     return config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from .._checks import require
+from ..models.untrusted import check_files
 
 
 def quieten() -> None:
@@ -23,10 +25,14 @@ def read_dense(name: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """The causal LM of a folder, or of a name, on the CPU.
 
     Raises:
-        ValueError: a tensor of the model is not in the checkpoint.
+        ValueError: a tensor of the model is not in the checkpoint, or a file that must not be read (``check_files``).
         OSError, SafetensorError: it cannot be read, found or fetched.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    if os.path.isdir(name):
+        check_files(name)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+    )
     model, found = loaded
     lacking = sorted(found["missing_keys"])
     require(not lacking, "model", f"{name}, without the tensor {', '.join(lacking[:4])}", "a complete causal LM")
@@ -40,7 +46,7 @@ def read_tokenizer(folder: str) -> Any:
         ValueError: there is none that can be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         allowed = "a MODEL saved with one, as save(model, folder, tokenizer=...) does"

@@ -19,7 +19,8 @@ from .._files import check_target, replace_folder
 from ..models.checkpoint import load
 from ..models.folder import OURS
 from ..models.modeling import DotMoeForCausalLM, restore_dense
-from ..models.target import read_stock
+from ..models.stock import read_stock
+from ..models.untrusted import building, require_inside
 from .calibration import choose_shifts, own_samples
 from .report import logit_figures, parity, report_lines, require_parity, router_figures, stock_card
 from .stock import ARCHITECTURES as STOCK
@@ -65,12 +66,14 @@ def export(
     require(top_k is None or architecture != "dense", "top_k", top_k, 'None with architecture "dense"')
     path = check_target(out, "out", overwrite)
     if architecture != "dense":
-        return _export_stock(Path(folder), path, architecture, top_k, data, max_shard_size)
+        with building(folder):  # a config may be fit for being built, and not for being run
+            return _export_stock(Path(folder), path, architecture, top_k, data, max_shard_size)
     model = load(folder)
     with replace_folder(path) as new:
         restore_dense(model).save_pretrained(new)
         for file in sorted(Path(folder).iterdir()):  # the tokenizer's
             if file.is_file() and file.name not in OURS and file.suffix != ".safetensors":
+                require_inside(file, Path(folder))
                 shutil.copy2(file, new / file.name)
     return {"architecture": "dense"}
 
@@ -142,6 +145,7 @@ def _export_stock(
         require_parity(report["parity"], architecture)
         for file in sorted(folder.iterdir()):  # the tokenizer's
             if file.is_file() and file.name not in OURS and file.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken"):
+                require_inside(file, folder)
                 shutil.copy2(file, new / file.name)
         (new / "README.md").write_text(stock_card(out.name, report), encoding="utf-8")
     return report

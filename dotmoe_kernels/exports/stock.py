@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..models.block import moe_blocks
 from ..models.modeling import DotMoeForCausalLM
-from ..models.target import empty_model
+from ..models.stock import empty_model
 
 SHARED_WIDTH = 32  # of Qwen2Moe's shared expert, all zero: llama.cpp's and vLLM's need one, and quantised rows have 32 values
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")  # rope types that need the same fields in every architecture
@@ -65,11 +65,15 @@ def _window(dense: Any) -> tuple[int | None, bool]:
     return (window if all(sliding) else None), any(sliding) and not all(sliding)
 
 
+def _expert_size(model: DotMoeForCausalLM) -> int:
+    return next(iter(moe_blocks(model).values())).experts.expert_size
+
+
 def _mixtral(model: DotMoeForCausalLM) -> dict[str, Any]:
     config = model.config
     return {
         "num_local_experts": config.num_experts,
-        "intermediate_size": config.moe_intermediate_size,
+        "intermediate_size": _expert_size(model),
         "sliding_window": _window(config.dense_config)[0],
     }
 
@@ -78,8 +82,8 @@ def _qwen2_moe(model: DotMoeForCausalLM) -> dict[str, Any]:
     config = model.config
     return {
         "num_experts": config.num_experts,
-        "moe_intermediate_size": config.moe_intermediate_size,
-        "intermediate_size": config.num_experts * (config.moe_intermediate_size or 0),
+        "moe_intermediate_size": _expert_size(model),
+        "intermediate_size": config.num_experts * _expert_size(model),
         "shared_expert_intermediate_size": SHARED_WIDTH,
         "norm_topk_prob": False,  # llama.cpp never does
         "qkv_bias": True,  # of zeros where the backbone has none: llama.cpp wants the tensors
@@ -91,8 +95,8 @@ def _qwen3_moe(model: DotMoeForCausalLM) -> dict[str, Any]:
     config, (window, _) = model.config, _window(model.config.dense_config)
     return {
         "num_experts": config.num_experts,
-        "moe_intermediate_size": config.moe_intermediate_size,
-        "intermediate_size": config.num_experts * (config.moe_intermediate_size or 0),
+        "moe_intermediate_size": _expert_size(model),
+        "intermediate_size": config.num_experts * _expert_size(model),
         "norm_topk_prob": True,
         "attention_bias": _named(model, "self_attn.q_proj.bias"),
         "use_sliding_window": window is not None,
@@ -106,7 +110,7 @@ def _granite_moe(model: DotMoeForCausalLM) -> dict[str, Any]:
     neutral = dict.fromkeys(_MULTIPLIERS, 1.0) | {"attention_multiplier": _head_dim(dense) ** -0.5}
     return {
         "num_local_experts": config.num_experts,
-        "intermediate_size": config.moe_intermediate_size,
+        "intermediate_size": _expert_size(model),
         "attention_bias": _named(model, "self_attn.q_proj.bias"),
         **{name: getattr(dense, name, default) for name, default in neutral.items()},
     }
@@ -116,8 +120,8 @@ def _glm4_moe(model: DotMoeForCausalLM) -> dict[str, Any]:
     config = model.config
     return {
         "n_routed_experts": config.num_experts,
-        "moe_intermediate_size": config.moe_intermediate_size,
-        "intermediate_size": config.num_experts * (config.moe_intermediate_size or 0),
+        "moe_intermediate_size": _expert_size(model),
+        "intermediate_size": config.num_experts * _expert_size(model),
         "n_shared_experts": 1,  # of zeros: what every engine reads
         "routed_scaling_factor": 2.0,
         "norm_topk_prob": False,

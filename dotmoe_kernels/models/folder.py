@@ -20,6 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from .._checks import require
 from .block import moe_blocks
 from .config import DotMoeConfig
+from .untrusted import building, check_files, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OURS = ("config.json", "generation_config.json", "README.md", WEIGHTS, INDEX)  # written anew by every save
@@ -41,16 +42,14 @@ def check_orders(orders: Mapping[str, Tensor], source: str) -> None:
 def _read_config(path: Path) -> DotMoeConfig:
     file = path / "config.json"
     require(file.is_file(), "folder", f"{path}, without a config.json", "a folder written by dotmoe_kernels.save")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); allowed: a config.json written by dotmoe_kernels.save") from None
+    values = read_json(file)
     require(isinstance(values, dict), str(file), f"a JSON {type(values).__name__}", "an object")
     kind = values.get("model_type")
     known = kind == DotMoeConfig.model_type
     require(known, "folder", f"{path}, whose model_type is {kind!r}", "a folder written by dotmoe_kernels.save")
     require(isinstance(values.get("dense_config"), dict), f"dense_config of {file}", "absent", "the dense model's config")
-    return DotMoeConfig.from_pretrained(path)
+    with building(file):
+        return DotMoeConfig.from_pretrained(path)
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -80,8 +79,9 @@ def check_folder(folder: str | os.PathLike[str], model_class: Callable[[DotMoeCo
     """
     path = Path(folder).expanduser()
     require(path.is_dir(), "folder", f"{path}, which is no folder", "a folder written by dotmoe_kernels.save")
+    check_files(path)
     config = _read_config(path)
-    with torch.device("meta"):
+    with building(path / "config.json"), torch.device("meta"):
         model = model_class(config)
     expected = {name: list(tensor.shape) for name, tensor in revert_weight_conversion(model, model.state_dict()).items()}
     tied = model.all_tied_weights_keys
