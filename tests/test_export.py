@@ -274,3 +274,13 @@ def test_the_parser_knows_every_architecture():
     assert export.architecture == "auto"
     for architecture in ARCHITECTURES:
         assert build_parser().parse_args(["export", "m", "--output", "o", "--architecture", architecture])
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "granite_moe"])
+def test_rounding_by_the_fold_is_reported_and_no_other_fault(architecture, tmp_path):
+    """K = 3 in bfloat16: every folded weight is rounded, which parity must not take for another feature."""
+    dk.save(sparse_model(dtype=torch.bfloat16, top_k=3), tmp_path / "m")
+    report = dk.export(tmp_path / "m", tmp_path / "out", architecture, data=X)
+    assert report["fold"] == {"factor": 3, "lossless": False}
+    assert report["parity"] < 1e-5
+    assert "| folded | 3 into the down projections: rounded |" in (tmp_path / "out" / "README.md").read_text()

@@ -138,10 +138,11 @@ def _export_stock(
             **router_figures(model, stock, architecture, tokens),
             **logit_figures(model, stock, tokens),
         }
-        if model.dtype != torch.float32:  # parity is checked where rounding hides nothing
+        dtype = model.dtype
+        if dtype != torch.float32:  # parity is checked where rounding hides nothing
             del model, stock
             model, stock = load(folder, dtype=torch.float32, **given), read_stock(new, torch.float32)
-        report["parity"] = parity(model, stock, architecture, tokens)
+        report["parity"] = parity(model, stock, architecture, tokens, dtype)
         require_parity(report["parity"], architecture)
         for file in sorted(folder.iterdir()):  # the tokenizer's
             if file.is_file() and file.name not in OURS and file.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken"):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._checks import require
 from ..evaluation import perplexity
+from ..models.block import moe_blocks
 from ..models.modeling import DotMoeForCausalLM
 from .calibration import router_hooks
 from .stock import Architecture, target_blocks
@@ -25,14 +26,20 @@ def _gates(model: DotMoeForCausalLM, target: Any, architecture: Architecture) ->
 
 
 @torch.no_grad()
-def parity(model: DotMoeForCausalLM, target: Any, architecture: Architecture, tokens: Tensor) -> float:
+def parity(
+    model: DotMoeForCausalLM, target: Any, architecture: Architecture, tokens: Tensor, dtype: torch.dtype = torch.float32
+) -> float:
     """Largest difference of the logits, relative to the largest logit, when both take the experts and weights of the target's
     routers: what is left is everything else, and rounding.
 
-    Both must be in float32. Tokens [N, S]; two sequences of at most 256 are enough.
+    Both must be in float32; ``model`` is used up: its down projections are rounded as those that were folded in ``dtype``.
+    Tokens [N, S]; two sequences of at most 256 are enough.
     """
     tokens = tokens[:2, :_PROBE].to(model.device)
     gates, factor = _gates(model, target, architecture), architecture.factor(model)
+    for block in moe_blocks(model).values():
+        rows = block.experts.down_rows
+        rows.copy_((rows.to(dtype) * factor).float() / factor)
     chosen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def force(name: str, gate: Any, x: Tensor, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
