@@ -160,9 +160,9 @@ ABSURD = {
     ),
     "intermediate_size": (10**18, r"intermediate_size of .* is 1000000000000000000; allowed: at most 2,147,483,648"),
     "vocab_size": (10**30, r"vocab_size of .* is 10{30}; allowed: at most"),
-    "num_attention_heads": (0, r"config.json is no config that a model can be made of \(ZeroDivisionError"),
-    "rope_parameters": ({"rope_type": "default", "rope_theta": "x"}, r"config.json is no config that a model can be made of"),
-    "hidden_size": ("wide", r"config.json is no config that a model can be made of"),
+    "num_attention_heads": (0, r"folder is .*, which cannot be read \(ZeroDivisionError"),
+    "rope_parameters": ({"rope_type": "default", "rope_theta": "x"}, r"folder is .*, which cannot be read \("),
+    "hidden_size": ("wide", r"folder is .*, which cannot be read \("),
 }
 
 

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import Any
 
 from .._checks import require
-from .inputs import DATA, named, reading, require_model_folder, require_vocabulary
+from .inputs import DATA, named, reading, require_vocabulary
 from .parser import EXPORT_LENGTH
 
 _TOKENS = 4096  # where --max-tokens does not say it
 
 
-def _tokens(args: argparse.Namespace) -> Any:
+def _vocabulary(name: str) -> int:
+    """Of the converted model, whose folder is checked by its headers."""
+    from ..models import DotMoeForCausalLM
+    from ..models.folder import check_folder
+
+    require(os.path.exists(name), "MODEL", f"{name or repr(name)}, which does not exist", "a folder written by dotmoe_kernels.save")
+    with reading(name):
+        return check_folder(name, DotMoeForCausalLM).get_text_config().vocab_size
+
+
+def _tokens(args: argparse.Namespace, vocabulary: int) -> Any:
     """Tokens of --data, or None."""
     if args.data is None:
         for name in ("sequence_length", "max_tokens"):
             require(getattr(args, name) is None, DATA[name], getattr(args, name), "together with --data")
         return None
-    from ..conversion import DotMoeConfig, load_tokens
+    from ..conversion import load_tokens
     from ..conversion.sources import read_tokenizer
 
     length = EXPORT_LENGTH if args.sequence_length is None else args.sequence_length
     require(length >= 2, "--sequence-length", length, "at least 2")
-    with reading(args.model):
-        vocabulary = DotMoeConfig.from_pretrained(args.model).get_text_config().vocab_size
     tokenizer = read_tokenizer(args.model)
     with named(**DATA):
         tokens = load_tokens(
@@ -40,12 +49,11 @@ def _tokens(args: argparse.Namespace) -> Any:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    require_model_folder(args.model)
     require(args.architecture != "dense" or args.data is None, "--data", args.data, "none with --architecture dense")
+    data = _tokens(args, _vocabulary(args.model))
     from ..exports import export, report_lines
 
     names = {"out": "--output", "top_k": "--top-k", "architecture": "--architecture", "data": "--data"}
-    data = _tokens(args)
     with reading(args.model), named(**names):
         report = export(
             args.model,

@@ -48,7 +48,7 @@ def _read_config(path: Path) -> DotMoeConfig:
     known = kind == DotMoeConfig.model_type
     require(known, "folder", f"{path}, whose model_type is {kind!r}", "a folder written by dotmoe_kernels.save")
     require(isinstance(values.get("dense_config"), dict), f"dense_config of {file}", "absent", "the dense model's config")
-    with building(file):
+    with building(path):
         return DotMoeConfig.from_pretrained(path)
 
 
@@ -81,7 +81,7 @@ def check_folder(folder: str | os.PathLike[str], model_class: Callable[[DotMoeCo
     require(path.is_dir(), "folder", f"{path}, which is no folder", "a folder written by dotmoe_kernels.save")
     check_files(path)
     config = _read_config(path)
-    with building(path / "config.json"), torch.device("meta"):
+    with building(path), torch.device("meta"):
         model = model_class(config)
     expected = {name: list(tensor.shape) for name, tensor in revert_weight_conversion(model, model.state_dict()).items()}
     tied = model.all_tied_weights_keys

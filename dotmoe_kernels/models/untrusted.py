@@ -142,7 +142,11 @@ def check_files(folder: str | os.PathLike[str]) -> None:
         _require_header(file)
     if not config.is_file():
         return
-    values = read_json(config)
+    try:
+        values = read_json(config)
+    except ValueError as error:
+        given = str(error).partition("; allowed")[0]
+        raise ValueError(f"folder is {path}, which cannot be read ({given}); allowed: a model folder with a config.json") from None
     if isinstance(values, dict) and values.get("dtype") is not None:
         require(values["dtype"] in DTYPES, f"dtype of {config}", repr(values["dtype"]), " | ".join(DTYPES))
     for key, count in _counts(values):
@@ -154,15 +158,14 @@ def check_files(folder: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def building(source: object) -> Iterator[None]:
-    """Inside, a model is made of a config read from ``source``: whatever a class of transformers raises of odd values, it is one
+def building(folder: object) -> Iterator[None]:
+    """Inside, a model is made of the config in ``folder``: whatever a class of transformers raises of odd values, it is one
     ValueError."""
     try:
         yield
     except (ValueError, OSError, ImportError, MemoryError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"{source} is no config that a model can be made of ({type(error).__name__}: {reason}); allowed: the config of a model"
-        ) from None
+        name, reason = type(error).__name__, " ".join(str(error).split())
+        words = reason if name.startswith("StrictDataclass") else f"{name}: {reason}"
+        raise ValueError(f"folder is {folder}, which cannot be read ({words}); allowed: a model folder whose config fits") from None
