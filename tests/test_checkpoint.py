@@ -270,8 +270,8 @@ def test_topology_that_does_not_fit_the_dense_model(saved):
 
 
 def test_export_architecture(saved, tmp_path):
-    with pytest.raises(ValueError, match=r"architecture is 'mixtral'; allowed: 'dense'"):
-        dk.export(saved, tmp_path / "out", architecture="mixtral")
+    with pytest.raises(ValueError, match=r"architecture is 'bert'; allowed: 'dense' \| 'auto' \| 'qwen3_moe'"):
+        dk.export(saved, tmp_path / "out", architecture="bert")
     assert not (tmp_path / "out").exists()
 
 

@@ -513,13 +513,13 @@ def test_describe_of_a_model_without_config(tmp_path):
 
 
 def test_help_has_examples(capsys):
-    for command in ("demo", "convert", "eval", "generate", "info"):
+    for command in ("demo", "convert", "eval", "generate", "info", "export"):
         status, out, _ = call(capsys, command, "--help")
         assert status == 0
         assert f"examples:\n  dotmoe {command}" in out
     status, out, _ = call(capsys, "--help")
     assert status == 0
-    assert all(command in out for command in ("demo", "convert", "eval", "generate", "info"))
+    assert all(command in out for command in ("demo", "convert", "eval", "generate", "info", "export"))
     status, out, _ = call(capsys, "--version")
     assert (status, out) == (0, f"dotmoe_kernels {dk.__version__}\n")
 
@@ -881,6 +881,7 @@ def test_overwrite_replaces_models_alone_and_says_so_before_training(capsys, her
 COMMANDS = {
     "eval": ("--data", "held.txt", "--sequence-length", str(S)),
     "generate": ("--prompt", "the"),
+    "export": ("--data", "held.txt", "--sequence-length", str(S), "--output", "never-written"),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from .._checks import require
 from .convert import run_convert
+from .export import run_export
 from .folders import demo_folder
 from .inputs import DATA, find_device, find_tokenizer, named, reading, require_model_folder, require_seed, require_vocabulary
 
@@ -216,4 +217,4 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"demo": _demo, "convert": run_convert, "eval": _eval, "generate": _generate, "info": _info}
+COMMANDS = {"demo": _demo, "convert": run_convert, "eval": _eval, "generate": _generate, "info": _info, "export": run_export}

@@ -84,6 +84,11 @@ def require_model_folder(name: str, *, weights: bool = True, gguf: bool = False)
         require((path / "config.json").is_file(), "MODEL", f"{name}, without config.json", "a Hugging Face model folder")
         files = [f for pattern in ("*.safetensors", "*.bin", "*.index.json") for f in path.glob(pattern)]
         require(bool(files) or not weights, "MODEL", f"{name}, without weights", "a folder with safetensors files")
+        if weights:
+            from ..models.untrusted import check_files
+
+            with named(folder="MODEL"):
+                check_files(path)
     else:
         local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
         require(not local, "MODEL", f"{name}, which is no folder", "a Hugging Face model folder, or a name")

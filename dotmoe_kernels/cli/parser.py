@@ -13,6 +13,9 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _ROUTERS = ("top_k", "soft")
 _PATHS = ("auto", "grouped", "decode", "masked")
 STAGES = ("reconstruct", "align", "finetune")
+# exports.ARCHITECTURES, which would import torch here; a test compares them
+_ARCHITECTURES = ("auto", "mixtral", "qwen2_moe", "qwen3_moe", "granite_moe", "glm4_moe", "dense")
+EXPORT_LENGTH = 256  # and of export
 SEQUENCE_LENGTH = 2048  # tokens a sequence of convert, where neither a flag nor a recipe says it
 
 
@@ -245,6 +248,30 @@ def _add_info(commands: Any) -> None:
     info.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_export(commands: Any) -> None:
+    export = _add_command(
+        commands,
+        "export",
+        "Write a converted model as another architecture, which transformers loads without this package.",
+        "dotmoe export ./llama-moe --architecture auto --data held-out.txt --output ./llama-mixtral\n"
+        "dotmoe export ./llama-moe --architecture glm4_moe --top-k 4 --output ./llama-glm --json\n"
+        "dotmoe export ./llama-moe --architecture dense --output ./llama-again",
+    )
+    export.add_argument("model", metavar="DIR", help="a converted model")
+    export.add_argument(
+        "--architecture",
+        choices=_ARCHITECTURES,
+        default="auto",
+        help="auto: what fits the backbone best; dense: the model before its conversion (default: %(default)s)",
+    )
+    export.add_argument("--output", required=True, metavar="OUT", help="where the exported model goes")
+    export.add_argument("--top-k", type=int, metavar="N", help="K, experts a token (default: as saved)")
+    _add_data(export, required=False, sequence_length=EXPORT_LENGTH)
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: %(default)s)")
+    export.add_argument("--overwrite", action="store_true", help="replace a model in OUT")
+    export.add_argument("--json", action="store_true", help="print JSON")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `dotmoe`."""
     parser = _Parser(
@@ -254,6 +281,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dotmoe_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_convert, _add_eval, _add_generate, _add_info):
+    for add in (_add_demo, _add_convert, _add_eval, _add_generate, _add_info, _add_export):
         add(commands)
     return parser

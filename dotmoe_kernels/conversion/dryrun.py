@@ -48,7 +48,7 @@ def dense_config(model: str | None, recipe: Recipe | None) -> PreTrainedConfig:
     if name is None:
         raise ValueError("MODEL is missing; allowed: a model folder, a name, or a recipe with a backbone or a model")
     place, file = location(name)
-    config = AutoConfig.from_pretrained(place, **file)
+    config = AutoConfig.from_pretrained(place, trust_remote_code=False, **file)
     require(config.model_type != DotMoeConfig.model_type, "MODEL", f"{name}, which is already converted", "a dense model")
     return config
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from .._checks import refuse, require
+from ..models.untrusted import check_files
 
 
 def quieten() -> None:
@@ -74,14 +76,18 @@ def read_dense(name: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     dtype: of the weights; "auto": as saved, and float32 of a .gguf file.
 
     Raises:
-        ValueError: a tensor of the model is not in the checkpoint, or transformers cannot dequantise it.
+        ValueError: a tensor of the model is not in the checkpoint, a file that must not be read (``check_files``), or one that
+            transformers cannot dequantise.
         OSError, SafetensorError: it cannot be read, found or fetched.
         ImportError: a .gguf file needs the extra gguf.
     """
     if is_gguf(name):
         model, found = _read_gguf(name, torch.float32 if isinstance(dtype, str) else dtype)
     else:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        if os.path.isdir(name):
+            check_files(name)
+        options: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
         model, found = loaded
     lacking = sorted(found["missing_keys"])
     require(not lacking, "model", f"{name}, without the tensor {', '.join(lacking[:4])}", "a complete causal LM")
@@ -97,7 +103,7 @@ def read_tokenizer(folder: str, *, allowed: str = "a MODEL saved with one, as sa
     """
     place, file = location(folder)
     try:
-        return AutoTokenizer.from_pretrained(place, **file)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **file)
     except ImportError:
         raise
     except Exception as error:  # tokenizers raises the bare class, and broken JSON whatever its wrong type leads to

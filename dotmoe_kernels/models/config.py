@@ -22,7 +22,8 @@ _SOFT_FIELDS = ("router_k", "router_temperature", "router_threshold", "router_ca
 
 def _fitting_num_experts(dense_width: int, num_experts: int, multiple: int) -> int | None:
     """The divisor E of F nearest to ``num_experts`` (by ratio) whose s = F / E is a multiple of ``multiple``."""
-    fits = [e for e in range(1, dense_width + 1) if dense_width % e == 0 and dense_width // e % multiple == 0]
+    low = [e for e in range(1, math.isqrt(dense_width) + 1) if dense_width % e == 0]
+    fits = [e for e in sorted({*low, *(dense_width // e for e in low)}) if dense_width // e % multiple == 0]
     return min(fits, key=lambda e: abs(math.log(e / num_experts)), default=None)
 
 
@@ -164,6 +165,11 @@ class DotMoeConfig(PreTrainedConfig):
             version,
             f"at most {FORMAT_VERSION}, the newest this dotmoe_kernels reads: upgrade it",
         )
+        for name, value in (("assignment", self.assignment), ("stages", self.stages)):
+            require(value is None or isinstance(value, dict), name, repr(value), "a dictionary, or None")
+        runs = (self.stages or {}).get("finetune", [])
+        listed = isinstance(runs, dict) or (isinstance(runs, list) and all(isinstance(run, dict) for run in runs))
+        require(listed, "stages", f"with finetune {runs!r}", "a list of dictionaries there")
         self._check_router()
         require(s is None or _is_count(s), "moe_intermediate_size", repr(s), "an integer of at least 1, or None")
         width = self.dense_width if dense_width is None else dense_width

@@ -19,6 +19,7 @@ from torch import Tensor
 from .._checks import require
 from .config import DotMoeConfig
 from .names import check_names, header_tensors
+from .untrusted import building, check_files, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OURS = ("config.json", "generation_config.json", "README.md", WEIGHTS, INDEX)  # written anew by every save
@@ -54,16 +55,14 @@ def check_orders(orders: Mapping[str, Tensor], source: str) -> None:
 def _read_config(path: Path) -> DotMoeConfig:
     file = path / "config.json"
     require(file.is_file(), "folder", f"{path}, without a config.json", "a folder written by dotmoe_kernels.save")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); allowed: a config.json written by dotmoe_kernels.save") from None
+    values = read_json(file)
     require(isinstance(values, dict), str(file), f"a JSON {type(values).__name__}", "an object")
     kind = values.get("model_type")
     known = kind == DotMoeConfig.model_type
     require(known, "folder", f"{path}, whose model_type is {kind!r}", "a folder written by dotmoe_kernels.save")
     require(isinstance(values.get("dense_config"), dict), f"dense_config of {file}", "absent", "the dense model's config")
-    return DotMoeConfig.from_pretrained(path)
+    with building(path):
+        return DotMoeConfig.from_pretrained(path)
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -136,8 +135,9 @@ def check_folder(folder: str | os.PathLike[str], model_class: Callable[[DotMoeCo
     """
     path = Path(folder).expanduser()
     require(path.is_dir(), "folder", f"{path}, which is no folder", "a folder written by dotmoe_kernels.save")
+    check_files(path)
     config = _read_config(path)
-    with torch.device("meta"):
+    with building(path), torch.device("meta"):
         model = model_class(config)
     with ExitStack() as stack:
         where: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from .counts import count_parameters
 from .folder import check_folder
 from .modeling import DotMoeForCausalLM, meta_backbone
 from .surgery import find_ffns
+from .untrusted import building, check_files
 
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 _SIZES = (32, 64, 96, 112, 128, 192, 256, 512, 1024)
@@ -48,6 +49,8 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: no such model, an FFN that is not recognised, a checkpoint of a newer format or with parts missing.
     """
+    if os.path.isdir(folder):
+        check_files(folder)
     if is_converted(folder):
         config = check_folder(folder, DotMoeForCausalLM)
         with torch.device("meta"):
@@ -70,8 +73,9 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
             "fine_tuned": len(config.finetune_runs),
             "format_version": config.format_version,
         }
-    config = AutoConfig.from_pretrained(folder)
-    dense = meta_backbone(config)
+    with building(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        dense = meta_backbone(config)
     ffns = find_ffns(dense)
     first = next(iter(ffns.values()))
     (F, H), total = first.gate_proj.shape, sum(p.numel() for p in dense.parameters())

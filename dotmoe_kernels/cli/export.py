@@ -1,0 +1,76 @@
+"""`dotmoe export`: a converted model as a stock or the dense architecture, and the figures of what that changed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any
+
+from .._checks import require
+from .inputs import DATA, named, reading, require_vocabulary
+from .parser import EXPORT_LENGTH
+
+_TOKENS = 4096  # where --max-tokens does not say it
+
+
+def _vocabulary(name: str) -> int:
+    """Of the converted model, whose folder is checked by its headers."""
+    from ..models import DotMoeForCausalLM
+    from ..models.folder import check_folder
+
+    require(os.path.exists(name), "MODEL", f"{name or repr(name)}, which does not exist", "a folder written by dotmoe_kernels.save")
+    with reading(name):
+        return check_folder(name, DotMoeForCausalLM).get_text_config().vocab_size
+
+
+def _tokens(args: argparse.Namespace, vocabulary: int) -> Any:
+    """Tokens of --data, or None."""
+    if args.data is None:
+        for name in ("sequence_length", "max_tokens"):
+            require(getattr(args, name) is None, DATA[name], getattr(args, name), "together with --data")
+        return None
+    from ..conversion import load_tokens
+    from ..conversion.sources import read_tokenizer
+
+    length = EXPORT_LENGTH if args.sequence_length is None else args.sequence_length
+    require(length >= 2, "--sequence-length", length, "at least 2")
+    tokenizer = read_tokenizer(args.model)
+    with named(**DATA):
+        tokens = load_tokens(
+            args.data,
+            tokenizer,
+            sequence_length=length,
+            max_tokens=max(_TOKENS, length) if args.max_tokens is None else args.max_tokens,
+            text_field=args.text_field,
+        )
+    require_vocabulary(tokens, vocabulary, args.model)
+    return tokens
+
+
+def run_export(args: argparse.Namespace) -> int:
+    require(args.architecture != "dense" or args.data is None, "--data", args.data, "none with --architecture dense")
+    data = _tokens(args, _vocabulary(args.model))
+    from ..exports import export, report_lines
+
+    names = {"out": "--output", "top_k": "--top-k", "architecture": "--architecture", "data": "--data"}
+    with reading(args.model), named(**names):
+        report = export(
+            args.model,
+            args.output,
+            args.architecture,
+            args.overwrite,
+            top_k=args.top_k,
+            data=data,
+            max_shard_size=args.max_shard_size,
+        )
+    if args.json:
+        print(json.dumps({"model": args.model, "output": args.output, **report}, indent=2))
+        return 0
+    print(f"{args.model} -> {args.output}")
+    if args.architecture == "dense":
+        print("architecture: dense, the model before its conversion")
+        return 0
+    for name, value in report_lines(report):
+        print(f"  {name}: {value}")
+    return 0
