@@ -219,6 +219,23 @@ def _add_info(commands: Any) -> None:
     info.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_plan(commands: Any) -> None:
+    plan = _add_command(
+        commands,
+        "plan",
+        "List the topologies that fit a dense model: active parameters, lossless exports, fast paths, predicted speed.",
+        "dotmoe plan ./llama\ndotmoe plan ./llama --budget 0.5\ndotmoe plan ./llama --budget 0.4 --json",
+    )
+    plan.add_argument("model", metavar="MODEL", help="a dense model folder, of which config.json is read, or a name")
+    plan.add_argument(
+        "--budget",
+        type=float,
+        metavar="X",
+        help="most active parameters a token over all, embeddings and routers counted (default: 25 %% of the FFN)",
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `dotmoe`."""
     parser = _Parser(
@@ -228,6 +245,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dotmoe_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_convert, _add_eval, _add_generate, _add_info):
+    for add in (_add_demo, _add_convert, _add_eval, _add_generate, _add_info, _add_plan):
         add(commands)
     return parser
