@@ -64,7 +64,8 @@ def test_the_largest_k_within_the_budget(l3):
     for E, row in largest.items():
         assert row["active_parameters"] + 32 * 3 * row["expert_size"] * 4096 > 0.5 * row["total_parameters"], E
         K = 1 << (row["top_k"].bit_length() - 1)  # and the power of two in it, whose fold is lossless
-        assert row_of(report, E, K)["lossless_exports"] == report["exports"]
+        rounded = [] if E & (E - 1) == 0 else ["qwen2_moe"]  # whose fold is E
+        assert [name for name in report["exports"] if name not in row_of(report, E, K)["lossless_exports"]] == rounded
 
 
 def test_without_a_budget_a_quarter_of_the_ffn(l3):
@@ -77,7 +78,8 @@ def test_without_a_budget_a_quarter_of_the_ffn(l3):
     [
         ("llama", 128, 32, ["mixtral", "qwen2_moe", "granite_moe", "glm4_moe"]),
         ("llama", 112, 28, ["glm4_moe"]),
-        ("qwen2", 64, 12, ["qwen2_moe", "glm4_moe"]),  # not renormalised, the weights become 1 / E
+        ("llama", 112, 16, ["mixtral", "granite_moe", "glm4_moe"]),
+        ("qwen2", 64, 12, ["qwen2_moe", "glm4_moe"]),  # not renormalised: the weights become 1 / E
         ("qwen3", 64, 12, ["glm4_moe"]),
         ("qwen3", 96, 16, ["qwen3_moe", "glm4_moe"]),
         ("gemma2", 64, 16, []),

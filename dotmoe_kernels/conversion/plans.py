@@ -15,15 +15,15 @@ from ..models.modeling import meta_backbone
 from ..models.surgery import find_ffns
 from .speeds import LAUNCH, RESTS_ON, dense_seconds, one_pass, product_seconds, routed_seconds
 
-# by stock architecture: the backbones that it is the sparse form of, and what its router's weights become one over once they are
-# uniform: lossless is where one of those is a power of two, which bfloat16 multiplies into the down projections exactly. None: the
-# weights are 1 by themselves, at any K
-EXPORTS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
-    "mixtral": (("llama", "mistral"), ("K",)),
-    "qwen2_moe": (("qwen2", "llama"), ("K", "E")),
-    "qwen3_moe": (("qwen3",), ("K",)),
-    "granite_moe": (("llama", "mistral", "granite"), ("K",)),
-    "glm4_moe": (("llama", "mistral", "qwen2", "qwen3"), None),
+# by stock architecture: the backbones that it is the sparse form of, and what its down projections are multiplied by, since its
+# uniform weights are one over that: bfloat16 keeps it exactly where it is a power of two. "": nothing, they are 1 by themselves
+_LLAMAS = ("llama", "mistral", "phi3", "smollm3")
+EXPORTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "qwen3_moe": (("qwen3",), "K"),
+    "mixtral": (_LLAMAS, "K"),
+    "qwen2_moe": (("qwen2", *_LLAMAS), "E"),
+    "granite_moe": (("granite", *_LLAMAS, "qwen2"), "K"),
+    "glm4_moe": ((*_LLAMAS, "qwen2", "qwen3", "granite"), ""),
 }
 _LEAST_WIDTH, _LEAST_EXPERTS, _MOST_EXPERTS = 32, 4, 1024
 _LLAMA_CPP_EXPERTS, _K_QUANT_BLOCK = 512, 256
@@ -112,12 +112,8 @@ def _power_of_two(n: int) -> bool:
 
 def lossless_exports(kind: str, c: Topology) -> list[str]:
     """The stock architectures that a model of backbone ``kind`` exports to with weights that bfloat16 keeps exactly."""
-    values = {"K": c.K, "E": c.E}
-    return [
-        name
-        for name, (backbones, folds) in EXPORTS.items()
-        if kind in backbones and (folds is None or any(_power_of_two(values[fold]) for fold in folds))
-    ]
+    factors = {"K": c.K, "E": c.E, "": 1}
+    return [name for name, (backbones, fold) in EXPORTS.items() if kind in backbones and _power_of_two(factors[fold])]
 
 
 def fast_paths(c: Topology) -> dict[str, bool]:
