@@ -13,6 +13,7 @@ from .._checks import require
 from .convert import run_convert
 from .inputs import DATA, find_device, named, reading, require_model_folder, require_seed, require_vocabulary
 from .plan import run_plan
+from .report import run_report
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -164,4 +165,12 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"demo": _demo, "convert": run_convert, "eval": _eval, "generate": _generate, "info": _info, "plan": run_plan}
+COMMANDS = {
+    "demo": _demo,
+    "convert": run_convert,
+    "eval": _eval,
+    "generate": _generate,
+    "info": _info,
+    "plan": run_plan,
+    "report": run_report,
+}

@@ -14,6 +14,7 @@ _ROUTERS = ("top_k", "soft")
 _PATHS = ("auto", "grouped", "decode", "masked")
 STAGES = ("reconstruct", "align", "finetune")
 SEQUENCE_LENGTH = 2048  # tokens a sequence of convert, where neither a flag nor a recipe says it
+REPORT_LENGTH = 1024
 
 
 class _Parser(argparse.ArgumentParser):
@@ -236,6 +237,24 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_report(commands: Any) -> None:
+    report = _add_command(
+        commands,
+        "report",
+        "Draw a converted model as one self-contained HTML page: assignment, weights, load, co-routing, perplexity, training.",
+        "dotmoe report ./llama-moe\ndotmoe report ./llama-moe --data held-out.txt --max-tokens 65536\n"
+        "dotmoe report ./llama-moe --data held-out.txt --run-folder ./llama-moe.run --output ./llama-moe.html --overwrite",
+    )
+    report.add_argument("model", metavar="DIR", help="a converted model")
+    report.add_argument("--output", metavar="FILE", help="(default: DIR.html)")
+    report.add_argument("--run-folder", metavar="DIR", help="of the training, for its curves (default: DIR.run where there is one)")
+    _add_data(report, required=False, sequence_length=REPORT_LENGTH)
+    report.add_argument("--batch-size", type=int, default=4, help="sequences a pass (default: %(default)s)")
+    report.add_argument("--overwrite", action="store_true", help="replace FILE")
+    _add_device(report)
+    report.set_defaults(sequence_length=REPORT_LENGTH)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `dotmoe`."""
     parser = _Parser(
@@ -245,6 +264,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dotmoe_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_convert, _add_eval, _add_generate, _add_info, _add_plan):
+    for add in (_add_demo, _add_convert, _add_eval, _add_generate, _add_info, _add_plan, _add_report):
         add(commands)
     return parser
