@@ -208,8 +208,8 @@ def _plain_log(axes: Any) -> None:
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     low, high = axes.get_ylim()
-    few = high / low < 30
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 5, 7) if few else (1, 3)))
+    steps = (1, 2, 3, 5, 7) if high / low < 30 else (1, 3) if high / low < 3000 else (1,)
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=steps))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter("")
 

@@ -11,6 +11,7 @@ from .._files import check_target, replace_folder
 from ..models.checkpoint import load
 from ..models.folder import OURS
 from ..models.modeling import restore_dense
+from .streaming import stream_dense
 
 __all__ = ["ARCHITECTURES", "export"]
 
@@ -34,9 +35,9 @@ def export(
     """
     require(architecture in ARCHITECTURES, "architecture", repr(architecture), " | ".join(map(repr, ARCHITECTURES)))
     path = check_target(out, "out", overwrite)
-    model = load(folder)
     with replace_folder(path) as new:
-        restore_dense(model).save_pretrained(new)
+        if stream_dense(Path(folder).expanduser(), new) is None:
+            restore_dense(load(folder)).save_pretrained(new)
         for file in sorted(Path(folder).iterdir()):  # the tokenizer's
             if file.is_file() and file.name not in OURS and file.suffix != ".safetensors":
                 shutil.copy2(file, new / file.name)

@@ -12,6 +12,7 @@ from .._checks import require
 from .._files import check_target, replace_folder
 from .card import model_card
 from .modeling import DotMoeForCausalLM
+from .shards import save_options
 
 
 def save(
@@ -21,7 +22,7 @@ def save(
     tokenizer: Any = None,
     overwrite: bool = False,
     card: Mapping[str, Any] | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = "2GB",
 ) -> None:
     """Write a converted model as one folder; ``load`` and ``from_pretrained`` read it.
 
@@ -33,7 +34,7 @@ def save(
         tokenizer: saved along when given.
         overwrite: replace a model folder that exists.
         card: measured figures for README.md: name -> number, text, or a dictionary of those (a table of its own).
-        max_shard_size: of one safetensors file.
+        max_shard_size: of one safetensors file; while it is written, a third of it is needed in memory.
 
     Raises:
         ValueError: ``model`` is not a DotMoeForCausalLM; the folder exists and ``overwrite`` is False; it holds no model.
@@ -42,7 +43,7 @@ def save(
     require(isinstance(model, DotMoeForCausalLM), "model", f"a {type(model).__name__}", "a DotMoeForCausalLM")
     path = check_target(folder, "folder", overwrite)
     with replace_folder(path) as new:
-        model.save_pretrained(new, max_shard_size=max_shard_size)
+        model.save_pretrained(new, max_shard_size=max_shard_size, **save_options(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         (new / "README.md").write_text(model_card(model, path.name, card or {}), encoding="utf-8")
