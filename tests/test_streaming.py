@@ -17,8 +17,7 @@ from transformers import AutoConfig
 
 import dotmoe_kernels as dk
 from dotmoe_kernels import cli, exports
-from dotmoe_kernels.conversion import all_experts
-from dotmoe_kernels.conversion.streaming import convert_folder
+from dotmoe_kernels.conversion import all_experts, convert_folder
 from dotmoe_kernels.models.checkpoint import load
 from dotmoe_kernels.models.modeling import restore_dense
 from dotmoe_kernels.models.shards import ShardReader, Spec, writing
@@ -144,7 +143,9 @@ def test_the_command_without_text(tmp_path, capsys):
     assert "nothing was trained (--steps 0)" in capsys.readouterr().out
     assert dk.load(tmp_path / "moe").config.assignment["method"] == "kmeans"
     assert cli.main([*arguments, "--steps", "0", "--method", "activation", "--overwrite"]) == 2
-    assert "method is activation; allowed: one that needs no text" in capsys.readouterr().err
+    assert "--method is activation; allowed: one that needs no text" in capsys.readouterr().err
+    assert cli.main([*arguments, "--steps", "0", "--init", "activation", "--overwrite"]) == 2
+    assert "--init is activation; allowed: one that needs no text" in capsys.readouterr().err
     assert cli.main(["convert", str(tmp_path / "moe"), *arguments[2:-1], str(tmp_path / "again"), "--steps", "0"]) == 2
     assert "which is already converted" in capsys.readouterr().err
 
@@ -221,7 +222,7 @@ _PEAK = """
 import sys, warnings
 import torch
 import dotmoe_kernels as dk
-from dotmoe_kernels.conversion.streaming import convert_folder
+from dotmoe_kernels.conversion import convert_folder
 from dotmoe_kernels.models.shards import ShardReader
 def peak():
     with open("/proc/self/status") as status:

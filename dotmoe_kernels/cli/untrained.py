@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._checks import require
-from .inputs import reading, require_model_folder
+from .inputs import named, reading, require_model_folder
 
 if TYPE_CHECKING:
     from ..alignment.config import AlignmentConfig
@@ -30,7 +30,7 @@ def run_untrained(args: argparse.Namespace, options: AlignmentConfig, topology: 
     from ..conversion.sources import read_tokenizer
     from ..conversion.streaming import convert_folder
 
-    with reading(args.model):
+    with named(method="--method", output="--output"), reading(args.model):
         dense = dense_config(args.model, None)
         checks = convert_folder(
             folder,

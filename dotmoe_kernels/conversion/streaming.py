@@ -137,8 +137,8 @@ def convert_folder(
     """
     options = AlignmentConfig() if alignment is None else alignment
     require(method in METHODS, "method", repr(method), " | ".join(METHODS))
-    needed = "activation" in (method, options.init if method == "dot" else "")
-    require(not needed, "method", "activation", 'one that needs no text, or data to calibrate on, for "activation"')
+    for name, kind in (("method", method), ("init", options.init if method == "dot" else None)):
+        require(kind != "activation", name, "activation", "one that needs no text, or data to calibrate on")
     path = check_target(output, "output", overwrite)
     config, dense = copy.deepcopy(config), AutoConfig.from_pretrained(source)
     with torch.device("meta"):

@@ -4,6 +4,7 @@ config.py      its structure                          surgery.py     a dense mod
 block.py       router and experts of a layer          modeling.py    the causal LM around a dense backbone
 folder.py      what a saved model must hold           checkpoint.py  save and load
 counts.py      parameters, all and active             card.py        README.md of a saved model
+shards.py      safetensors folders a tensor at a time
 inspect.py     what `dotmoe info` shows               registry.py    the experts of stock models on this library's kernels
 """
 
