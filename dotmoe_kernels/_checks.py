@@ -5,7 +5,8 @@ and not while torch.compile traces, when there are none.
 
 from __future__ import annotations
 
-from math import isfinite
+from math import isfinite, isnan
+from numbers import Integral, Number, Real
 from typing import NoReturn
 
 import torch
@@ -30,6 +31,8 @@ def require_tensor(value: object, argument: str, dims: str) -> Tensor:
     """``value`` must be a tensor; ``dims`` says its shape in words for the message."""
     if not isinstance(value, Tensor):
         refuse(argument, f"a {type(value).__name__}", f"a tensor {dims}")
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        refuse(argument, "inside a transform of torch.func (grad, vmap, ...)", "torch.autograd; or use dotmoe_kernels.reference")
     return value
 
 
@@ -94,6 +97,20 @@ def require_range(tensor: Tensor, argument: str, low: int, high: int) -> None:
         refuse(argument, f"in [{least}, {most}]", f"entries from {low} to {high}")
 
 
+def require_mask(value: object, argument: str, shape: tuple[int, ...], dims: str) -> Tensor:
+    """A mask of that shape as bool, from bool or from integers 0 and 1. A float one may be additive, 0 where a token counts: read
+    as truth it would mean the opposite."""
+    mask = require_tensor(value, argument, dims)
+    require_shape(mask, argument, shape, dims)
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_floating_point() or mask.is_complex():
+        refuse(argument, f"of dtype {mask.dtype}", "bool, or integers 0 and 1; true for a valid token")
+    if has_values(mask) and mask.numel() and not 0 <= int(mask.min()) <= int(mask.max()) <= 1:
+        refuse(argument, f"in [{int(mask.min())}, {int(mask.max())}]", "bool, or integers 0 and 1; true for a valid token")
+    return mask.bool()
+
+
 def require_offsets(offsets: object, argument: str, num_groups: int, num_rows: int) -> Tensor:
     """[E + 1] offsets with a leading 0, not decreasing, the last at most ``num_rows`` (the values where they are at hand)."""
     tensor = require_indices(offsets, argument, 1, "[E + 1]")
@@ -105,6 +122,23 @@ def require_offsets(offsets: object, argument: str, num_groups: int, num_rows: i
         if values[-1] > num_rows:
             refuse(argument, f"ending at {values[-1]}", f"at most the {num_rows} rows there are")
     return tensor
+
+
+def is_integer(value: object) -> bool:
+    """Python's or NumPy's; True and False are none."""
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+def is_number(value: object) -> bool:
+    """Real, Python's or NumPy's, and not NaN; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and not isnan(value)
+
+
+def plain_numbers(config: object) -> None:
+    """NumPy's numbers among the attributes become Python's, which JSON can hold."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, Number) and hasattr(value, "item"):
+            object.__setattr__(config, name, value.item())
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

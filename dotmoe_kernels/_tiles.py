@@ -370,6 +370,15 @@ def most_idle(width: int) -> float:
     return 0.6 if width < _CPU_WIDE else 0.5
 
 
+_CPU_DECODE_TOKENS = 2  # in 16 bits
+_CPU_GATHERED = 2**20  # elements up to which a copy of 16-bit weights costs less than a product's call for each expert
+
+
+def gathers_experts(elements: int, dtype: torch.dtype, device: str) -> bool:
+    """Whether decode on a CPU copies the chosen experts' ``elements`` of gate and up together, for one product instead of many."""
+    return device == "cpu" and dtype in (torch.bfloat16, torch.float16) and elements <= _CPU_GATHERED
+
+
 # masked_ffn on a CPU: tokens from which on the zeros left out outweigh the copies of the weights; rows of an expert from which on a
 # product of its own is worth its calls; rows times neurons of it from which on two threads have something to share. Without matrix
 # units for them 16-bit products are slow, and so is nothing beside them; without a backward pass one product of three is spared
@@ -410,6 +419,8 @@ def pick_path(
         if T == 1:
             return Choice("decode", "one token: matrix-vector products with the chosen experts")
         if dtype in (torch.bfloat16, torch.float16):
+            if T <= _CPU_DECODE_TOKENS:
+                return Choice("decode", f"16 bits and T <= {_CPU_DECODE_TOKENS}: down_proj is read by rows, not expert by expert")
             return Choice("grouped", "16 bits: many experts in one batched product")
         return Choice("grouped", "reads only the experts that were chosen")
     if dtype == torch.float64:

@@ -9,7 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ._checks import require, require_indices
+from ._checks import is_integer, require, require_indices
+
+COLLAPSE = "what those hold is pruned, not routed"
+_ENOUGH = 16  # slots an expert
 
 
 @torch.no_grad()
@@ -25,7 +28,7 @@ def perplexity(model: nn.Module, tokens: Tensor, *, batch_size: int = 8) -> floa
         ValueError: tokens of a wrong shape or dtype, a batch_size below 1.
     """
     require_indices(tokens, "tokens", 2, "[N, S]")
-    require(isinstance(batch_size, int) and batch_size >= 1, "batch_size", batch_size, "an integer of at least 1")
+    require(is_integer(batch_size) and batch_size >= 1, "batch_size", batch_size, "an integer of at least 1")
     require(
         tokens.shape[0] >= 1 and tokens.shape[1] >= 2, "tokens", f"of shape {list(tokens.shape)}", "at least one pair of tokens"
     )
@@ -62,6 +65,21 @@ def load_summary(load: Tensor) -> dict[str, float]:
     }
 
 
+def unused_experts(slots: dict[str, Tensor]) -> dict[str, int]:
+    """Of the slots [E] of every expert, by layer: the layers that leave experts without a token, and how many.
+
+    A layer of fewer than 16 slots an expert in the mean is not judged: there one without a token may be chance."""
+    found = {name: int((count == 0).sum()) for name, count in slots.items() if float(count.sum()) >= _ENOUGH * len(count)}
+    return {name: count for name, count in found.items() if count}
+
+
+def unused_line(unused: dict[str, int], slots: dict[str, Tensor]) -> str:
+    """``unused_experts`` in words."""
+    worst = max(unused, key=lambda name: unused[name])
+    most = f"the most in {worst}, {unused[worst]} of {len(slots[worst])}"
+    return f"{len(unused)} of {len(slots)} layers leave experts without a token ({most})"
+
+
 def active_summary(counts: Tensor) -> dict[str, float]:
     """Of counts [E + 1], the tokens by their number of active experts: mean, least, (lower) median and most."""
     total, numbers = counts.sum(), torch.arange(counts.numel(), device=counts.device)
@@ -82,6 +100,7 @@ class RoutingCounts:
     def __init__(self) -> None:
         self.slots: dict[str, Tensor] = {}  # [E] slots of every expert
         self.active: dict[str, Tensor] = {}  # [E + 1] tokens by their number of active experts
+        self.routes: dict[str, Tensor] = {}  # [E] sum over the tokens of r_t, see mutual_information
 
     def __call__(self) -> dict[str, Tensor]:
         return {name: count.double() / count.sum().clamp(min=1) for name, count in self.slots.items()}
@@ -90,12 +109,35 @@ class RoutingCounts:
         """Mean number of active experts a token, by layer."""
         return {name: active_summary(counts)["mean"] for name, counts in self.active.items()}
 
+    def mutual_information(self) -> dict[str, float]:
+        """I(token; expert) in nats, by layer: what a token says of the expert that it gets.
+
+            I = H(mean_t r_t) - mean_t H(r_t),   r_t [E]: 1 / k_t for each of the k_t experts that token t chose
+
+        A token is an occurrence in its context, not an id of the vocabulary, which the router does not see: nothing is estimated
+        from a table of ids and experts, and there is no bias to correct. 0: every token gets the same experts, and the layer is a
+        pruned dense one. With K experts a token H(r_t) = log K, so that I is at most log(E / K), which an even load reaches; with
+        K = 1 it is the entropy of the load.
+        """
+        found = {}
+        for name, routes in self.routes.items():
+            counts, share = self.active[name].double(), routes / routes.sum().clamp(min=1)
+            sizes = torch.arange(counts.numel(), device=counts.device).clamp(min=1).double()
+            within = (counts * sizes.log()).sum() / counts[1:].sum().clamp(min=1)  # mean_t log k_t
+            found[name] = max(0.0, float(-torch.xlogy(share, share).sum() - within))
+        return found
+
     def add(self, name: str, indices: Tensor, num_experts: int) -> None:
         """Counts indices [T, K], of which num_experts is an empty slot."""
-        found = torch.bincount(indices.flatten(), minlength=num_experts + 1)[:num_experts]
-        active = torch.bincount((indices < num_experts).sum(-1), minlength=num_experts + 1)
-        self.slots[name] = self.slots[name] + found if name in self.slots else found
-        self.active[name] = self.active[name] + active if name in self.active else active
+        active = (indices < num_experts).sum(-1, keepdim=True)  # [T, 1]
+        weights = (1 / active.clamp(min=1).double()).expand(indices.shape)
+        flat, size = indices.flatten(), num_experts + 1
+        for counted, found in (
+            (self.slots, torch.bincount(flat, minlength=size)[:num_experts]),
+            (self.active, torch.bincount(active.flatten(), minlength=size)),
+            (self.routes, torch.bincount(flat, weights.flatten(), minlength=size)[:num_experts]),
+        ):
+            counted[name] = counted[name] + found if name in counted else found
 
 
 @contextmanager

@@ -15,11 +15,17 @@ settings.register_profile("dotmoe", deadline=None, max_examples=15, derandomize=
 settings.load_profile("dotmoe")
 
 
-def pytest_collection_modifyitems(items):
-    if not HAS_GPU:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False"))
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    slow = config.getoption("--slow")
+    for item in items:
+        if not HAS_GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False"))
+        if not slow and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow, minutes on two cores: --slow runs it"))
 
 
 @pytest.fixture(autouse=True)

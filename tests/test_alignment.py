@@ -533,7 +533,7 @@ def test_the_log_has_a_line_a_step_with_every_term(tmp_path):
     assert rows == result.log
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     wanted = {"step", "tau", "loss", "kl", "ce", "z", "balance", "grad_norm", "lr", "seconds"}
-    wanted |= {"sinkhorn_iters", "sinkhorn_error", "rounding_gap"}
+    wanted |= {"sinkhorn_iters", "sinkhorn_error", "rounding_gap", "experts_in_use", "largest_load"}
     assert all(set(row) == wanted for row in rows)
     assert all(math.isfinite(v) for row in rows for v in row.values())
 

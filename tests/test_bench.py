@@ -332,3 +332,30 @@ def test_the_dense_step_is_not_the_sparse_one(step):
     shape, w, inputs, error = step
     found, _ = training.steps(shape, w, inputs, ("ours", "dense"))
     assert error("dense", [found["ours"](inputs.dy)[0], *found["dense"](inputs.dy)[1:]]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("flags", "whole"),
+    [
+        ((), True),
+        (("--kernel", "NAME"), False),
+        (("--target", "sm_90"), False),
+        (("--first",), False),
+        (("--no-json",), False),
+    ],
+    ids=lambda value: " ".join(value) or "everything" if isinstance(value, tuple) else "",
+)
+def test_a_part_of_the_compile_report_is_not_written_where_a_whole_one_goes(tmp_path, monkeypatch, capsys, flags, whole):
+    triton = pytest.importorskip("triton")
+    from bench.kernels import KERNELS, compile_report
+
+    flags = [next(iter(KERNELS)) if flag == "NAME" else flag for flag in flags]
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(compile_report, "compile_all", lambda *args: [])
+    monkeypatch.setattr(compile_report.machine, "RESULTS", tmp_path / "results")
+    assert compile_report.main(flags) == 0
+    assert len(list(tmp_path.rglob("*.json"))) == whole
+    assert ("a part of a report" in capsys.readouterr().out) == (not whole and "--no-json" not in flags)
+    if "--no-json" not in flags:
+        assert compile_report.main([*flags, "--output", str(tmp_path / "part.json")]) == 0
+        assert (tmp_path / "part.json").is_file()

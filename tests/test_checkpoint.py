@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import dotmoe_kernels as dk
-from dotmoe_kernels.conversion import DotMoeConfig, all_experts, materialize, moe_blocks
+from dotmoe_kernels import exports
+from dotmoe_kernels.conversion import DotMoeConfig, all_experts, finetuning, materialize, moe_blocks
 
 SHAPE = {"num_experts": E, "top_k": 2}
 MLP = "model.layers.0.mlp"
@@ -293,13 +294,111 @@ def test_existing_folder(saved, tmp_path):
         dk.save(sparse_model(), tmp_path / "file", overwrite=True)
 
 
-def test_overwrite(saved):
-    model = sparse_model(seed=9)
-    (saved / "stale.txt").write_text("x")
-    dk.save(model, saved, overwrite=True)
-    assert same_state(dk.load(saved), model)
-    assert not (saved / "stale.txt").exists()
+def keep_sake(folder):
+    """Files that are no part of a model, and their contents."""
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref")
+    (folder / "checkpoint-500").mkdir()
+    (folder / "checkpoint-500" / "model.safetensors").write_bytes(b"weights")
+    (folder / "corpus.txt").write_text("text")
+    names = [".git/HEAD", "checkpoint-500/model.safetensors", "corpus.txt"]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize("act", ["save", "export"])
+def test_overwrite_replaces_the_model_and_keeps_the_rest(saved, tmp_path, act):
+    model, kept = sparse_model(seed=9), keep_sake(saved)
+    if act == "save":
+        dk.save(model, saved, overwrite=True)
+        assert same_state(dk.load(saved), model)
+    else:
+        dk.save(model, tmp_path / "source")
+        dk.export(tmp_path / "source", saved, overwrite=True)
+        assert same_state(AutoModelForCausalLM.from_pretrained(saved), dense_model(seed=9))
+        shutil.rmtree(tmp_path / "source")
+    assert {name: (saved / name).read_bytes() for name in kept} == kept
     assert [f.name for f in saved.parent.iterdir()] == ["model"]
+    assert not list(saved.glob(".dotmoe-*"))
+
+
+def test_overwrite_leaves_nothing_of_the_older_model(tmp_path):
+    """Neither shards nor a tokenizer's chat template, in whatever order the sizes come."""
+    old, new, folder = word_tokenizer(), word_tokenizer(), tmp_path / "m"
+    old.chat_template = "{{ messages }}"
+    dk.save(sparse_model(), folder, tokenizer=old, max_shard_size="20KB")
+    assert {"chat_template.jinja", "model.safetensors.index.json"} <= contents(folder).keys()
+    for size in ("5GB", "10KB", "40KB"):
+        model = sparse_model(seed=len(size))
+        dk.save(model, folder, tokenizer=new, max_shard_size=size, overwrite=True)
+        dk.save(model, tmp_path / size, tokenizer=new, max_shard_size=size)
+        assert contents(folder).keys() == contents(tmp_path / size).keys()
+        assert same_state(dk.load(folder), model)
+
+
+def test_an_older_tokenizer_stays_where_none_is_given(tmp_path):
+    dk.save(sparse_model(), tmp_path / "m", tokenizer=word_tokenizer())
+    dk.save(sparse_model(seed=9), tmp_path / "m", overwrite=True)
+    assert AutoTokenizer.from_pretrained(tmp_path / "m")("a b")["input_ids"] == [2, 3]
+
+
+@pytest.mark.parametrize("text", ['{"port": 80}', "[]", "{", '{"model_type": 3}'])
+def test_a_config_of_something_else_makes_no_model_folder(tmp_path, text):
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "config.json").write_text(text)
+    (tmp_path / "app" / "README.md").write_text("mine")
+    before = contents(tmp_path / "app")
+    with pytest.raises(ValueError, match=r"which holds something else than a model; allowed: a new folder, or one with the config"):
+        dk.save(sparse_model(), tmp_path / "app", overwrite=True)
+    assert contents(tmp_path / "app") == before
+
+
+def test_a_folder_in_the_place_of_a_file(saved):
+    (saved / "README.md").unlink()
+    (saved / "README.md").mkdir()
+    (saved / "README.md" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"whose README.md is a folder; allowed"):
+        dk.save(sparse_model(), saved, overwrite=True)
+    assert (saved / "README.md" / "notes.txt").read_text() == "mine"
+
+
+def test_an_adapter_is_never_left_beside_another_model(saved, tmp_path):
+    """transformers would put it into whatever model it finds there."""
+    (saved / "adapter_config.json").write_text("{}")
+    before = contents(saved)
+    dk.save(sparse_model(), tmp_path / "source")
+    for act in (
+        lambda: dk.save(sparse_model(seed=9), saved, overwrite=True),
+        lambda: dk.export(tmp_path / "source", saved, overwrite=True),
+    ):
+        with pytest.raises(
+            ValueError, match=r"whose adapter_config.json would be loaded into the model; allowed: a folder without one"
+        ):
+            act()
+    assert contents(saved) == before
+
+
+def test_export_never_replaces_its_source(saved, tmp_path):
+    before = contents(saved)
+    (tmp_path / "link").symlink_to(saved)
+    for out in (saved, tmp_path / "link", f"{saved}/../model/"):
+        with pytest.raises(ValueError, match=r"out is .*model, which holds folder; allowed: another folder"):
+            dk.export(saved, out, overwrite=True)
+    assert contents(saved) == before
+
+
+def test_export_replaces_no_file_that_is_not_a_models(saved, tmp_path):
+    dk.export(saved, tmp_path / "out")
+    for folder in (saved, tmp_path / "out"):
+        (folder / "notes.txt").write_text(str(folder))
+    dk.export(saved, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "notes.txt").read_text() == str(tmp_path / "out")
+
+
+def test_a_fresh_volume_is_empty(tmp_path):
+    (tmp_path / "volume" / "lost+found").mkdir(parents=True)
+    dk.save(sparse_model(), tmp_path / "volume")
+    assert (tmp_path / "volume" / "lost+found").is_dir()
+    dk.load(tmp_path / "volume")
 
 
 def test_overwrite_refuses_a_folder_without_a_model(tmp_path):
@@ -335,7 +434,7 @@ def test_failed_rename_puts_the_old_folder_back(saved, monkeypatch):
     before, rename = contents(saved), type(saved).rename
 
     def failing(self, target):
-        if ".new-" in self.name:
+        if ".new" in str(self.parent):
             raise OSError("on purpose")
         return rename(self, target)
 
@@ -344,6 +443,72 @@ def test_failed_rename_puts_the_old_folder_back(saved, monkeypatch):
         dk.save(sparse_model(seed=9), saved, overwrite=True)
     assert contents(saved) == before
     assert [f.name for f in saved.parent.iterdir()] == ["model"]
+
+
+class Damaging:
+    """As a save that goes wrong without an error."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def save_pretrained(self, folder):
+        if self.what == "tensor":
+            edit(folder, lambda state: state.pop(f"{MLP}.gate.weight"))
+        elif self.what == "shape":
+            edit(folder, lambda state: state.update({f"{MLP}.gate.weight": torch.zeros(2, 2)}))
+        else:
+            (folder / "model.safetensors").write_bytes(b"")
+
+
+@pytest.mark.parametrize("what", ["tensor", "shape", "file"])
+def test_what_cannot_be_read_back_is_not_saved(saved, tmp_path, what):
+    before = contents(saved)
+    for folder in (saved, tmp_path / "new"):
+        with pytest.raises(ValueError, match=rf"{folder}.*; allowed: ") as caught:
+            dk.save(sparse_model(seed=9), folder, tokenizer=Damaging(what), overwrite=True)
+        assert ".dotmoe-" not in str(caught.value)
+    assert contents(saved) == before
+    assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "left over", "shape"])
+def test_a_dense_export_that_cannot_be_read_back_is_not_written(saved, tmp_path, monkeypatch, kind):
+    real = exports.restore_dense
+
+    def damaged(model):
+        dense = real(model)
+        if kind == "missing":
+            del dense.model.norm
+        elif kind == "left over":
+            dense.model.more = torch.nn.Linear(2, 2)
+        else:
+            dense.model.norm.weight = torch.nn.Parameter(torch.ones(3))
+        return dense
+
+    monkeypatch.setattr(exports, "stream_dense", lambda *args: None)  # as of a backbone whose files have other names
+    monkeypatch.setattr(exports, "restore_dense", damaged)
+    with pytest.raises(ValueError, match=r"model\.(norm|more)") as caught:
+        dk.export(saved, tmp_path / "out")
+    assert f"{tmp_path / 'out'} is " in str(caught.value)
+    assert ".dotmoe-" not in str(caught.value)
+    assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("kind", ["renamed", "left over", "shape"])
+def test_names_that_cannot_be_read_back_are_refused_before_the_fine_tuning(kind):
+    model, done = sparse_model(), []
+    attention = model.model.layers[1].self_attn
+    if kind == "renamed":
+        torch.nn.utils.parametrizations.weight_norm(attention.q_proj)
+    elif kind == "left over":
+        attention.more = torch.nn.Linear(2, 2)
+    else:
+        model.config.get_text_config().vocab_size += 8
+    with pytest.raises(
+        ValueError, match=r"model is a \w+ (with the tensor|whose) .*; allowed: the tensors that a model of its config has"
+    ):
+        finetuning.finetune(model, tokens(), finetuning.FinetuneConfig(steps=1), on_step=done.append)
+    assert done == []
 
 
 HARSH = """
@@ -356,7 +521,7 @@ class Killer:
         os.kill(os.getpid(), signal.SIGKILL)
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-for act in (lambda: dk.save(model, folder, overwrite=True), lambda: dk.export(folder, folder, overwrite=True)):
+for act in (lambda: dk.save(model, folder, overwrite=True), lambda: dk.export(folder, folder + "-dense")):
     try:
         act()
     except Exception as error:
@@ -373,7 +538,7 @@ def test_file_size_limit_and_kill(saved):
     done = subprocess.run([sys.executable, "-c", HARSH, str(saved)], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == ["refused ['model']"] * 2, done.stderr
     assert done.returncode == -9
-    assert contents(saved) == before
-    (left,) = saved.parent.glob(".model.new-*")
-    shutil.rmtree(left)
+    (left,) = saved.glob(".dotmoe-*.new")
     assert dk.load(saved).config.num_experts == E
+    shutil.rmtree(left)
+    assert contents(saved) == before

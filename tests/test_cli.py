@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -383,6 +384,50 @@ def test_eval_as_text(capsys, here, converted):
         assert part in out
 
 
+def test_eval_says_what_a_token_tells_of_its_expert(capsys, here, converted):
+    arguments = ("eval", converted, "--data", here / "held.txt", "--sequence-length", S)
+    _, out, _ = call(capsys, *arguments)
+    report = json.loads(call(capsys, *arguments, "--json")[1])
+    assert "I, the mutual information between token and expert in nats\n(0 = pruning; at most log(E / K), 1.386 here):" in out
+    for name, load in report["load"].items():
+        entropy = -sum(p * math.log(p) for p in load["share"] if p)
+        assert report["mutual_information"][name] == pytest.approx(max(entropy - math.log(2), 0), abs=1e-9)
+        row = next(line for line in out.splitlines() if line.startswith(f"  {name} "))
+        assert row.split()[-1] == f"{report['mutual_information'][name]:.3f}"
+
+
+def test_convert_says_that_the_routing_collapsed(capsys, here, tmp_path, tokenizer):
+    """Embeddings that are one vector but for a little: every token goes to the same experts."""
+    model = write_model(tmp_path / "dense", tokenizer)
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 20 * torch.randn(32)
+    model.save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(prose(300))
+    arguments = convert_arguments(here, tmp_path / "moe", model=tmp_path / "dense", data=tmp_path / "text.txt")
+    status, out, err = call(capsys, *arguments)
+    assert status == 0
+    assert err.count("\n") == 1
+    assert err.startswith("dotmoe convert: warning: 2 of 2 layers leave experts without a token (the most in model.layers.")
+    assert err.endswith(" on the held-out text: what those hold is pruned, not routed\n")
+    card = (tmp_path / "moe" / "README.md").read_text()
+    assert "**Unused experts.** 2 layers leave experts without a token on the text that was held out" in card
+    assert "## unused experts" in card
+
+
+def test_hidden_and_centre_reach_the_run(capsys, here, tmp_path):
+    output = tmp_path / "moe"
+    status, _, err = call(capsys, *convert_arguments(here, output, "--hidden", "4", "--centre"))
+    assert (status, err) == (0, "")
+    rows = [json.loads(line) for line in (tmp_path / "moe.run" / "log.jsonl").read_text().splitlines()]
+    assert all(row["hidden"] > 0 for row in rows)
+    assert len(dk.load(output).config.stages["align"]["hidden"]) == 2
+    status, _, err = call(capsys, *convert_arguments(here, tmp_path / "other", "--hidden", "-1"))
+    assert_one_line(status, err, "convert", "--hidden is -1.0; allowed: a number of at least 0")
+    arguments = ("--data", here / "text.txt", "--output", tmp_path / "other", "--stage", "reconstruct", "--hidden", "2")
+    status, _, err = call(capsys, "convert", here / "dense", *arguments)
+    assert_one_line(status, err, "convert", "--hidden is 2.0; allowed: together with --stage align")
+
+
 def test_eval_of_a_fine_tuned_model_claims_nothing_of_the_dense_one(capsys, here, converted, tmp_path):
     model = dk.load(converted)
     model.config.stages = {"finetune": [{"steps": 1}]}
@@ -615,6 +660,18 @@ def test_convert_an_encoder(capsys, here, wrong, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_convert_a_folder_with_an_adapter(capsys, here, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder = shutil.copytree(here / "dense", tmp_path / "adapted")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    arguments = convert_arguments(here, tmp_path / "moe")
+    arguments[1] = str(folder)
+    status, _, err = call(capsys, *arguments)
+    assert_one_line(status, err, "convert", "merge_and_unload() puts them into the weights")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_convert_a_converted_model(capsys, here, converted, tmp_path):
     status, _, err = call(capsys, *convert_arguments(here, tmp_path / "again", model="moe"))
     assert_one_line(status, err, "convert", "already converted; allowed: a dense model")
@@ -723,15 +780,23 @@ def test_output_that_cannot_be_made_ends_before_the_model_is_loaded(capsys, here
     parent = tmp_path / "parent"
     if kind == "in a file":
         parent.write_text("mine")
+        reason = "Not a directory"
     else:
         parent.mkdir()
-        real = os.access  # the superuser, who may run these tests, can write anywhere
-        monkeypatch.setattr(os, "access", lambda path, mode: path != parent and real(path, mode))
+        real, reason = os.mkdir, "Permission denied"  # the superuser, who may run these tests, can write anywhere
+
+        def mkdir(path, *args, **kwargs):
+            if os.path.dirname(path) == str(parent):
+                raise PermissionError(13, reason, str(path))
+            real(path, *args, **kwargs)
+
+        monkeypatch.setattr(os, "mkdir", mkdir)
     output = parent / "new" / "moe"
     status, out, err = call(capsys, *convert_arguments(here, output))
     assert out == ""
-    message = f"--output is {output}, and {parent} cannot be written to; allowed: a folder that can be made"
-    assert_one_line(status, err, "convert", message)
+    assert_one_line(status, err, "convert", f"--output is {output}, which cannot be written to ([Errno ")
+    assert f"{reason}: " in err
+    assert err.endswith("; allowed: a folder that can be made\n")
 
 
 def test_output_never_replaces_the_model(capsys, here, tmp_path):
@@ -740,7 +805,7 @@ def test_output_never_replaces_the_model(capsys, here, tmp_path):
     (tmp_path / "link").symlink_to("dense")
     for output in (tmp_path / "dense", tmp_path / "link"):
         status, _, err = call(capsys, *convert_arguments(here, output, "--overwrite", model=tmp_path / "dense"))
-        assert_one_line(status, err, "convert", f"--output is {output}, which would replace MODEL; allowed: another folder")
+        assert_one_line(status, err, "convert", f"--output is {output}, which holds MODEL; allowed: another folder")
     (tmp_path / "link").unlink()
     assert contents(tmp_path) == before
 
@@ -750,7 +815,7 @@ def test_the_folder_of_the_run_never_replaces_the_model(capsys, here, tmp_path):
     before = contents(tmp_path)
     for extra in ((), ("--overwrite",)):
         status, _, err = call(capsys, *convert_arguments(here, tmp_path / "moe", *extra, model=tmp_path / "moe.run"))
-        assert_one_line(status, err, "convert", "which would replace MODEL; allowed: another folder")
+        assert_one_line(status, err, "convert", f"and {tmp_path / 'moe.run'} holds MODEL; allowed: another folder")
     assert contents(tmp_path) == before
 
 
@@ -773,14 +838,15 @@ def test_the_folder_of_the_run_replaces_runs_alone(capsys, here, tmp_path):
     ],
 )
 def test_output_without_a_name(capsys, here, tmp_path, monkeypatch, name, message):
+    (tmp_path / "notes.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)
     status, out, err = call(capsys, *convert_arguments(here, name))
     assert_one_line(status, err, "convert", message.format(tmp_path))
     assert out == ""
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("kind", ["a model", "something else", "empty", "a file"])
+@pytest.mark.parametrize("kind", ["a model", "something else", "a file"])
 def test_output_that_exists(capsys, here, converted, tmp_path, kind):
     output = tmp_path / "moe"
     if kind == "a model":
@@ -789,11 +855,11 @@ def test_output_that_exists(capsys, here, converted, tmp_path, kind):
         output.write_text("mine")
     else:
         output.mkdir()
-        if kind == "something else":
-            (output / "notes.txt").write_text("mine")
+        (output / "notes.txt").write_text("mine")
     before = contents(tmp_path)
     status, _, err = call(capsys, *convert_arguments(here, output))
-    assert_one_line(status, err, "convert", f"--output is {output}, which exists; allowed: a new folder, or --overwrite")
+    message = "a file; allowed: a folder" if kind == "a file" else "which exists; allowed: a new folder, or --overwrite"
+    assert_one_line(status, err, "convert", f"--output is {output}, {message}")
     assert contents(tmp_path) == before
 
 
@@ -822,7 +888,6 @@ COMMANDS = {
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("dense", "MODEL is {}, whose model_type is 'llama'; allowed: a folder written by dotmoe_kernels.save"),
         ("empty folder", "MODEL is {}, without a config.json; allowed: a folder written by dotmoe_kernels.save"),
         ("not there", "MODEL is {}, which does not exist; allowed: a folder written by dotmoe_kernels.save"),
         ("short.txt", "MODEL is {}, which is no folder; allowed: a folder written by dotmoe_kernels.save"),
@@ -836,7 +901,7 @@ COMMANDS = {
     ],
 )
 def test_a_folder_that_is_no_converted_model(capsys, here, wrong, converted, tmp_path, command, model, message):
-    folder = {"dense": here / "dense", "a/name": model, "": model}.get(model, wrong / model)
+    folder = {"a/name": model, "": model}.get(model, wrong / model)
     if model.startswith("moe"):
         folder = tmp_path / "moe"
         left_out = {"moe without weights": ["*.safetensors"], "moe without tokenizer": ["token*", "special*"]}.get(model, [])
@@ -1086,9 +1151,8 @@ def test_the_demo_command(capsys, here, tmp_path, tiny_demo):
     status, _, err = call(capsys, *arguments[:3], tmp_path / "missing.txt", *arguments[4:], "--overwrite")
     assert_one_line(status, err, "demo", "missing.txt, which does not exist")
     assert contents(tmp_path / "demo") == before
-    (tmp_path / "demo" / "stale").write_text("old")
     assert call(capsys, *arguments, "--overwrite")[0] == 0
-    assert not (tmp_path / "demo" / "stale").exists()
+    assert contents(tmp_path / "demo").keys() == before.keys()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 import dotmoe_kernels as dk
 from dotmoe_kernels.alignment.config import AlignmentConfig
-from dotmoe_kernels.conversion import DotMoeConfig, DotMoeForCausalLM, moe_blocks, self_check
+from dotmoe_kernels.conversion import DotMoeConfig, DotMoeForCausalLM, find_ffns, moe_blocks, self_check
 from dotmoe_kernels.conversion import pipeline as module
 from dotmoe_kernels.conversion.pipeline import METHODS
 
@@ -427,6 +427,8 @@ def test_a_model_without_a_recognisable_ffn():
 def test_a_model_without_linear_layers():
     model = nn.Sequential(nn.ReLU())
     with pytest.raises(ValueError, match="no FFN was recognised: there is no linear layer in it"):
+        find_ffns(model)
+    with pytest.raises(ValueError, match="model is a Sequential; allowed: a dense causal LM of transformers"):
         convert(model)
 
 
@@ -443,4 +445,5 @@ def test_layers_of_different_width_are_refused_before_the_training(monkeypatch):
     monkeypatch.setattr(module, "align", None)
     model, wide = dense_model(), dense_model(intermediate_size=2 * F)
     model.model.layers[1].mlp = wide.model.layers[1].mlp
-    rejected(rf"model is with FFN widths \[{F}, {2 * F}\]; allowed: one width for every layer", model=model)
+    given = rf"model.layers.1.mlp.gate_proj.weight is of shape \[{2 * F}, {H}\]; allowed: \[{F}, {H}\], as its config says"
+    rejected(given, model=model)

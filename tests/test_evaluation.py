@@ -10,7 +10,16 @@ from tiny import E, K, V, dense_model, sparse_model, tokens
 from torch import nn
 
 from dotmoe_kernels.conversion import all_experts
-from dotmoe_kernels.evaluation import collect_load, load_summary, perplexity, reconstruction_error, retention
+from dotmoe_kernels.evaluation import (
+    RoutingCounts,
+    collect_load,
+    load_summary,
+    perplexity,
+    reconstruction_error,
+    retention,
+    unused_experts,
+    unused_line,
+)
 
 
 class Constant(nn.Module):
@@ -164,3 +173,69 @@ def test_load_summary_counts_in_multiples_of_the_even_share():
     found = load_summary(load)
     assert found == {"min": 0.0, "median": pytest.approx(0.5), "max": pytest.approx(3.75), "unused": 2}
     assert load_summary(torch.full((8,), 1 / 8)) == {"min": 1.0, "median": 1.0, "max": 1.0, "unused": 0}
+
+
+# --- does a token tell its experts ----------------------------------------------------------------------------------------
+
+
+def information(*batches, num_experts=E):
+    counts = RoutingCounts()
+    for indices in batches:
+        counts.add("layer", torch.as_tensor(indices), num_experts)
+    return counts.mutual_information()["layer"]
+
+
+@pytest.mark.parametrize("row", [[0], [3, 5], [7, 1, 2], list(range(E))])
+def test_the_same_experts_for_every_token_say_nothing(row):
+    assert information([row] * 20) == pytest.approx(0, abs=1e-12)
+
+
+def test_one_expert_told_by_the_token_is_the_entropy_of_the_load():
+    expert_of = torch.tensor([0, 0, 0, 1, 1, 5])
+    ids = torch.randint(0, 6, (1000,), generator=torch.Generator().manual_seed(0))
+    load = torch.bincount(expert_of[ids], minlength=E).double() / 1000
+    entropy = float(-torch.xlogy(load, load).sum())
+    assert entropy > 0.5
+    assert information(expert_of[ids][:, None]) == pytest.approx(entropy, rel=1e-12)
+    assert information(*expert_of[ids][:, None].split(300)) == pytest.approx(entropy, rel=1e-12)  # batch by batch
+
+
+def test_an_even_load_of_several_experts_is_log_of_e_over_k():
+    rows = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert information(rows * 5) == pytest.approx(math.log(E / 2), rel=1e-12)
+
+
+def test_tokens_with_different_numbers_of_experts():
+    """r: (1, 0, 0), (1/2, 1/2, 0), (1/3, 1/3, 1/3); an empty slot is E, and a token without any counts nowhere."""
+    mean = torch.tensor([1 + 1 / 2 + 1 / 3, 1 / 2 + 1 / 3, 1 / 3], dtype=torch.float64) / 3
+    expected = float(-(mean * mean.log()).sum()) - (math.log(2) + math.log(3)) / 3
+    rows = [[0, 3, 3], [1, 0, 3], [2, 0, 1], [3, 3, 3]]
+    assert information(rows, num_experts=3) == pytest.approx(expected, rel=1e-12)
+
+
+def test_no_token_no_information():
+    assert information(torch.zeros(0, 2, dtype=torch.int64)) == 0
+
+
+def test_information_of_a_model():
+    model, x = sparse_model(), tokens(8, 16)
+    with collect_load(model) as counts:
+        perplexity(model, x)
+    for name, value in counts.mutual_information().items():
+        load = counts()[name]
+        assert value == pytest.approx(float(-torch.xlogy(load, load).sum()) - math.log(K), abs=1e-12)
+        assert 0 < value < math.log(E / K)
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "neuron_order"):
+                module.gate.weight.zero_()  # ties go to the first experts
+    with collect_load(model) as counts:
+        perplexity(model, x)
+    assert set(counts.mutual_information().values()) == {0.0}
+
+
+def test_unused_experts_are_named_where_there_are_enough_slots_to_say():
+    slots = {"a": torch.tensor([40, 0, 24, 0]), "b": torch.tensor([16, 16, 16, 16]), "c": torch.tensor([63, 0, 0, 0])}
+    assert unused_experts(slots) == {"a": 2}  # c has fewer than 16 an expert
+    line = "1 of 3 layers leave experts without a token (the most in a, 2 of 4)"
+    assert unused_line({"a": 2}, slots) == line

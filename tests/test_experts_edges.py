@@ -6,7 +6,7 @@ from checks import DEVICES, assert_same, value_and_gradients
 from shapes import PATHS, expert_weights, normal, routed_indices, uniform
 
 import dotmoe_kernels as dk
-from dotmoe_kernels import _backend, _tiles
+from dotmoe_kernels import _backend, _tiles, reference
 
 
 @pytest.fixture(params=["pytorch", "triton"])
@@ -96,3 +96,48 @@ def test_more_slots_than_offsets_count():
     indices = torch.zeros(1, 1, dtype=torch.int32).expand(2**16, 2**15)
     with pytest.raises(ValueError, match=r"indices is .* fewer than 2\^31"):
         dk.expert_ffn(x, gate_up, down, indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("T", [1, 2, 5])
+@pytest.mark.parametrize("stored", ["by neuron", "by column"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_decode_on_a_cpu_is_the_reference(dtype, T, stored, weighted):
+    """Both storages of down_proj, empty slots, a token without any, an expert named twice; and what nobody chose may be NaN."""
+    gate_up, down = expert_weights(6, 8, 16, seed=0, dtype=torch.float64)
+    x, indices = normal(T, 16, seed=1, dtype=torch.float64), routed_indices(T, 3, 5, seed=2)
+    indices[0, 1] = indices[0, 0]
+    indices[T // 2, 2] = 6
+    if T > 2:
+        indices[-1] = 6
+    w = uniform(T, 3, seed=3, dtype=torch.float64) if weighted else None
+    ones = torch.ones(T, 3, dtype=torch.float64)
+    silu = torch.nn.functional.silu
+    expected = reference.expert_ffn(x, gate_up, down, indices, ones if w is None else w, activation=silu)
+    gate_up[5], down[5] = torch.nan, torch.inf  # indices name 0 to 4
+    down = down.contiguous() if stored == "by column" else down
+    given = [t.to(dtype) for t in (x, gate_up, down)]
+    assert given[2].transpose(1, 2).is_contiguous() == (stored == "by neuron")
+    found = dk.expert_ffn(*given, indices, None if w is None else w.to(dtype), path="decode")
+    assert found.dtype == dtype
+    scale = float(expected.abs().max())
+    assert float((found.double() - expected).abs().max()) <= 8 * torch.finfo(dtype).eps * scale
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("size", [1e25, 1e38], ids=["gate times up overflows", "the product overflows"])
+@pytest.mark.parametrize("path", PATHS)
+def test_what_no_token_chose_may_overflow_and_a_token_without_slots_may_be_nan(path, size):
+    tensors = problem(6, 5, 2, 8, 16) | {"weights": uniform(6, 2, seed=7, dtype=torch.float32)}
+    indices = torch.tensor([[0, 4], [5, 5], [2, 0], [2, 2], [5, 1], [4, 1]])  # nobody takes expert 3
+    tensors["gate_up_proj"][3] = tensors["gate_up_proj"][3].sign() * size
+    tensors["x"][1] = float("nan")
+    tensors["weights"][4, 0] = float("nan")  # of an empty slot
+    clean = tensors | {"x": tensors["x"].nan_to_num(), "gate_up_proj": tensors["gate_up_proj"].clamp(-1, 1)}
+    clean["weights"] = clean["weights"].nan_to_num()
+    for given in (tensors, {name: t for name, t in tensors.items() if name != "weights"}):
+        expected = value_and_gradients(ours(indices, path="grouped"), {name: clean[name] for name in given})
+        with torch.no_grad():
+            torch.testing.assert_close(ours(indices, path=path)(**given), expected["output 0"])
+        for name, value in value_and_gradients(ours(indices, path=path), given).items():
+            torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from checks import (
@@ -20,7 +21,8 @@ from shapes import balanced_expert_of, dense_ffn, generator, normal, routed_indi
 from transformers.activations import ACT2FN
 
 import dotmoe_kernels as dk
-from dotmoe_kernels import _tiles, reference
+from dotmoe_kernels import _backend, _tiles, reference
+from dotmoe_kernels.experts.masked.gpu import autograd as gpu_autograd
 
 SHAPES = [(13, 63, 7, 3, 10), (9, 296, 148, 37, 8), (20, 100, 37, 9, 6), (4, 16, 1, 1, 5), (1, 5, 5, 2, 3)]  # T, F, E, K, H
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["float64", "float32", "bfloat16"])
@@ -438,3 +440,42 @@ def test_one_router_gradient_at_a_time():
 
 def test_good_input_is_good():
     assert math.isclose(dk.masked_ffn(**good()).abs().sum().item(), 0.0)
+
+
+# --- what the mask drops ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["dense", "expert by expert", "triton", "triton by slots"])
+@pytest.mark.parametrize("soft", [(), ("plan",), ("probs",), ("weights",)], ids=lambda s: "+".join(s) or "hard")
+def test_an_overflow_that_the_mask_drops_stays_where_it_is(soft, how, monkeypatch):
+    """Straight through, the plan's rows of what overflowed are not finite, nor the router's of a token; all else is."""
+    monkeypatch.setattr(_tiles, "_SPLIT_HIDDEN", dict.fromkeys(_tiles._SPLIT_HIDDEN, 0))
+    monkeypatch.setattr(gpu_autograd, "leaves_zeros_out", lambda *a: how == "triton by slots")
+    tensors, expert_of, indices = problem(300 if "expert" in how else 13, 40, 8, 3, 6, *soft, seed=57, dtype=torch.float32)
+    indices[indices == 2] = 8
+    lost = expert_of == 2
+    for name in ("gate_proj", "up_proj"):
+        tensors[name][lost] = tensors[name][lost].sign() * 1e25
+    tame = tensors | {name: tensors[name].clamp(-9, 9) for name in ("gate_proj", "up_proj")}
+    run = ours(expert_of, indices, balanced=how == "triton by slots")
+    leaves = [tensors, tame]
+    functions = [run, run]
+    if how in ("expert by expert", "triton by slots"):
+        functions, leaves = zip(*(frozen(run, t) for t in leaves), strict=True)
+    with _backend.interpreted("triton" in how), np.errstate(all="ignore"):
+        found, expected = (value_and_gradients(f, t) for f, t in zip(functions, leaves, strict=True))
+    for name, value in found.items():
+        if name not in ("gradient of probs", "gradient of weights"):
+            at = ~lost if "plan" in name else ...
+            torch.testing.assert_close(value[at], expected[name][at], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_nan_token_with_only_empty_slots_is_zero():
+    tensors, expert_of, indices = problem(7, 24, 4, 2, 6, "weights", seed=58)
+    indices[3] = 4
+    expected = value_and_gradients(ours(expert_of, indices), tensors)
+    tensors["x"][3] = float("nan")
+    found = value_and_gradients(ours(expert_of, indices), tensors)
+    assert (found["output 0"][3] == 0).all()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")

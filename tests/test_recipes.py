@@ -111,6 +111,7 @@ def test_options_of_the_paper(name):
     assert (options.steps, options.batch_size, recipe.sequence_length, options.num_iters) == (3500, 64, 2048, 50)
     assert (options.affinity_lr, options.router_lr, options.weight_decay, options.clip) == (5e-4, 5e-4, 1e-4, 1.0)
     assert (options.kl, options.ce, options.z, options.balance, options.init_std) == (2.0, 1.0, 1e-3, 1e-2, 0.01)
+    assert (recipe.alignment["hidden"], recipe.alignment["centre"]) == (0.0, False)  # said, whatever the defaults become
     assert [options.tau(step) for step in (0, 350, 700, 3499)] == pytest.approx([1.0, 0.55, 0.1, 0.1])
     report = predict(name)
     assert report["tokens"] == 458_752_000
@@ -186,6 +187,18 @@ def test_activations_are_what_autograd_keeps(kv_heads):
         report["stages"]["align"]["predicted_memory_gb"]["activations"] * 1e9 / 64000 - 4 * 2 * 128
     )  # without the hidden of the layer at work
     assert one_layer == pytest.approx(measured, rel=0.03)  # log-sums of attention and norms, a few bytes a head, are left out
+
+
+def test_hidden_states_are_counted():
+    """A [T, H] of every block, and three in float32 while one is compared."""
+    plain, more = (predict("smollm2-135m", hidden=weight) for weight in (0.0, 4.0))
+    assert "hidden" not in plain["predicted_memory_gb"]
+    T = more["tokens_a_pass"]
+    expected = T * 30 * 2 * 576 + 12 * T * 576
+    assert more["predicted_memory_gb"]["hidden"] == round(expected / 1e9, 3)
+    total = plain["predicted_memory_gb"]["total"] + more["predicted_memory_gb"]["hidden"]
+    assert more["predicted_memory_gb"]["total"] == pytest.approx(total, abs=2e-3)
+    assert more["flops"] == plain["flops"]
 
 
 def test_memory_and_time_grow_with_what_they_depend_on():

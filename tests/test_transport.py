@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from shapes import AWKWARD, capacities, clustered, normal, uniform
 
 import dotmoe_kernels as dk
-from dotmoe_kernels import reference
+from dotmoe_kernels import _backend, reference
 
 FINAL = ["row", "column"]
 BACKWARD = ["unroll", "implicit"]
@@ -538,3 +538,31 @@ def test_bad_input(name, arguments):
     arguments = {"affinity": GOOD, **arguments}
     with pytest.raises(ValueError, match=rf"\b{name}\b"):
         dk.sinkhorn(arguments.pop("affinity"), **arguments)
+
+
+@pytest.mark.parametrize("implementation", ["pytorch", "triton"])
+@pytest.mark.parametrize(("size", "tau"), [(1, 1.0), (1, 1e-2), (1, 1e-4), (1, 1e-6), (3e4, 1e-8)])
+def test_the_chosen_marginal_is_exact_at_any_temperature(size, tau, implementation):
+    a = normal(256, 16, seed=80, scale=size, dtype=torch.float32).clamp(-3e4, 3e4)
+    with _backend.interpreted(implementation == "triton"):
+        for final, axis, sums in (("column", 0, 16.0), ("row", 1, 1.0)):
+            plan, info = dk.sinkhorn(a, tau=tau, final=final, return_info=True)
+            assert (plan.sum(axis) / sums - 1).abs().max() < 2e-6
+            # the potentials are the plan's up to their own last digits
+            exponent = a.double() / tau + info.log_u.double()[:, None] + info.log_v.double()
+            digits = 4 * torch.finfo(torch.float32).eps * (a.abs().max().double() / tau).clamp(min=1)
+            found = (exponent - plan.double().log())[plan > 1e-3]
+            assert found.abs().max() <= digits
+
+
+@pytest.mark.parametrize("implementation", ["pytorch", "triton"])
+def test_exact_columns_after_a_stop_are_the_last_steps_own(implementation):
+    a = normal(2, 63, 7, seed=81, dtype=torch.float32)
+    with _backend.interpreted(implementation == "triton"):
+        plan, info = dk.sinkhorn(a, tau=0.3, tol=1e-2, final="column", return_info=True)
+        assert (info.num_iters < 50).all()
+        steps = info.num_iters.tolist()
+        expected = [reference.sinkhorn(x.double(), tau=0.3, num_iters=n, final="column") for x, n in zip(a, steps, strict=True)]
+    for found, (exact, its) in zip(zip(plan, info.log_u, info.log_v, strict=True), expected, strict=True):
+        for value, truth in zip(found, (exact, its.log_u, its.log_v), strict=True):
+            assert error(value, truth) < 1e-5

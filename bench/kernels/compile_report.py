@@ -3,8 +3,9 @@
     python -m bench.kernels [--kernel NAME ...] [--target sm_90 ...] [--first] [--no-json]
 
 compiles the registry of ``bench.kernels`` for sm_80, sm_90, sm_100 and gfx942, prints a table, and writes it to
-``bench/results/compile/<date>-<commit>.json``. ``--first`` takes one tile a kernel. A predicted time is arithmetic, not a
-measurement: bytes and flops of the shape over the rates in ``registry.py``.
+``bench/results/compile/<date>-<commit>.json``. ``--first`` takes one tile a kernel. That place is a whole report's: a part of one
+is printed, and written only where ``--output`` says. A predicted time is arithmetic, not a measurement: bytes and flops of the
+shape over the rates in ``registry.py``.
 
 TRITON_INTERPRET must not be set: interpreted kernels cannot be compiled.
 """
@@ -252,7 +253,10 @@ def main(arguments: list[str] | None = None) -> int:
     rows = compile_all(kernels, targets, chosen.first)
     predicted = predictions(kernels)
     print(render(rows, predicted))
-    if not chosen.no_json:
+    part = set(kernels) != set(KERNELS) or set(targets) != set(TARGETS) or chosen.first
+    if part and not chosen.output and not chosen.no_json:
+        print("\na part of a report, which is not written without --output FILE")
+    elif not chosen.no_json:
         path = chosen.output or machine.RESULTS / "compile" / f"{datetime.date.today().isoformat()}-{machine.commit()}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         result = {"versions": machine.versions(), "commit": machine.commit(), "compiled": rows, "predicted_not_measured": predicted}

@@ -35,11 +35,12 @@ def _variants(function: str, kind: str) -> Callable[[str], list[Variant]]:
     def variants(backend: str) -> list[Variant]:
         names = Kernel("", function, lambda _: []).load().arg_names
         found = []
-        for dtype, E in [*(("fp32", E) for E in _EXPERTS), *([("bf16", 148)] if set(names) & set(_OF_AFFINITY) else [])]:
+        sizes = [*(("fp32", E, True) for E in _EXPERTS), *([("bf16", 148, True)] if set(names) & set(_OF_AFFINITY) else [])]
+        for dtype, E, exact_rows in [*sizes, *([("fp32", 148, False)] if "EXACT_ROWS" in names else [])]:
             tile, options = _tile_of(kind, E, backend)
             vec = next(v for v in (16, 8, 4, 2, 1) if E % v == 0)  # what of a row's stride is known
             last = {n: 1 for n in names if n in ("stride_ae", "stride_xe", "stride_ge")}
-            known = {"E": E, "VEC": vec, "VEC_G": vec, "EXACT_ROWS": True, "NEEDS_TAU": True, "BLOCK_P": 16, "BLOCK_T": 16}
+            known = {"E": E, "VEC": vec, "VEC_G": vec, "EXACT_ROWS": exact_rows, "NEEDS_TAU": True, "BLOCK_P": 16, "BLOCK_T": 16}
             constexprs = {**{n: v for n, v in {**known, **tile}.items() if n in names}, **last}
 
             def type_of(name: str, dtype: str = dtype) -> str:
@@ -49,7 +50,7 @@ def _variants(function: str, kind: str) -> Callable[[str], list[Variant]]:
 
             signature = {n: type_of(n) for n in names if n not in constexprs}
             divisible = tuple(n for n in names if n in ("stride_al", "stride_xl", "stride_gl"))
-            found.append(Variant(f"{dtype} E={E}", signature, constexprs, options, divisible))
+            found.append(Variant(f"{dtype} E={E}{'' if exact_rows else ' columns'}", signature, constexprs, options, divisible))
         return found
 
     return variants
@@ -81,8 +82,9 @@ def _of_history(rows: float) -> dict[str, Cost]:
 TRANSPORT = (
     _kernel("sinkhorn_first_step", "streaming", "first", _costs(1, _each(20))),
     _kernel("sinkhorn_step", "streaming", "step", _costs(1, _each(10))),
-    _kernel("sinkhorn_plan", "streaming", "plan", _costs(2, _each(12))),
-    _kernel("sinkhorn_error", "streaming", "error", _of_history(8)),
+    _kernel("sinkhorn_columns", "ending", "first", _costs(1, _each(20))),  # final="column"
+    _kernel("sinkhorn_plan", "ending", "plan", _costs(2, _each(12))),
+    _kernel("sinkhorn_error", "ending", "error", _of_history(8)),
     _kernel("sinkhorn_adjoint_range", "adjoint", "range", _of_history(_STEPS / 16)),
     _kernel("sinkhorn_adjoint_start", "adjoint", "adjoint", _costs(2, _each(10))),
     _kernel("sinkhorn_adjoint_step", "adjoint", "adjoint", _costs(1, _each(8))),

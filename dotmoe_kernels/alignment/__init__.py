@@ -6,7 +6,8 @@ transport.py       A of all layers -> plans and assignments, once a step
 soft.py            budgets and temperature of the soft router, once a step
 head.py            what makes logits of a model's last hidden states
 chunked.py         KL and CE of the logits, a chunk of tokens at a time
-losses.py          the four terms
+hidden.py          the error of every block's output, a fifth term
+losses.py          the terms together
 reconstruction.py  one layer after the other against its dense FFN, a start for the rest
 schedule.py        order of the data and learning rate of a step
 checkpoints.py     state on disk, so that a run continues bit for bit

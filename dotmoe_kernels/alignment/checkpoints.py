@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -31,14 +30,49 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:07d}.pt"
 
 
+class _Writer:
+    """Keeps the OSError of a full disk, which torch.save hides behind an error of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is not None:  # torch closes its archive after a failure, and would fail once more
+            return len(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        if self.error is None:
+            self.file.flush()
+
+
+def _write_state(state: dict[str, Any], file: BinaryIO) -> None:
+    """Streams it tensor by tensor: nothing is held twice.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    writer = _Writer(file)
+    try:
+        torch.save(state, cast(BinaryIO, writer))
+    except Exception as error:
+        raise (writer.error or error) from None
+
+
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Writes the state after ``step`` steps and drops all but the newest checkpoints."""
+    """Writes the state after ``step`` steps and drops all but the newest checkpoints, those of an abandoned run that got further
+    first."""
     folder.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(folder, step)
-    buffer = io.BytesIO()  # in memory first: torch.save hides the OSError of a full disk behind another error
-    torch.save(state, buffer)
-    write_file(path, lambda file: file.write(buffer.getbuffer()))
-    for old in sorted(folder.glob("step-*.pt"))[:-_KEEP]:
+    write_file(path, lambda file: _write_state(state, file))
+    found = sorted(folder.glob("step-*.pt"))
+    at = found.index(path) + 1
+    for old in found[: max(at - _KEEP, 0)] + found[at:]:
         old.unlink()
     return path
 

@@ -23,13 +23,14 @@ from torch import Tensor
 from .._autograd import first_order
 from .._checks import (
     compute_dtype,
+    is_integer,
     require,
     require_float,
     require_indices,
+    require_mask,
     require_range,
     require_same,
     require_shape,
-    require_tensor,
 )
 from .._tiles import LOSS_CHUNK
 from .head import Head
@@ -135,8 +136,8 @@ def chunked_distillation(
     require_shape(labels, "labels", (B, N), "[B, N]")
     require_range(labels, "labels", 0, V - 1)
     if mask is not None:
-        require_shape(require_tensor(mask, "mask", "[B, N]"), "mask", (B, N), "[B, N]")
-    require(chunk is None or chunk >= 1, "chunk", chunk, "an integer of at least 1")
+        mask = require_mask(mask, "mask", (B, N), "[B, N]")
+    require(chunk is None or (is_integer(chunk) and chunk >= 1), "chunk", chunk, "an integer of at least 1")
     device, wide = hidden.device, compute_dtype(hidden)
     target = torch.roll(labels, -1, 1).to(torch.int64)  # the last column has no target
     soft = torch.ones((B, N), dtype=wide, device=device)
@@ -146,7 +147,7 @@ def chunked_distillation(
     if mask is None:
         hard *= count / max(B * (N - 1), 1)
     else:
-        valid = mask.bool()
+        valid = mask
         hidden, teacher = (torch.where(valid[..., None], t, 0) for t in (hidden, teacher))
         soft *= valid
         hard *= valid & valid.roll(-1, 1)

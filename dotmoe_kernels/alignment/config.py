@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .._checks import require
+from .._checks import is_integer, is_number, plain_numbers, require
 
 INITS = ("noise", "kmeans", "activation")
 SOFT_OPTIONS = ("router_temperature_start", "router_temperature_end", "threshold", "cap", "budget_lr")
@@ -30,6 +30,9 @@ class AlignmentConfig:
         threshold, cap: of the soft router: an expert with p <= threshold is off, and so are those beyond ceil(k cap).
         budget_lr: peak learning rate of the layers' shares of the soft router's budget; they do not decay.
         kl, ce, z, balance: weights of the four loss terms.
+        hidden: weight of a fifth, the distillation of every block's output (see ``hidden``; paper: none). 0: not computed.
+        centre: the routers do not see the direction of their FFN's mean input, which in a trained model is much of every input
+            and sends all tokens to the same experts (paper: no). It is projected out of their weights, also of those exported.
         init: what A and the router start from: "noise", or the partition "kmeans" or "activation".
         init_std: standard deviation of the noise.
         init_strength: affinity of a neuron to its expert of the partition, in the units of tau.
@@ -61,6 +64,8 @@ class AlignmentConfig:
     ce: float = 1.0
     z: float = 1e-3
     balance: float = 1e-2
+    hidden: float = 0.0
+    centre: bool = False
     init: str = "noise"
     init_std: float = 0.01
     init_strength: float = 0.5
@@ -68,26 +73,32 @@ class AlignmentConfig:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         for name in ("steps", "checkpoint_every"):
             value = getattr(self, name)
-            require(isinstance(value, int) and value >= 0, name, value, "an integer of at least 0")
+            require(is_integer(value) and value >= 0, name, value, "an integer of at least 0")
         for name in ("batch_size", "num_iters", "refresh_every"):
             value = getattr(self, name)
-            require(isinstance(value, int) and value >= 1, name, value, "an integer of at least 1")
+            require(is_integer(value) and value >= 1, name, value, "an integer of at least 1")
         micro = self.micro_batch_size
-        require(micro is None or 1 <= micro <= self.batch_size, "micro_batch_size", micro, f"1 to batch_size = {self.batch_size}")
+        fits = micro is None or (is_integer(micro) and 1 <= micro <= self.batch_size)
+        require(fits, "micro_batch_size", micro, f"1 to batch_size = {self.batch_size}")
         for name in (
             *("affinity_lr", "router_lr", "budget_lr", "clip", "tau_start", "tau_end"),
             *("router_temperature_start", "router_temperature_end"),
         ):
-            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
-        for name in ("weight_decay", "kl", "ce", "z", "balance", "init_std", "init_strength", "tol"):
-            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a number of at least 0")
+            value = getattr(self, name)
+            require(is_number(value) and 0 < value < math.inf, name, value, "a positive number")
+        for name in ("weight_decay", "kl", "ce", "z", "balance", "hidden", "init_std", "init_strength", "tol"):
+            value = getattr(self, name)
+            require(is_number(value) and 0 <= value < math.inf, name, value, "a number of at least 0")
         for name in ("warmup", "tau_decay"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share from 0 to 1")
-        require(0 <= self.threshold < 1, "threshold", self.threshold, "a number in [0, 1)")
-        require(1 <= self.cap < math.inf, "cap", self.cap, "a number of at least 1")
+            value = getattr(self, name)
+            require(is_number(value) and 0 <= value <= 1, name, value, "a share from 0 to 1")
+        require(is_number(self.threshold) and 0 <= self.threshold < 1, "threshold", self.threshold, "a number in [0, 1)")
+        require(is_number(self.cap) and 1 <= self.cap < math.inf, "cap", self.cap, "a number of at least 1")
         require(self.backward in ("unroll", "implicit"), "backward", repr(self.backward), '"unroll" or "implicit"')
+        require(isinstance(self.centre, bool), "centre", self.centre, "True or False")
         require(self.init in INITS, "init", repr(self.init), " | ".join(INITS))
 
     def tau(self, step: int) -> float:

@@ -16,6 +16,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +28,15 @@ from .._checks import require, require_indices
 from .checkpoints import last_checkpoint, load_checkpoint, save_checkpoint, truncate_log
 from .config import SOFT_OPTIONS, AlignmentConfig
 from .head import Head, find_head
+from .hidden import HiddenStates
+from .loads import ExpertLoads
 from .losses import alignment_losses
-from .module import AlignmentFFN, all_experts
+from .module import AlignmentFFN, all_experts, centred_routers
 from .schedule import learning_rate, shuffled_rows
 from .soft import BudgetState, SoftRouting
 from .transport import Transport
 
-_TERMS = ("loss", "kl", "ce", "z", "balance", "grad_norm")
+_TERMS = ("loss", "kl", "ce", "z", "balance")
 _PROBE = 16  # tokens on which the head is compared with the model's logits
 
 
@@ -44,6 +47,7 @@ class AlignmentResult(NamedTuple):
     seconds: float
     log: list[dict[str, float]]  # one entry a step of this call
     budgets: BudgetState | None = None  # of the soft router
+    loads: dict[str, Tensor] | None = None  # [E] by layer in the last step, if this call took one
 
 
 def _fetch(values: dict[str, Tensor]) -> dict[str, float]:
@@ -82,6 +86,9 @@ class _Run:
         self.device = next(iter(layers.values())).router_weight.device
         self.transport = Transport(layers, config)
         self.soft = SoftRouting(layers, config) if any(layer.router == "soft" for layer in layers.values()) else None
+        self.hidden = HiddenStates(model, layers) if config.hidden else None
+        self.terms = (*_TERMS, *(() if self.hidden is None else ("hidden",)), "grad_norm")
+        self.loads = ExpertLoads(layers)
         self.optimizer = torch.optim.AdamW(self._groups(), weight_decay=config.weight_decay)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.head = self._find_head()
@@ -141,7 +148,7 @@ class _Run:
         return {
             "step": done,
             "fingerprint": self.marks,
-            "parameters": [p.detach().clone() for p in self.trained],
+            "parameters": [p.detach() for p in self.trained],
             "optimizer": self.optimizer.state_dict(),
             "tau": self.transport.tau,
             "log_v": self.transport.log_v,
@@ -155,14 +162,19 @@ class _Run:
         return self.model(input_ids=input_ids, use_cache=False).logits
 
     def _pass(self, tokens: Tensor, share: float) -> Tensor:
-        """Dense, sparse and backward pass of tokens [B, N], which are ``share`` of the step; the terms [5], times it."""
-        with torch.no_grad(), all_experts(self.layers):
+        """Dense, sparse and backward pass of tokens [B, N], which are ``share`` of the step; the terms, times it."""
+        states = self.hidden
+        with torch.no_grad(), all_experts(self.layers), nullcontext() if states is None else states.dense_pass():
             teacher = self._outputs(tokens)
-        losses = alignment_losses(teacher, self._outputs(tokens), tokens, self.layers, self.config, head=self.head)
+        with nullcontext() if states is None else states.sparse_pass():
+            student = self._outputs(tokens)
+        hidden = None if states is None else states.mean()
+        losses = alignment_losses(teacher, student, tokens, self.layers, self.config, head=self.head, hidden=hidden)
         (losses.total * share).backward()
         if self.soft is not None:
             self.soft.observe(share)
-        return torch.stack([term.detach().float() for term in losses]) * share
+        self.loads.observe(share)
+        return torch.stack([term.detach().float() for term in losses if term is not None]) * share
 
     def step(self, step: int) -> dict[str, float]:
         """Step number ``step`` (0-based); returns its line of the log.
@@ -178,15 +190,17 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         for layer in self.layers.values():
             layer.finite = None
+        self.loads.begin()
         batch = shuffled_rows(self.data, step, c.batch_size, c.seed).to(self.device, non_blocking=True)
-        sums = torch.zeros(5, device=self.device)
+        sums = torch.zeros(len(self.terms) - 1, device=self.device)
         for micro in batch.split(c.micro_batch_size or c.batch_size):
             sums += self._pass(micro, len(micro) / len(batch))
         self.transport.backward()
         if self.soft is not None:
             self.soft.backward()
         norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
-        numbers |= dict(zip(_TERMS, [*sums, norm], strict=True)) | ({} if self.soft is None else self.soft.log())
+        numbers |= dict(zip(self.terms, [*sums, norm], strict=True)) | self.loads.log()
+        numbers |= {} if self.soft is None else self.soft.log()
         values = _fetch(numbers)
         self._require_finite(step, values)
         nn.utils.clip_grads_with_norm_(self.trained, c.clip, norm)
@@ -197,10 +211,10 @@ class _Run:
         return entry | {"lr": rate * c.router_lr, "seconds": time.monotonic() - self.begin}
 
     def _require_finite(self, step: int, values: dict[str, float]) -> None:
-        if all(math.isfinite(values[name]) for name in _TERMS):
+        if all(math.isfinite(values[name]) for name in self.terms):
             return
-        terms = ", ".join(f"{name.removeprefix('grad_')} {values[name]:.4g}" for name in _TERMS)
-        where = _source(self.layers, all(math.isfinite(values[name]) for name in _TERMS[:-1]))
+        terms = ", ".join(f"{name.removeprefix('grad_')} {values[name]:.4g}" for name in self.terms)
+        where = _source(self.layers, all(math.isfinite(values[name]) for name in self.terms[:-1]))
         raise FloatingPointError(
             f"non-finite loss or gradient at step {step + 1} in {where} ({terms}); last good checkpoint: {self.last_good}"
         )
@@ -223,7 +237,7 @@ class _Run:
         reached = None if self.soft is None else self.soft.refresh(last)
         for layer in self.layers.values():
             layer.plan = layer.routing = None
-        return AlignmentResult(self.config.steps, time.monotonic() - self.begin, self.log, reached)
+        return AlignmentResult(self.config.steps, time.monotonic() - self.begin, self.log, reached, self.loads.by_layer())
 
 
 def align(
@@ -266,15 +280,17 @@ def align(
     require(data.shape[0] >= 1 and data.shape[1] >= 2, "data", f"of shape {list(data.shape)}", "sequences of at least 2 tokens")
     require(len(layers) >= 1, "layers", "empty", "at least one FFN")
     model.eval().requires_grad_(False)
-    run = _Run(model, layers, data, config, None if folder is None else Path(folder), fingerprint or {})
-    first = run.restore(resume)
-    with tqdm(total=config.steps, initial=first, desc=label, disable=not progress, dynamic_ncols=True) as bar:
-        for step in range(first, config.steps):
-            entry = run.step(step)
-            run.record(entry)
-            shown = {name: f"{entry[name]:.3f}" for name in ("loss", "kl", "ce")}
-            bar.set_postfix(shown, tau=f"{entry['tau']:.2f}", refresh=False)
-            bar.update()
-            if on_step is not None:
-                on_step(step + 1)
-    return run.finish()
+    with centred_routers(model, layers, data) if config.centre else nullcontext():
+        run = _Run(model, layers, data, config, None if folder is None else Path(folder), fingerprint or {})
+        first = run.restore(resume)
+        with tqdm(total=config.steps, initial=first, desc=label, disable=not progress, dynamic_ncols=True) as bar:
+            for step in range(first, config.steps):
+                entry = run.step(step)
+                run.record(entry)
+                shown = {name: f"{entry[name]:.3f}" for name in ("loss", "kl", "ce")}
+                use = {"in_use": f"{entry['experts_in_use']:.0%}", "most": f"{entry['largest_load']:.1f}x"}
+                bar.set_postfix(shown, tau=f"{entry['tau']:.2f}", **use, refresh=False)
+                bar.update()
+                if on_step is not None:
+                    on_step(step + 1)
+        return run.finish()

@@ -1,4 +1,6 @@
-"""The four-term loss (eq. 5): kl KL(dense || sparse) + ce CE(next token) + z mean(logsumexp(Z)^2) + balance E <load, mean Q>."""
+"""The four-term loss (eq. 5): kl KL(dense || sparse) + ce CE(next token) + z mean(logsumexp(Z)^2) + balance E <load, mean Q>;
+and, where it is wanted, a fifth term: hidden times the error of the blocks' outputs (see ``hidden``).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import require
+from .._checks import require, require_mask
 from .chunked import chunked_distillation
 from .config import AlignmentConfig
 from .head import Head
@@ -22,6 +24,7 @@ class Losses(NamedTuple):
     ce: Tensor
     z: Tensor
     balance: Tensor
+    hidden: Tensor | None = None  # None: not computed
 
 
 def distillation_losses(
@@ -38,7 +41,7 @@ def distillation_losses(
         (kl [], ce []); 0 without a valid token.
 
     Raises:
-        ValueError: logits of different shapes.
+        ValueError: logits of different shapes; a mask of another shape, or neither bool nor integers 0 and 1.
 
     Gradient: to ``logits``.
 
@@ -57,7 +60,7 @@ def distillation_losses(
     nll = -log_q[:, :-1].gather(-1, labels[:, 1:, None])[..., 0]  # [B, N - 1]
     if mask is None:
         return kl.mean(), nll.mean() if nll.numel() else nll.sum()
-    valid = mask.bool()
+    valid = require_mask(mask, "mask", tuple(labels.shape), "[B, N]")
     target = valid[:, 1:] & valid[:, :-1]
     kl = torch.where(valid, kl, 0).sum() / valid.sum().clamp(min=1)
     return kl, torch.where(target, nll, 0).sum() / target.sum().clamp(min=1)
@@ -72,10 +75,12 @@ def alignment_losses(
     mask: Tensor | None = None,
     *,
     head: Head | None = None,
+    hidden: Tensor | None = None,
 ) -> Losses:
-    """The four terms and their weighted sum, after a sparse pass through ``layers``.
+    """The terms and their weighted sum, after a sparse pass through ``layers``.
 
     teacher, student: [B, N, H] the last hidden states, from which ``head`` makes the logits; [B, N, V] the logits with None.
+    hidden: [] the error of the blocks' outputs in that pass.
     """
     if head is None:
         kl, ce = distillation_losses(teacher, student, labels, mask)
@@ -85,4 +90,5 @@ def alignment_losses(
     routings = [layer.routing for layer in layers.values() if layer.routing is not None]
     z = torch.stack([r.z_loss for r in routings]).mean()
     balance = torch.stack([r.balance_loss for r in routings]).mean()
-    return Losses(total + config.z * z + config.balance * balance, kl, ce, z, balance)
+    total = total + config.z * z + config.balance * balance
+    return Losses(total if hidden is None else total + config.hidden * hidden, kl, ce, z, balance, hidden)

@@ -18,6 +18,8 @@ from ..reference import Routing
 from ..routing import route_soft, route_top_k
 from ..routing.budgets import SoftRouter
 
+_CENTRE_TOKENS = 2048  # that the mean input is taken of
+
 
 class AlignmentFFN(nn.Module):
     """Stands in for a dense gated FFN: act(x Wg^T) * (x Wu^T) masked by the routed experts, times Wd^T (eq. 4).
@@ -56,12 +58,19 @@ class AlignmentFFN(nn.Module):
         self.top_k, self.num_experts, self.activation, self.router = top_k, E, activation, router
         self.soft: SoftRouter | None = None  # of this step; k is a leaf that collects the gradient
         self.expert_of = expert_of
+        self.centre: Tensor | None = None  # [H] of length 1: the direction of the inputs that the router does not see
         self.plan: Tensor | None = None  # [F, E] of this step, a leaf that collects the gradient
         self.mask: Tensor | None = None  # [T] valid tokens of this batch
         self.dense = False
         self.routing: Routing | None = None  # of the last sparse pass
         self.finite: Tensor | None = None  # [] of the sparse passes since it was set to None
         self.inputs: list[Tensor] | None = None  # the inputs [T, H] of dense passes, while they are collected
+
+    def seen_weight(self) -> Tensor:
+        """[E, H] the router as it acts: W, or W - (W c) c^T with a centre c."""
+        if self.centre is None:
+            return self.router_weight
+        return self.router_weight - torch.outer(self.router_weight @ self.centre, self.centre)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
@@ -76,7 +85,7 @@ class AlignmentFFN(nn.Module):
         assert self.expert_of is not None
         with torch.autocast(x.device.type, enabled=False):
             # a NaN goes on to the loss through x; there the step and the layer are named
-            logits = torch.nan_to_num(x.float() @ self.router_weight.T)  # [T, E]
+            logits = torch.nan_to_num(x.float() @ self.seen_weight().T)  # [T, E]
             if self.router == "soft":
                 assert self.soft is not None
                 self.routing = route_soft(logits, self.soft, mask=self.mask)
@@ -126,3 +135,20 @@ def collect_inputs(model: nn.Module, layers: dict[str, AlignmentFFN], tokens: Te
     finally:
         for layer in layers.values():
             layer.inputs = None
+
+
+@contextmanager
+def centred_routers(model: nn.Module, layers: dict[str, AlignmentFFN], data: Tensor) -> Iterator[None]:
+    """Inside, no router sees the direction of its FFN's mean input in the dense model, at the beginning of ``data`` [N, S];
+    afterwards the weights are those that acted.
+
+    That one vector is much of every input of a trained model: through it a router sends all tokens to the same experts."""
+    rows = data[: -(-_CENTRE_TOKENS // data.shape[1])].to(next(iter(layers.values())).router_weight.device)
+    for name, inputs in collect_inputs(model, layers, rows).items():
+        layers[name].centre = nn.functional.normalize(inputs.float().mean(0), dim=0)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.router_weight.data = layer.seen_weight().detach()
+            layer.centre = None

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,18 +21,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .._checks import require, require_indices
+from .._checks import is_integer, require, require_indices
 from ..evaluation import reconstruction_error
 from .checkpoints import last_checkpoint, load_checkpoint, save_checkpoint
 from .config import SOFT_OPTIONS, AlignmentConfig
-from .module import AlignmentFFN, all_experts, collect_inputs
+from .module import AlignmentFFN, all_experts, centred_routers, collect_inputs
 from .schedule import learning_rate, shuffled_rows
 from .soft import SoftRouting
 from .transport import Transport
 
 _MEMORY = 1 << 30  # bytes of inputs that are held at a time, but for one layer's, which always are
 _ROWS = 4096  # tokens of a pass without gradients
-_UNREAD = ("steps", "micro_batch_size", "kl", "ce", "budget_lr", "checkpoint_every")  # of AlignmentConfig
+_UNREAD = ("steps", "micro_batch_size", "kl", "ce", "hidden", "budget_lr", "checkpoint_every")  # of AlignmentConfig
 
 
 class ReconstructionResult(NamedTuple):
@@ -161,7 +162,7 @@ def reconstruct(
     require(data.shape[0] >= 1 and data.shape[1] >= 1, "data", f"of shape {list(data.shape)}", "at least one token")
     require(len(layers) >= 1, "layers", "empty", "at least one FFN")
     for name, value in (("tokens", tokens), ("batch_tokens", batch_tokens)):
-        require(isinstance(value, int) and value >= 1, name, value, "an integer of at least 1")
+        require(is_integer(value) and value >= 1, name, value, "an integer of at least 1")
     model.eval().requires_grad_(False)
     device = next(iter(layers.values())).router_weight.device
     sequences = data[: max(1, tokens // data.shape[1])].to(device)
@@ -191,7 +192,9 @@ def reconstruct(
     begin = time.monotonic()
     todo = [name for name in layers if name not in errors]
     total = len(layers) * config.steps
-    with tqdm(total=total, initial=len(errors) * config.steps, desc=label, disable=not progress, dynamic_ncols=True) as bar:
+    centred = centred_routers(model, layers, sequences) if config.centre else nullcontext()
+    shown = tqdm(total=total, initial=len(errors) * config.steps, desc=label, disable=not progress, dynamic_ncols=True)
+    with centred, shown as bar:
         for name, x in _inputs(model, layers, todo, sequences):
             layer, place = layers[name], folders[name]
             errors[name] = _fit(name, layer, x[:cut] if keep else x, x[cut:] if keep else x, config, batch_tokens, bar)

@@ -1,18 +1,23 @@
 """`dotmoe`: convert, evaluate, generate, inspect, plan, report, demonstrate. Wrong arguments end with one line and exit status 2.
 
-parser.py the arguments, inputs.py what they name, commands.py and the files of single commands what they do
+parser.py the arguments, inputs.py what they name, folders.py where they write, commands.py and the files of single commands what
+they do
 """
 
 from __future__ import annotations
 
+import argparse
+import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from safetensors import SafetensorError
 
 from .commands import COMMANDS
+from .inputs import require_text
 from .parser import build_parser
 
 __all__ = ["build_parser", "main"]
@@ -22,9 +27,23 @@ _SMALLER = {"convert": "--micro-batch-size or --sequence-length", "eval": "--bat
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `dotmoe`; returns the exit status: 0, 1 for a run that failed, 2 for wrong arguments, 130 for an interruption."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks must not end a command whose work is done
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
-    warnings.filterwarnings("ignore", category=FutureWarning)
+
+    def show(message: Warning | str, *where: Any, **more: Any) -> None:
+        print(f"dotmoe {args.command}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning):  # of other packages, to those who write code
+            warnings.filterwarnings("ignore", category=category)
+        warnings.showwarning = show
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
+        require_text(args)
         from ..conversion.sources import quieten
 
         quieten()

@@ -6,22 +6,18 @@ import argparse
 import json
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 from .._checks import require
 from .convert import run_convert
-from .inputs import DATA, find_device, named, reading, require_model_folder, require_seed, require_vocabulary
+from .folders import demo_folder
+from .inputs import DATA, find_device, find_tokenizer, named, reading, require_model_folder, require_seed, require_vocabulary
 from .plan import run_plan
 from .report import run_report
 
 
 def _demo(args: argparse.Namespace) -> int:
-    folder = Path(args.output)
-    require(args.overwrite or not folder.exists(), "--output", f"{folder}, which exists", "a new folder, or --overwrite")
-    ours = (folder / "demo.json").is_file() or (folder / "dense").is_dir()
-    known = not folder.exists() or ours or (folder.is_dir() and not any(folder.iterdir()))
-    require(known, "--output", f"{folder}, which holds something else than a demo", "a new folder")
+    folder = demo_folder(args)
     require_seed(args.seed)
     from ..conversion.demo import run_demo
 
@@ -51,22 +47,20 @@ def _load(args: argparse.Namespace) -> Any:
 
 def _bars(counts: list[int]) -> str:
     """A histogram in one line: eight heights, a space for nothing; at most 32 columns, neighbours added up."""
+    heights = "▁▂▃▄▅▆▇█"
+    try:
+        heights.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        heights = ".:-=+*#@"
     width = -(-len(counts) // 32)
     sums = [sum(counts[n : n + width]) for n in range(0, len(counts), width)]
-    return "".join("▁▂▃▄▅▆▇█"[min(8 * v // max(sums), 7)] if v else " " for v in sums)
+    return "".join(heights[min(8 * v // max(sums), 7)] if v else " " for v in sums)
 
 
-def _eval(args: argparse.Namespace) -> int:
-    from ..conversion import all_experts, count_parameters, load_tokens, moe_blocks
-    from ..conversion.sources import read_tokenizer
-    from ..evaluation import active_summary, collect_load, load_summary, perplexity, retention
+def _read_tokens(args: argparse.Namespace, model: Any) -> Any:
+    from ..conversion import load_tokens
 
-    require(args.batch_size >= 1, "--batch-size", args.batch_size, "at least 1")
-    require(args.sequence_length >= 2, "--sequence-length", args.sequence_length, "at least 2")
-    model = _load(args)
-    for block in moe_blocks(model).values():
-        block.path = args.path
-    tokenizer = read_tokenizer(args.model)
+    tokenizer = find_tokenizer(args)
     with named(**DATA):
         tokens = load_tokens(
             args.data,
@@ -75,16 +69,74 @@ def _eval(args: argparse.Namespace) -> int:
             max_tokens=args.max_tokens,
             text_field=args.text_field,
         )
-    require_vocabulary(tokens, model.config.get_text_config().vocab_size, args.model)
+    require_vocabulary(tokens, model.config.get_text_config().vocab_size, args)
+    return tokens
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from ..models.inspect import is_converted, model_type
+
+    require(args.batch_size >= 1, "--batch-size", args.batch_size, "at least 1")
+    require(args.sequence_length >= 2, "--sequence-length", args.sequence_length, "at least 2")
+    if model_type(args.model) is not None and not is_converted(args.model):
+        return _eval_dense(args)
+    return _eval_converted(args)
+
+
+def _eval_dense(args: argparse.Namespace) -> int:
+    """Of any dense causal LM, whether it could be converted or not."""
+    require(args.path is None, "--path", args.path, "none: MODEL is dense, and has no experts")
+    import torch
+
+    from ..conversion.sources import read_dense
+    from ..evaluation import perplexity
+    from ..models.surgery import refuse_sparse
+
+    require_model_folder(args.model)
+    device = find_device(args.device)
+    with reading(args.model):
+        model: Any = read_dense(args.model, getattr(torch, args.dtype) if args.dtype else "auto")
+        refuse_sparse(model)
+    model = model.to(device).eval()
+    tokens = _read_tokens(args, model)
+    value, total = perplexity(model, tokens, batch_size=args.batch_size), model.num_parameters()
+    report = {
+        "model": args.model,
+        "kind": "dense",
+        "data": args.data,
+        "tokens": tokens.numel(),
+        "perplexity_dense": value,
+        "total_parameters": total,
+        "active_parameters": total,
+    }
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    print(f"{args.model} on {tokens.numel():,} tokens: a dense model")
+    print(f"perplexity: {value:.3f}")
+    print(f"parameters: {total:,}, all of them active")
+    return 0
+
+
+def _eval_converted(args: argparse.Namespace) -> int:
+    from ..conversion import all_experts, count_parameters, moe_blocks
+    from ..evaluation import active_summary, collect_load, load_summary, perplexity, retention
+
+    model = _load(args)
+    path = args.path or "auto"
+    for block in moe_blocks(model).values():
+        block.path = path
+    tokens = _read_tokens(args, model)
     with all_experts(model):
         dense = perplexity(model, tokens, batch_size=args.batch_size)
     with collect_load(model) as counts:
         sparse = perplexity(model, tokens, batch_size=args.batch_size)
-    loads, means = counts(), counts.mean_active()
+    loads, means, information = counts(), counts.mean_active(), counts.mutual_information()
     mean = sum(means.values()) / len(means)
     total, active = count_parameters(model, means)
     report = {
         "model": args.model,
+        "kind": "dotmoe",
         "data": args.data,
         "tokens": tokens.numel(),
         "perplexity_dense": dense,
@@ -92,11 +144,12 @@ def _eval(args: argparse.Namespace) -> int:
         "retention": retention(dense, sparse),
         "total_parameters": total,
         "active_parameters": active,
-        "path": args.path,
+        "path": path,
         "router": model.config.router,
         "fine_tuned": bool(model.config.finetune_runs),
         "mean_active_experts": mean,
         "load": {name: {**load_summary(load), "share": load.tolist()} for name, load in loads.items()},
+        "mutual_information": information,
         "active_experts": {name: {**active_summary(n), "tokens": n.tolist()} for name, n in counts.active.items()},
     }
     if args.json:
@@ -108,11 +161,13 @@ def _eval(args: argparse.Namespace) -> int:
     else:
         print(f"perplexity: dense {dense:.3f}, sparse {sparse:.3f} ({report['retention']:.1%} retained)")
     print(f"parameters: {total:,}, active a token {active:,} ({active / total:.1%}) at {mean:.2f} experts a token")
-    print("load of the experts, in multiples of the even share:")
-    print(f"  {'layer':<28}{'min':>8}{'median':>8}{'max':>8}{'unused':>8}")
+    print("load of the experts, in multiples of the even share, and I, the mutual information between token and expert in nats")
+    print(f"(0 = pruning; at most log(E / K), {math.log(max(len(next(iter(loads.values()))) / mean, 1)):.3f} here):")
+    print(f"  {'layer':<28}{'min':>8}{'median':>8}{'max':>8}{'unused':>8}{'I':>8}")
     for name, load in loads.items():
         s = load_summary(load)
-        print(f"  {name:<28}{s['min']:>8.2f}{s['median']:>8.2f}{s['max']:>8.2f}{s['unused']:>8d}")
+        shown = f"{s['min']:>8.2f}{s['median']:>8.2f}{s['max']:>8.2f}{s['unused']:>8d}{information[name]:>8.3f}"
+        print(f"  {name:<28}{shown}")
     print("active experts a token:")
     print(f"  {'layer':<28}{'mean':>8}{'min':>8}{'median':>8}{'max':>8}  tokens from min to max")
     for name, tokens_by_count in counts.active.items():
@@ -128,13 +183,11 @@ def _generate(args: argparse.Namespace) -> int:
     require_seed(args.seed)
     import torch
 
-    from ..conversion.sources import read_tokenizer
-
     model = _load(args)
-    tokenizer = read_tokenizer(args.model)
+    tokenizer = find_tokenizer(args)
     inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     require(inputs["input_ids"].numel() > 0, "--prompt", repr(args.prompt), "text of at least one token")
-    require_vocabulary(inputs["input_ids"], model.config.get_text_config().vocab_size, args.model)
+    require_vocabulary(inputs["input_ids"], model.config.get_text_config().vocab_size, args)
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id or 0, **sampling)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import shutil
 import sys
-from pathlib import Path
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from .._checks import require
-from ..alignment.config import AlignmentConfig
+from ..alignment.config import SOFT_OPTIONS, AlignmentConfig
 from ..conversion.recipes import Recipe, load_recipe
-from .inputs import DATA, find_device, named, reading, require_model_folder, require_seed, require_vocabulary
+from .folders import clear_run, convert_folders, has_checkpoints
+from .inputs import DATA, find_device, find_tokenizer, named, reading, require_model_folder, require_seed, require_vocabulary
 from .parser import SEQUENCE_LENGTH, STAGES
 from .untrained import is_untrained, run_untrained
 
@@ -25,18 +24,18 @@ if TYPE_CHECKING:
 _HELD_OUT = 64  # most sequences that are kept back to measure on
 _PAIRS = (("expert_size", "num_experts"), ("active_fraction", "top_k"))  # one of a pair gives the other
 _TOPOLOGY = (*_PAIRS[0], *_PAIRS[1], "router")
-_OF_A_RUN = (".", "log.jsonl", "checkpoints", "reconstruct", "finetune")  # how names in DIR.run begin
 _BOTH = "reconstruct or align"
 _OF_STAGE = {  # flags that no other stage reads
     "reconstruct": ("reconstruct_steps",),
-    "align": ("steps", "budget_lr"),
+    "align": ("steps", "hidden", "budget_lr"),
     "finetune": ("finetune_steps", "finetune_lr", "lora_rank"),
     _BOTH: (
-        *("method", "init", "affinity_lr", "router_lr", "tau_start", "tau_end", "refresh_every"),
+        *("method", "init", "centre", "affinity_lr", "router_lr", "tau_start", "tau_end", "refresh_every"),
         *("router_temperature_start", "router_temperature_end", "threshold", "cap"),
     ),
 }
 
+_OF_DOT = ("init", "affinity_lr", "tau_start", "tau_end", "refresh_every")  # flags that no other method reads
 _ALONE = ("finetune alone, of a dense MODEL", "another stage before it, or a converted MODEL")
 
 
@@ -80,7 +79,7 @@ def _dry_run(
     args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, topology: dict[str, Any], stages: list[str]
 ) -> int:
     if args.model is not None:
-        require_model_folder(args.model, weights=False)
+        require_model_folder(args.model, weights=False, gguf=True)
     import torch
 
     from ..conversion import DotMoeConfig
@@ -132,6 +131,20 @@ def _stages(args: argparse.Namespace) -> list[str]:
     return stages
 
 
+def _refuse_unread(args: argparse.Namespace, recipe: Recipe, router: str) -> None:
+    """Options that this router, or this method, does not read. A recipe's for its soft router may lie idle beside --router top_k,
+    and those for dot beside another method, but for what dot starts from: the partitions are methods of the same names."""
+    for name in SOFT_OPTIONS:
+        said = recipe.alignment.get(name) if recipe.topology.get("router") != "soft" else None
+        value = said if getattr(args, name) is None else getattr(args, name)
+        require(value is None or router == "soft", name, value, "together with --router soft")
+    for name in _OF_DOT:
+        value = getattr(args, name)
+        if value is None and name == "init":
+            value = recipe.alignment.get(name)
+        require(value is None or args.method == "dot", name, value, "together with --method dot")
+
+
 def _finetune_options(args: argparse.Namespace, options: AlignmentConfig) -> FinetuneConfig:
     from ..conversion.finetuning import FinetuneConfig
 
@@ -142,44 +155,16 @@ def _finetune_options(args: argparse.Namespace, options: AlignmentConfig) -> Fin
         return FinetuneConfig(**fields, **{name: value for name, value in flags.items() if value is not None})
 
 
-def _folders(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Where the model and where its run goes; everything that can be refused before the model is loaded is."""
-    output = Path(args.output).expanduser()
-    if output.name in ("", ".."):
-        output = Path(os.path.abspath(output))
-    require(bool(output.name), "--output", args.output, "a folder that can be made")
-    run = output.with_name(output.name + ".run")
-    require(args.overwrite or not output.exists(), "--output", f"{output}, which exists", "a new folder, or --overwrite")
-    source = Path(args.model).expanduser().resolve()
-    inside = source.is_dir() and bool({output.resolve(), run.resolve()} & {source, *source.parents})
-    require(not inside, "--output", f"{output}, which would replace MODEL", "another folder")
-    parent = next(folder for folder in output.absolute().parents if folder.exists())
-    writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
-    require(writable, "--output", f"{output}, and {parent} cannot be written to", "a folder that can be made")
-    replaceable = not output.exists() or (output.is_dir() and ((output / "config.json").is_file() or not any(output.iterdir())))
-    require(
-        replaceable, "--output", f"{output}, which holds something else than a model", "a new folder, or one with a config.json"
-    )
-    ours = not run.exists() or (run.is_dir() and all(p.name.startswith(_OF_A_RUN) for p in run.iterdir()))
-    require(ours, "--output", f"{output}, and {run} holds something else than a run", "a folder without one of that name beside it")
-    started = any(run.rglob("step-*.pt"))
-    require(
-        args.resume or args.overwrite or not started,
-        "--output",
-        f"{output}, with an interrupted run in {run}",
-        "--resume to continue it, or --overwrite to start anew",
-    )
-    return output, run
-
-
 def _load_dense(args: argparse.Namespace, stages: list[str], device: str) -> Any:
     import torch
 
     from ..conversion import find_ffns
-    from ..conversion.sources import read_dense
+    from ..conversion.sources import is_gguf, read_dense
 
     with reading(args.model):
         dense: Any = read_dense(args.model, getattr(torch, args.dtype) if args.dtype else "auto")
+        if is_gguf(args.model):
+            print(f"{args.model}: dequantised by transformers, to {str(dense.dtype).removeprefix('torch.')}")
         dense = dense.to(device)
         find_ffns(dense)  # a model that cannot be converted ends here, before the data is read
     require(stages != ["finetune"], "--stage", *_ALONE)
@@ -227,7 +212,7 @@ def _read_data(args: argparse.Namespace, tokenizer: Any, vocabulary: int) -> tup
         f"{tokens.numel()} tokens",
         f"at least two sequences of {args.sequence_length}, one to train and one to measure on",
     )
-    require_vocabulary(tokens, vocabulary, args.model)
+    require_vocabulary(tokens, vocabulary, args)
     keep = min(max(len(tokens) // 20, 1), _HELD_OUT)
     print(f"data: {tokens[:-keep].numel():,} tokens to train on, {tokens[-keep:].numel():,} held out (the end of the data)")
     return tokens[:-keep], tokens[-keep:]
@@ -243,7 +228,8 @@ def run_convert(args: argparse.Namespace) -> int:
     with named(recipe="--recipe"):
         recipe = Recipe("") if args.recipe is None else load_recipe(args.recipe)
     names = _option_names(args, recipe)
-    with named(**names):
+    with named(**names), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*leave experts without a token")  # said of the held-out text, at the end
         options, topology = _fill_in(args, recipe)
         require_seed(args.seed, names["seed"])
         for name, least in (("sequence_length", 2), ("reconstruct_steps", 0)):
@@ -254,24 +240,24 @@ def run_convert(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, topology: dict[str, Any]) -> int:
     stages = _stages(args)
+    _refuse_unread(args, recipe, topology.get("router", "top_k"))
     if args.dry_run:
         return _dry_run(args, recipe, options, topology, stages)
     require(not args.json, "--json", "given", "together with --dry-run")
     args.model = args.model or recipe.model
     if is_untrained(args, options, stages):
-        return run_untrained(args, options, topology, _folders(args)[0])
+        return run_untrained(args, options, topology, convert_folders(args)[0])
     missing = [name for name, value in (("MODEL", args.model), ("--data", args.data), ("--output", args.output)) if not value]
     if missing:
         raise ValueError(f"the following arguments are required: {', '.join(missing)}")
-    output, run = _folders(args)
-    require_model_folder(args.model)
+    output, run = convert_folders(args)
+    require_model_folder(args.model, gguf=True)
     device = find_device(args.device)
     import torch
 
     from ..conversion import DotMoeConfig, check_lines, convert, count_parameters, finetune, save, self_check
     from ..conversion.finetuning import require_lora
-    from ..conversion.sources import read_tokenizer
-    from ..evaluation import collect_load, perplexity, retention
+    from ..evaluation import COLLAPSE, collect_load, perplexity, retention, unused_experts, unused_line
 
     tuning = _finetune_options(args, options) if "finetune" in stages else None
     if tuning is not None and tuning.lora_rank:
@@ -281,7 +267,7 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
     model = _load_converted(args, device) if started_sparse else _load_dense(args, stages, device)
     text = model.config.get_text_config()
     config = None if started_sparse else DotMoeConfig.for_dense(text, **topology)
-    tokenizer = read_tokenizer(args.model)
+    tokenizer = find_tokenizer(args)
     train, held = _read_data(args, tokenizer, text.vocab_size)
     figures: dict[str, Any] = {"base_model": args.model, "data": " ".join(args.data), "held-out tokens": held.numel()}
     rerun: dict[str, Any] = {"resume": args.resume, "progress": not args.no_progress}
@@ -290,8 +276,10 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
         dense_perplexity = figures["dense perplexity"] = perplexity(model, held, batch_size=1)
         with torch.no_grad():
             dense_logits = model(input_ids=held[:1].to(device), use_cache=False).logits
-    if args.overwrite and not args.resume and run.exists():
-        shutil.rmtree(run)
+    if args.overwrite and not args.resume:
+        clear_run(run, logs=True)
+    if args.resume and not has_checkpoints(run, stages):
+        print(f"dotmoe convert: --resume: nothing to resume in {run}, the run starts anew", file=sys.stderr)
     if config is not None:
         model = convert(
             model,
@@ -312,9 +300,11 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
         model, dense_logits = finetune(model, train, tuning, held_out=held, folder=run / "finetune", **rerun), None
     with collect_load(model) as counts:
         value = perplexity(model, held, batch_size=1)
-    means = counts.mean_active()
+    means, unused = counts.mean_active(), unused_experts(counts.slots)
     mean = sum(means.values()) / len(means)
     figures |= {"sparse perplexity": value, "active experts a token": round(mean, 4)}
+    if unused:
+        figures["unused experts"] = {name: f"{count} of {model.config.num_experts}" for name, count in unused.items()}
     save(model, output, tokenizer=tokenizer, overwrite=args.overwrite, card=figures)
     checks = self_check(model, dense_logits, held[:1], folder=output)
     total, active = count_parameters(model, means)
@@ -324,10 +314,11 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
     if dense_perplexity is not None:
         kept = f"({retention(dense_perplexity, value):.1%} retained)"
         print(f"held-out perplexity: dense {dense_perplexity:.3f}, sparse {value:.3f} {kept}")
+    if unused:
+        print(f"dotmoe convert: warning: {unused_line(unused, counts.slots)} on the held-out text: {COLLAPSE}", file=sys.stderr)
     if not checks["passed"]:
         return _failed(checks)
-    for rest in (run / "checkpoints", run / "reconstruct", run / "finetune" / "checkpoints"):
-        shutil.rmtree(rest, ignore_errors=True)
+    clear_run(run, logs=False)
     logs = [str(log) for log in (run / "log.jsonl", run / "finetune" / "log.jsonl") if log.is_file()]
     ending = f"; log of the training: {', '.join(logs)}" if logs else ""
     print(f"saved: {output}" + (ending if model.config.stages else "; nothing was trained (--steps 0)"))

@@ -3,6 +3,8 @@ that errors call them by."""
 
 from __future__ import annotations
 
+import argparse
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +40,18 @@ def reading(name: str) -> Iterator[None]:
             yield
     except (OSError, SafetensorError, StrictDataclassError) as error:
         refuse("MODEL", f"{name}, which cannot be read ({error})", "a Hugging Face model folder, or a name")
+    except (TypeError, LookupError, AttributeError, RecursionError) as error:  # JSON of another form than transformers counts on
+        reason = f"{type(error).__name__}: {error}"
+        refuse("MODEL", f"{name}, which cannot be read ({reason})", "a Hugging Face model folder, or a name")
+
+
+def require_text(args: argparse.Namespace) -> None:
+    """Bytes that are no UTF-8 come in as halves of surrogate pairs, which no tokenizer takes and no file."""
+    for name, value in vars(args).items():
+        shown = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+        for part in value if isinstance(value, list) else [value]:
+            whole = not isinstance(part, str) or not any("\ud800" <= letter <= "\udfff" for letter in part)
+            require(whole, shown, repr(part), "text in UTF-8")
 
 
 def require_seed(seed: int, argument: str = "--seed") -> None:
@@ -59,11 +73,14 @@ def find_device(name: str) -> str:
     return name
 
 
-def require_model_folder(name: str, *, weights: bool = True) -> None:
-    """A local folder must hold a config, and weights unless told otherwise; another name is left to transformers."""
+def require_model_folder(name: str, *, weights: bool = True, gguf: bool = False) -> None:
+    """A local folder must hold a config, and weights unless told otherwise; another name is left to transformers. ``gguf``: a
+    .gguf file will do."""
     require(bool(name), "MODEL", repr(name), "a Hugging Face model folder, or a name")
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if gguf and path.suffix.lower() == ".gguf":
+        require(path.is_file(), "MODEL", f"{name}, which is no file", "a .gguf file, a Hugging Face model folder, or a name")
+    elif path.is_dir():
         require((path / "config.json").is_file(), "MODEL", f"{name}, without config.json", "a Hugging Face model folder")
         files = [f for pattern in ("*.safetensors", "*.bin", "*.index.json") for f in path.glob(pattern)]
         require(bool(files) or not weights, "MODEL", f"{name}, without weights", "a folder with safetensors files")
@@ -72,9 +89,25 @@ def require_model_folder(name: str, *, weights: bool = True) -> None:
         require(not local, "MODEL", f"{name}, which is no folder", "a Hugging Face model folder, or a name")
 
 
-def require_vocabulary(tokens: Any, vocabulary: int, name: str) -> None:
-    """The tokenizer of MODEL ``name`` must know no more ids than the model."""
+def find_tokenizer(args: argparse.Namespace) -> Any:
+    """That of --tokenizer, else MODEL's own."""
+    from ..conversion.sources import read_tokenizer
+
+    require(args.tokenizer != "", "--tokenizer", "''", "a folder with a tokenizer, or a name")
+    if args.tokenizer is None:
+        saved = "a MODEL saved with one, as save(model, folder, tokenizer=...) does, or --tokenizer"
+        return read_tokenizer(args.model, allowed=saved)
+    try:
+        return read_tokenizer(args.tokenizer, allowed="a folder with one, or a name")
+    except ValueError as error:
+        raise ValueError(f"--tokenizer {error}") from None
+
+
+def require_vocabulary(tokens: Any, vocabulary: int, args: argparse.Namespace) -> None:
+    """The tokenizer must know no more ids than MODEL."""
     most = int(tokens.max())
-    require(
-        most < vocabulary, "MODEL", f"{name}, whose tokenizer gives ids up to {most}", f"ids below its vocabulary, {vocabulary}"
-    )
+    if args.tokenizer is None:
+        given = f"{args.model}, whose tokenizer gives ids up to {most}"
+        require(most < vocabulary, "MODEL", given, f"ids below its vocabulary, {vocabulary}")
+    given = f"{args.tokenizer}, which gives ids up to {most}"
+    require(most < vocabulary, "--tokenizer", given, f"ids below the vocabulary of MODEL, {vocabulary}")

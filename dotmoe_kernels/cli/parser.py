@@ -25,8 +25,16 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_text_field(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--text-field", metavar="NAME", default="text", help="field of a JSONL, parquet or dataset row (default: %(default)s)"
+        "--text-field",
+        metavar="NAME",
+        default="text",
+        help="field of a JSON, parquet or dataset row that holds text or chat messages; a.b is b in the object a "
+        "(default: %(default)s)",
     )
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", metavar="DIR", help="a folder with a tokenizer, or a name, instead of MODEL's own")
 
 
 def _add_data(parser: argparse.ArgumentParser, *, required: bool, sequence_length: int) -> None:
@@ -35,7 +43,8 @@ def _add_data(parser: argparse.ArgumentParser, *, required: bool, sequence_lengt
         nargs="+",
         required=required,
         metavar="FILE",
-        help="text: .txt .md .py .jsonl .parquet files, folders of them, or a Hugging Face dataset NAME[:CONFIG][:SPLIT]",
+        help="text: .txt .md .py .jsonl .json .parquet files, all but the last also as .gz or .zst, folders of them, or a "
+        "Hugging Face dataset NAME[:CONFIG][:SPLIT]",
     )
     _add_text_field(parser)
     default = sequence_length if required else None  # a recipe may say it
@@ -73,7 +82,7 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--quick", action="store_true", help="a minute: proves the path, not the ranking")
     demo.add_argument("--router", choices=_ROUTERS, default="top_k", help="of every method (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in DIR")
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in DIR, whose other files stay")
 
 
 def _add_topology(convert: argparse.ArgumentParser) -> None:
@@ -95,12 +104,19 @@ def _add_alignment(convert: argparse.ArgumentParser) -> None:
         help="what finds the expert of a neuron; all but dot keep their assignment and train the router (default: dot)",
     )
     train.add_argument("--init", choices=INITS, help=f'what "dot" starts from (default: {AlignmentConfig.init})')
+    train.add_argument(
+        "--centre",
+        action=argparse.BooleanOptionalAction,
+        help="the routers do not see the direction of their FFN's mean input, through which all tokens go the same way "
+        f"(default: {'yes' if AlignmentConfig.centre else 'no'})",
+    )
     for name, kind, meaning in (
         ("steps", int, "optimizer steps"),
         ("batch-size", int, "sequences a step"),
         ("micro-batch-size", int, "sequences a pass, whose gradients add up; the fewer, the less memory"),
         ("affinity-lr", float, "peak learning rate of A, the affinity of neurons to experts"),
         ("router-lr", float, "peak learning rate of the routers"),
+        ("hidden", float, "weight of the distillation of every block's output, beside that of the logits; 0 is without"),
         ("tau-start", float, "temperature of the transport in the first step"),
         ("tau-end", float, "and once a fifth of the steps is done"),
         ("refresh-every", int, "steps between roundings of the plan"),
@@ -152,7 +168,9 @@ def _add_convert(commands: Any) -> None:
         "dotmoe convert ./llama-moe --data corpus.jsonl --stage finetune --lora-rank 16 --output ./llama-moe-tuned\n"
         "dotmoe convert ./llama --data corpus.jsonl --method kmeans --output ./baseline",
     )
-    convert.add_argument("model", nargs="?", metavar="MODEL", help="a Hugging Face model folder, or a name (default: the recipe's)")
+    convert.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a Hugging Face model folder, a name, or a .gguf file (default: the recipe's)"
+    )
     convert.add_argument("--output", metavar="DIR", help="where the converted model goes")
     convert.add_argument(
         "--recipe",
@@ -166,11 +184,15 @@ def _add_convert(commands: Any) -> None:
     )
     convert.add_argument("--json", action="store_true", help="print JSON, with --dry-run")
     _add_data(convert, required=False, sequence_length=SEQUENCE_LENGTH)
+    _add_tokenizer(convert)
     _add_topology(convert)
     _add_alignment(convert)
     _add_stages(convert)
-    convert.add_argument("--resume", action="store_true", help="continue from the last checkpoint in DIR.run")
-    convert.add_argument("--overwrite", action="store_true", help="replace DIR and DIR.run")
+    convert.add_argument("--run-folder", metavar="DIR", help="where log and checkpoints go (default: that of --output, with .run)")
+    convert.add_argument("--resume", action="store_true", help="continue from the last checkpoint of the run")
+    convert.add_argument(
+        "--overwrite", action="store_true", help="replace the model in DIR, whose other files stay, and start its run anew"
+    )
     convert.add_argument("--no-progress", action="store_true", help="no bar")
     _add_device(convert)
 
@@ -179,14 +201,17 @@ def _add_eval(commands: Any) -> None:
     evaluate = _add_command(
         commands,
         "eval",
-        "Measure a converted model: perplexity dense and sparse, active parameters, load of the experts, active experts a token.",
-        "dotmoe eval ./llama-moe --data held-out.txt\ndotmoe eval ./llama-moe --data held-out.txt --path masked\n"
+        "Measure a converted model: perplexity dense and sparse, active parameters, load of the experts, active experts a token; "
+        "of a dense one the perplexity.",
+        "dotmoe eval ./llama-moe --data held-out.txt\ndotmoe eval ./llama --data held-out.txt\n"
+        "dotmoe eval ./llama-moe --data held-out.txt --path masked\n"
         "dotmoe eval ./llama-moe --data held-out.jsonl --sequence-length 1024 --json",
     )
-    evaluate.add_argument("model", metavar="MODEL", help="a converted model")
+    evaluate.add_argument("model", metavar="MODEL", help="a converted or a dense model folder")
     _add_data(evaluate, required=True, sequence_length=1024)
+    _add_tokenizer(evaluate)
     evaluate.add_argument("--batch-size", type=int, default=4, help="sequences a pass (default: %(default)s)")
-    evaluate.add_argument("--path", choices=_PATHS, default="auto", help="how the experts run (default: %(default)s)")
+    evaluate.add_argument("--path", choices=_PATHS, help="how the experts run (default: auto)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     _add_device(evaluate)
 
@@ -199,7 +224,8 @@ def _add_generate(commands: Any) -> None:
         'dotmoe generate ./llama-moe --prompt "def main("\n'
         'dotmoe generate ./llama-moe --prompt "Once" --temperature 0.8 --max-new-tokens 100',
     )
-    generate.add_argument("model", metavar="MODEL", help="a converted model, saved with its tokenizer")
+    generate.add_argument("model", metavar="MODEL", help="a converted model")
+    _add_tokenizer(generate)
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: %(default)s)")
@@ -249,6 +275,7 @@ def _add_report(commands: Any) -> None:
     report.add_argument("--output", metavar="FILE", help="(default: DIR.html)")
     report.add_argument("--run-folder", metavar="DIR", help="of the training, for its curves (default: DIR.run where there is one)")
     _add_data(report, required=False, sequence_length=REPORT_LENGTH)
+    _add_tokenizer(report)
     report.add_argument("--batch-size", type=int, default=4, help="sequences a pass (default: %(default)s)")
     report.add_argument("--overwrite", action="store_true", help="replace FILE")
     _add_device(report)

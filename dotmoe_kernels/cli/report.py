@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .._checks import require
 from .._files import write_file
-from .inputs import DATA, find_device, named, reading, require_model_folder, require_vocabulary
+from .inputs import DATA, find_device, find_tokenizer, named, reading, require_model_folder, require_vocabulary
 
 
 def _target(args: argparse.Namespace) -> Path:
@@ -46,14 +46,13 @@ def run_report(args: argparse.Namespace) -> int:
     from ..conversion import load, load_tokens
     from ..conversion.figures import require_matplotlib
     from ..conversion.report import write_report
-    from ..conversion.sources import read_tokenizer
 
     require_matplotlib()
     with reading(args.model):
         model = load(args.model, dtype=getattr(torch, args.dtype) if args.dtype else None, device=device).eval()
     tokens = None
     if args.data:
-        tokenizer = read_tokenizer(args.model)
+        tokenizer = find_tokenizer(args)
         with named(**DATA):
             tokens = load_tokens(
                 args.data,
@@ -62,7 +61,7 @@ def run_report(args: argparse.Namespace) -> int:
                 max_tokens=args.max_tokens,
                 text_field=args.text_field,
             )
-        require_vocabulary(tokens, model.config.get_text_config().vocab_size, args.model)
+        require_vocabulary(tokens, model.config.get_text_config().vocab_size, args)
     page = write_report(args.model, model, tokens=tokens, run_folder=run, batch_size=args.batch_size)
     write_file(path, lambda file: file.write(page.encode()))
     print(f"report: {path}")

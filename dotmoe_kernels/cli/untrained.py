@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._checks import require
-from .inputs import named, reading, require_model_folder
+from .inputs import find_tokenizer, named, reading, require_model_folder
 
 if TYPE_CHECKING:
     from ..alignment.config import AlignmentConfig
@@ -27,9 +27,9 @@ def run_untrained(args: argparse.Namespace, options: AlignmentConfig, topology: 
 
     from ..conversion import DotMoeConfig
     from ..conversion.dryrun import dense_config
-    from ..conversion.sources import read_tokenizer
     from ..conversion.streaming import convert_folder
 
+    has_tokenizer = args.tokenizer is not None or (folder / "tokenizer_config.json").is_file()
     with named(method="--method", output="--output"), reading(args.model):
         dense = dense_config(args.model, None)
         checks = convert_folder(
@@ -39,7 +39,7 @@ def run_untrained(args: argparse.Namespace, options: AlignmentConfig, topology: 
             method=args.method,
             alignment=options,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
-            tokenizer=read_tokenizer(args.model) if (folder / "tokenizer_config.json").is_file() else None,
+            tokenizer=find_tokenizer(args) if has_tokenizer else None,
             overwrite=args.overwrite,
             card={"base_model": args.model},
         )

@@ -3,7 +3,7 @@
 pipeline.py    convert: the FFNs found, aligned or partitioned, made sparse
 finetuning.py  the sparse model trained on text
 checks.py      what every conversion checks of itself
-data.py        text -> packed token sequences
+data.py        text -> packed token sequences         readers.py             kinds of files -> their documents
 recipes.py     topologies and options by name         dryrun.py, costs.py    what a run would take
 streaming.py   a conversion without training, folder to folder in the memory of a layer
 plans.py       the topologies that fit                speeds.py              predicted times of a routed FFN

@@ -55,8 +55,9 @@ def self_check(
         all_experts_error: relative error of the logits with every expert on, against the logits of ``against``, and ``tolerance``
             for the dtype; a model restored from one that was fine-tuned is not the dense one;
         permutation: every neuron_order is one; capacities: every expert has exactly s neurons, as config says;
-        reload_equal, reload_error (with ``folder``): every tensor bit for bit, and the relative error of the logits with every
-            expert on (not 0 on a CPU: products differ with the alignment of a file's tensors);
+        reload_equal, reload_error (with ``folder``): every tensor bit for bit, with the buffers that no file holds, and the
+            relative error of the logits with every expert on (not 0 on a CPU: products differ with the alignment of a file's
+            tensors);
         total_parameters, active_parameters; passed: whether all of it holds.
 
     Raises:
@@ -89,14 +90,23 @@ def self_check(
     passed = result["all_experts_error"] <= result["tolerance"] and result["permutation"] and result["capacities"]
     if folder is not None:
         again = load(folder, device=next(model.parameters()).device)
-        ours, theirs = model.state_dict(), again.state_dict()
-        result["reload_equal"] = ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
         with all_experts(again):
             result["reload_error"] = relative_error(_logits(again, tokens), logits)
+        result["reload_equal"] = _same_tensors(model, again)
         passed = passed and result["reload_equal"] and result["reload_error"] <= result["tolerance"]
     result["total_parameters"], result["active_parameters"] = count_parameters(model)
     result["passed"] = bool(passed)
     return result
+
+
+def _same_tensors(model: nn.Module, again: nn.Module) -> bool:
+    """Parameters and buffers, after both models have seen the same tokens: some buffers follow the length."""
+    ours, theirs = model.state_dict(), again.state_dict()
+    if ours.keys() != theirs.keys() or not all(torch.equal(ours[n], theirs[n]) for n in ours):
+        return False
+    buffers, others = (dict(m.named_buffers()) for m in (model, again))
+    # a cast of the whole model also casts those that a load makes anew in their own dtype
+    return buffers.keys() == others.keys() and all(torch.equal(b, others[n].to(b.dtype)) for n, b in buffers.items())
 
 
 def _has_exact_capacities(block: DotMoeBlock, config: Any) -> bool:

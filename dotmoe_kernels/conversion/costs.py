@@ -15,6 +15,8 @@ align, in bytes:
                                                 are left out, w (2 F H + 2 T K s), gate and up in the experts' order and the
                                                 slots' gradients, and the rows [T K, H] of a sum, as many as fit its workspace
     loss         3 T w H + 16 C V               both last hidden states and a gradient; four float32 [C, V] of a chunk
+    hidden       T L w H + 12 T H               with that option: of every block the dense output, then the gradient in its place;
+                                                three float32 [T, H] while one block is compared
 
 and in flops a token:
 
@@ -152,6 +154,8 @@ def align_cost(z: Sizes, options: AlignmentConfig) -> Cost:
         "activations": T * z.L * kept + _working(z, T),
         "loss": 3 * T * z.w * z.H + 16 * min(chunk_rows(z.V, torch.device("cuda")), T) * z.V,
     }
+    if options.hidden:
+        memory["hidden"] = T * z.L * z.w * z.H + 12 * T * z.H
     behind = 6 * z.L * z.F * z.H
     routed, in_time = _behind_the_mask(z, T, behind)
     whole = 6 * z.P - behind + 4.5 * z.attention + 6 * z.L * z.E * z.H + 2 * z.L * z.plan

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import os
+import stat
+import warnings
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from .._checks import refuse, require, require_indices
+from .._checks import is_integer, refuse, require, require_indices
+from .readers import KINDS, TextField, is_settings, kind_of, missing_extra, read_file
 
-_WHOLE = (".txt", ".md", ".py")
-_SUFFIXES = (*_WHOLE, ".jsonl", ".parquet")
 _SOURCES = "a file, a folder or a dataset's name"
+_TOKENS = "token ids: a tensor [N, S] int64, or an iterable of [S], such as the input_ids of each row"
 _SHUFFLE_BUFFER = 10_000
+
+
+def _row(row: Any, argument: str) -> Tensor:
+    try:
+        found = torch.as_tensor(row, device="cpu")
+    except (TypeError, ValueError, RuntimeError, LookupError):  # a dictionary, text, lists of several lengths
+        refuse(argument, f"of rows such as a {type(row).__name__}", _TOKENS)
+    require(found.dim() == 1, argument, f"of rows of shape {list(found.shape)}", _TOKENS)
+    return found
 
 
 def as_tokens(data: Tensor | Iterable[Tensor], argument: str = "data") -> Tensor:
     """Packed sequences [N, S] int64 on the CPU, of a tensor or of its rows one by one.
 
     Raises:
-        ValueError: no sequence, sequences of different lengths or below 2 tokens, another dtype; names ``argument``.
+        ValueError: no token ids (a dictionary, say), no sequence, sequences of different lengths or below 2 tokens, another dtype;
+            names ``argument``.
     """
     if isinstance(data, Tensor):
         tokens = data
     else:
-        rows = [torch.as_tensor(row) for row in data]
+        iterable = isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping)
+        require(iterable, argument, f"a {type(data).__name__}", _TOKENS)
+        rows = [_row(row, argument) for row in data]
         lengths = sorted({row.numel() for row in rows})
         require(bool(rows), argument, "empty", "sequences of at least 2 tokens")
         require(len(lengths) == 1, argument, f"of sequences of {lengths[0]} to {lengths[-1]} tokens", "sequences of one length")
@@ -41,100 +54,87 @@ def as_tokens(data: Tensor | Iterable[Tensor], argument: str = "data") -> Tensor
     return tokens.long().cpu()
 
 
-def _missing_extra(package: str, source: str) -> ImportError:
-    return ImportError(f"reading {source} needs {package}: pip install 'dotmoe_kernels[data]'")
-
-
-def _whole(path: Path) -> Iterator[str]:
-    """A stray byte of another encoding is replaced; a zero byte is in no text, but in most binary files and in UTF-16."""
-    content = path.read_bytes()
-    require(b"\0" not in content, "sources", f"{path}, which holds zero bytes", "files with text in UTF-8")
-    text = content.decode("utf-8", errors="replace")
-    if text.strip():
-        yield text
-
-
-def _field(row: Any, text_field: str, where: str) -> str:
-    known = sorted(row) if isinstance(row, dict) else type(row).__name__
-    require(isinstance(row, dict) and text_field in row, "text_field", f"{text_field!r}, which {where} lacks", f"one of {known}")
-    return _text(row[text_field], text_field, where)
-
-
-def _text(value: Any, text_field: str, where: str) -> str:
-    """Nothing counts as no text; a list of messages, say, is not what a model should read as Python writes it."""
-    kind = type(value).__name__
-    require(value is None or isinstance(value, str), "text_field", f"{text_field!r}, a {kind} in {where}", "a field of text")
-    return value or ""
-
-
-def _jsonl(path: Path, text_field: str) -> Iterator[str]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError as error:  # of the encoding or the syntax
-                refuse("sources", f"{path}, which is no JSON in line {number} ({error})", "one object a line, in UTF-8")
-            yield _field(row, text_field, f"line {number} of {path}")
-
-
-def _parquet(path: Path, text_field: str) -> Iterator[str]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise _missing_extra("pyarrow", str(path)) from None
-    try:
-        file = parquet.ParquetFile(path)
-    except (ValueError, OSError) as error:  # pyarrow's errors are both
-        refuse("sources", f"{path}, which cannot be read ({error})", "a parquet file")
-    names = file.schema_arrow.names
-    require(text_field in names, "text_field", f"{text_field!r}, which {path} lacks", f"one of {names}")
-    for batch in file.iter_batches(columns=[text_field]):
-        for value in batch.column(0):
-            yield _text(value.as_py(), text_field, str(path))
-
-
-def _hub(name: str, text_field: str, seed: int) -> Iterator[str]:
+def _hub(name: str, field: TextField, seed: int) -> Iterator[str]:
     """A dataset by name, or "name:split" or "name:config:split"; streamed, shuffled within a buffer."""
     try:
         from datasets import load_dataset
     except ImportError:
-        raise _missing_extra("datasets", name) from None
+        raise missing_extra("datasets", name) from None
     path, *rest = name.split(":")
     require(len(rest) <= 2, "sources", name, "NAME, NAME:SPLIT or NAME:CONFIG:SPLIT")
     split = rest[-1] if rest else "train"
-    try:
-        rows = load_dataset(path, rest[0] if len(rest) == 2 else None, split=split, streaming=True)
-    except (ValueError, OSError) as error:
-        refuse("sources", f"{name}, a dataset that cannot be read ({error})", _SOURCES)
-    for row in rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER):
-        yield _field(row, text_field, name)
+
+    def rows() -> Iterator[Any]:
+        try:
+            stream = load_dataset(path, rest[0] if len(rest) == 2 else None, split=split, streaming=True)
+            yield from stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        except Exception as error:  # of the network, of the hub, of the file of whatever kind behind the name
+            reason = " ".join(str(error).split())
+            refuse("sources", f"{name}, a dataset that cannot be read ({reason})", _SOURCES)
+
+    for row in rows():
+        yield field.text(row, name)
 
 
-def _file(path: Path, text_field: str) -> Iterator[str]:
-    if path.suffix == ".jsonl":
-        return _jsonl(path, text_field)
-    if path.suffix == ".parquet":
-        return _parquet(path, text_field)
-    return _whole(path)
+def _folder(folder: Path, field: TextField) -> list[Path]:
+    """Its files in their order; a warning says what is passed over. Links to folders are: they may lead round in a circle."""
+    files: list[Path] = []
+    passed: dict[str, list[str]] = {
+        name: [] for name in ("hidden", "of another kind", "settings", "links to folders", "broken links, pipes or devices")
+    }
+
+    def fail(error: OSError) -> NoReturn:  # os.walk would go on without a word
+        refuse("sources", f"{error.filename}, which cannot be read ({error.strerror})", "folders that may be read")
+
+    for root, folders, names in os.walk(folder, onerror=fail):
+        for number, name in enumerate([*folders, *names]):
+            path, inner = Path(root, name), number < len(folders)
+            if name.startswith("."):
+                kind = "hidden"
+            elif inner and path.is_symlink():
+                kind = "links to folders"
+            elif inner:
+                continue
+            elif kind_of(path) is None:
+                kind = "of another kind"
+            elif not os.path.isfile(path):
+                kind = "broken links, pipes or devices"
+            elif is_settings(path, field):
+                kind = "settings"
+            else:
+                files.append(path)
+                continue
+            passed[kind].append(f"{path.relative_to(folder)}{'/' if inner else ''}")
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    count = sum(map(len, passed.values()))
+    if count:
+        parts = (f"{len(n)} {k} ({', '.join(sorted(n)[:3])}{', ...' if len(n) > 3 else ''})" for k, n in passed.items() if n)
+        warnings.warn(f"{folder}: {len(files)} files are read, {count} passed over: {', '.join(parts)}", stacklevel=2)
+    return sorted(files)
 
 
-def _documents(source: str, text_field: str, seed: int) -> Iterator[str]:
+def _documents(source: str, field: TextField, seed: int) -> Iterator[str]:
     require(bool(source), "sources", repr(source), _SOURCES)
-    path, kinds = Path(source).expanduser(), ", ".join(_SUFFIXES)
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix in _SUFFIXES)
-        reason, allowed = "a folder without text", f"a folder with {kinds} files, not all of them empty"
-    elif path.is_file():
-        require(path.suffix in _SUFFIXES, "sources", str(path), f"files ending in {kinds}")
-        files, reason, allowed = [path], "which is empty", "files with text"
-    elif path.suffix in _SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        refuse("sources", f"{source}, which does not exist", _SOURCES)
-    else:
-        yield from _hub(source, text_field, seed)
+    path = Path(os.path.expanduser(source))
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = None
+    except (OSError, ValueError) as error:  # a zero byte in the name is a ValueError
+        refuse("sources", f"{source!r}, which cannot be read ({getattr(error, 'strerror', None) or error})", _SOURCES)
+    if mode is None:
+        link = os.path.islink(path)
+        local = link or kind_of(path) or source.startswith((".", "/", "~")) or source.count("/") > 1
+        require(not local, "sources", f"{source}, which {'leads to nothing' if link else 'does not exist'}", _SOURCES)
+        yield from _hub(source, field, seed)
         return
-    texts = (text for file in files for text in _file(file, text_field))
+    if stat.S_ISDIR(mode):
+        files, reason, allowed = _folder(path, field), "a folder without text", f"a folder with {KINDS}, not all of them empty"
+    else:
+        require(stat.S_ISREG(mode), "sources", f"{path}, which is no regular file but a pipe or a device", _SOURCES)
+        require(kind_of(path) is not None, "sources", str(path), f"files ending in {KINDS}")
+        files, reason, allowed = [path], "which is empty", "files with text"
+    texts = (text for file in files for text in read_file(file, field))
     first = next(texts, None)
     if first is None:
         refuse("sources", f"{path}, {reason}", allowed)
@@ -142,28 +142,42 @@ def _documents(source: str, text_field: str, seed: int) -> Iterator[str]:
     yield from texts
 
 
-def read_documents(
-    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, text_field: str = "text", seed: int = 0
-) -> Iterator[str]:
-    """The documents of ``sources``, one by one; arguments and errors as of ``load_tokens``."""
-    names = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+def _names(sources: Any) -> list[str]:
+    names = [sources] if isinstance(sources, str | os.PathLike) or not isinstance(sources, Iterable) else list(sources)
     require(bool(names), "sources", names, "at least one file, folder or dataset name")
     for name in names:
-        yield from _documents(os.fspath(name), text_field, seed)
+        known = isinstance(name, str | os.PathLike) and isinstance(os.fspath(name), str)
+        require(known, "sources", f"{name!r}, a {type(name).__name__}", f"{_SOURCES}, or several")
+    return [os.fspath(name) for name in names]
+
+
+def read_documents(
+    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    text_field: str = "text",
+    seed: int = 0,
+    tokenizer: Any = None,
+) -> Iterator[str]:
+    """The documents of ``sources``, one by one; arguments and errors as of ``load_tokens``, but that the tokenizer, for its chat
+    template alone, may be None."""
+    require(isinstance(text_field, str), "text_field", repr(text_field), "a string")
+    for name in _names(sources):
+        yield from _documents(name, TextField(text_field, tokenizer), seed)
 
 
 def pack_documents(
     documents: Iterable[str], tokenizer: Any, *, sequence_length: int, max_tokens: int | None = None, given: str = "the documents"
 ) -> Tensor:
     """Tokenised ``documents`` packed into [M, N] int64 as ``load_tokens`` says; ``given`` names them in errors."""
-    require(isinstance(sequence_length, int) and sequence_length >= 1, "sequence_length", sequence_length, "an integer >= 1")
+    require(is_integer(sequence_length) and sequence_length >= 1, "sequence_length", sequence_length, "an integer >= 1")
     enough = max_tokens is None or max_tokens >= sequence_length
     require(enough, "max_tokens", max_tokens, f"at least one sequence, {sequence_length}, or None")
     end = tokenizer.eos_token_id
     ids = array("q")
     for text in documents:
-        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if end is not None:
+        found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids.extend(found)
+        if end is not None and found[-1:] != [end]:  # a chat template may have written it
             ids.append(end)
         if max_tokens is not None and len(ids) >= max_tokens:
             break
@@ -185,26 +199,30 @@ def load_tokens(
     """Documents, joined by the end-of-text token where the tokenizer has one, cut into full sequences; the rest is dropped.
 
     Args:
-        sources: one or several of: a .txt, .md or .py file (one document), a .jsonl or .parquet file (one a row), a folder of
-            those, or the name of a Hugging Face dataset ("name", "name:split", "name:config:split"), which is streamed.
+        sources: one or several of: a .txt, .md or .py file (one document), a .jsonl, .json or .parquet file (one a row; .json: a
+            list of rows, or one object a line), all but parquet also as .gz or .zst; a folder of those, whose hidden files are
+            passed over; the name of a Hugging Face dataset ("name", "name:split", "name:config:split"), which is streamed.
         tokenizer: of transformers.
         sequence_length: N tokens a sequence.
         max_tokens: stop after so many tokens; None reads everything.
-        text_field: the field of a .jsonl, .parquet or dataset row that holds the text.
+        text_field: the field of a row that holds the text, or a list of chat messages ({"role", "content"}), which the chat
+            template of the tokenizer joins; "a.b" is b in the object a.
         seed: of the shuffle of a dataset's stream; files are read in order.
 
     Returns:
         tokens [M, N] int64, the same for the same arguments.
 
     Raises:
-        ValueError: no source, an empty file, no such field, an unknown kind of file, fewer tokens than one sequence.
+        ValueError: no source, an empty or broken file, no such field, an unknown kind of file, fewer tokens than one sequence.
         ImportError: pyarrow or datasets is needed; it names the extra.
+
+    A warning says what a folder holds that is not read.
     """
-    names = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    names = _names(sources)
     return pack_documents(
-        read_documents(names, text_field=text_field, seed=seed),
+        read_documents(names, text_field=text_field, seed=seed, tokenizer=tokenizer),
         tokenizer,
         sequence_length=sequence_length,
         max_tokens=max_tokens,
-        given=", ".join(map(str, names)),
+        given=", ".join(names),
     )

@@ -10,7 +10,6 @@ import copy
 import json
 import math
 import random
-import shutil
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .._files import write_file
+from .._files import write_file, write_folder
 from ..alignment.checkpoints import read_log
 from ..alignment.config import AlignmentConfig
 from ..evaluation import collect_load, perplexity, retention
@@ -32,6 +31,7 @@ from ..models.checkpoint import load, save
 from ..models.config import DotMoeConfig
 from ..models.counts import count_parameters
 from ..models.modeling import DotMoeForCausalLM
+from ..models.target import check_target, replaced_files
 from .checks import check_lines, self_check
 from .data import pack_documents, read_documents
 from .pipeline import METHODS, convert
@@ -233,14 +233,16 @@ def run_demo(
         router: "top_k" or "soft", of every method.
         quick: a minute; proves the path, not the ranking.
         seed: of everything.
-        overwrite: remove what ``folder`` holds, once the text is read.
+        overwrite: replace an earlier demo in ``folder``, once the text is read; other files of it stay.
         progress: show bars.
         say: where the lines go.
 
     Raises:
-        ValueError: too little text.
+        ValueError: too little text; ``folder`` holds a demo and ``overwrite`` is False, or something else.
     """
     folder, size, begin = Path(folder), QUICK if quick else FULL, time.monotonic()
+    for part in ("dense", "dotmoe"):
+        check_target(folder / part, "folder", overwrite)
     source = ", ".join(data) if data else "the Python standard library's sources"
     texts = list(read_documents(data, text_field=text_field)) if data else standard_library()
     train_texts, held_texts = split_documents(texts, seed)
@@ -248,9 +250,10 @@ def run_demo(
     train = pack_documents(train_texts, tokenizer, sequence_length=_SEQUENCE, given=f"the training part of {source}")
     held = pack_documents(held_texts, tokenizer, sequence_length=_SEQUENCE, given=f"the held-out twentieth of {source}")
     held = held[: size.held_out]
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        for name in ("demo.json", "demo.png"):
+            (folder / name).unlink(missing_ok=True)
     say(f"text: {source}: {train.numel():,} training and {held.numel():,} held-out tokens")
 
     start = time.monotonic()
@@ -258,8 +261,9 @@ def run_demo(
     value, total = perplexity(dense, held), dense.num_parameters()
     first = {"method": "dense", "perplexity": value, "retention": 1.0, "active_parameters": total, "total_parameters": total}
     rows: list[dict[str, Any]] = [{**first, "seconds": time.monotonic() - start}]
-    dense.save_pretrained(folder / "dense")
-    tokenizer.save_pretrained(folder / "dense")
+    with write_folder(folder / "dense", replaced_files(tokenizer=True)) as new:
+        dense.save_pretrained(new)
+        tokenizer.save_pretrained(new)
     with torch.no_grad():
         dense_logits = dense(input_ids=held[:4], use_cache=False).logits
 

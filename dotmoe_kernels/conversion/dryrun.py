@@ -23,6 +23,7 @@ from ..routing.budgets import slots
 from .costs import SHARE, Cost, Sizes, align_cost, finetune_cost, reconstruct_cost
 from .finetuning import FinetuneConfig
 from .recipes import Recipe
+from .sources import location
 
 _H200_GB = 141  # as published
 
@@ -46,7 +47,8 @@ def dense_config(model: str | None, recipe: Recipe | None) -> PreTrainedConfig:
     name = model or (recipe.model if recipe is not None else None)
     if name is None:
         raise ValueError("MODEL is missing; allowed: a model folder, a name, or a recipe with a backbone or a model")
-    config = AutoConfig.from_pretrained(name)
+    place, file = location(name)
+    config = AutoConfig.from_pretrained(place, **file)
     require(config.model_type != DotMoeConfig.model_type, "MODEL", f"{name}, which is already converted", "a dense model")
     return config
 

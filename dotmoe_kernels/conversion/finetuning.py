@@ -5,6 +5,7 @@ All weights train, or with ``lora_rank`` adapters on the attention's projections
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .._checks import require, require_range
+from .._checks import is_integer, is_number, plain_numbers, require, require_range
 from ..alignment.checkpoints import (
     last_checkpoint,
     load_checkpoint,
@@ -31,6 +32,7 @@ from ..alignment.checkpoints import (
 from ..alignment.schedule import ends, learning_rate, shuffled_rows
 from ..evaluation import perplexity
 from ..models.block import DotMoeRouter, moe_blocks
+from ..models.folder import check_state
 from ..models.modeling import DotMoeForCausalLM
 from ..routing import route_soft, route_top_k
 from .data import as_tokens
@@ -69,21 +71,23 @@ class FinetuneConfig:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         for name in ("steps", "checkpoint_every", "lora_rank"):
             value = getattr(self, name)
-            require(isinstance(value, int) and value >= 0, name, value, "an integer of at least 0")
-        require(
-            isinstance(self.batch_size, int) and self.batch_size >= 1, "batch_size", self.batch_size, "an integer of at least 1"
-        )
+            require(is_integer(value) and value >= 0, name, value, "an integer of at least 0")
+        require(is_integer(self.batch_size) and self.batch_size >= 1, "batch_size", self.batch_size, "an integer of at least 1")
         micro = self.micro_batch_size
-        require(micro is None or 1 <= micro <= self.batch_size, "micro_batch_size", micro, f"1 to batch_size = {self.batch_size}")
+        fits = micro is None or (is_integer(micro) and 1 <= micro <= self.batch_size)
+        require(fits, "micro_batch_size", micro, f"1 to batch_size = {self.batch_size}")
         for name in ("lr", "clip"):
-            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
+            value = getattr(self, name)
+            require(is_number(value) and 0 < value < math.inf, name, value, "a positive number")
         for name in ("weight_decay", "z", "balance"):
-            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a number of at least 0")
-        require(0 <= self.warmup <= 1, "warmup", self.warmup, "a share from 0 to 1")
+            value = getattr(self, name)
+            require(is_number(value) and 0 <= value < math.inf, name, value, "a number of at least 0")
+        require(is_number(self.warmup) and 0 <= self.warmup <= 1, "warmup", self.warmup, "a share from 0 to 1")
         alpha = self.lora_alpha
-        require(alpha is None or 0 < alpha < math.inf, "lora_alpha", alpha, "a positive number, or None")
+        require(alpha is None or (is_number(alpha) and 0 < alpha < math.inf), "lora_alpha", alpha, "a positive number, or None")
 
 
 @contextmanager
@@ -198,6 +202,8 @@ def finetune(
         FloatingPointError: a non-finite loss or gradient; names the step and the last good checkpoint.
     """
     require(isinstance(model, DotMoeForCausalLM), "model", f"a {type(model).__name__}", "a DotMoeForCausalLM")
+    with torch.device("meta"):
+        check_state(model, DotMoeForCausalLM(copy.deepcopy(model.config)))  # or what is saved afterwards cannot be read back
     options = FinetuneConfig() if config is None else config
     tokens = as_tokens(data)
     vocabulary = model.config.get_text_config().vocab_size

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._checks import require, require_range
+from .._checks import is_integer, require, require_range
 from ..alignment.checkpoints import read_log, tokens_checksum, weights_checksum
 from ..alignment.config import AlignmentConfig
 from ..alignment.loop import align
@@ -23,8 +23,10 @@ from ..alignment.reconstruction import reconstruct
 from ..alignment.schedule import ends
 from ..alignment.soft import BudgetState
 from ..alignment.transport import Transport
+from ..evaluation import COLLAPSE, unused_experts, unused_line
+from ..models.backbone import check_backbone, shared_width
 from ..models.config import DotMoeConfig
-from ..models.modeling import DotMoeForCausalLM, dense_class, materialize
+from ..models.modeling import DotMoeForCausalLM, check_return, materialize
 from ..models.surgery import DenseFFN, find_ffns, swap_ffn
 from ..partitions import (
     PARTITIONS,
@@ -40,17 +42,18 @@ from .data import as_tokens
 METHODS = ("dot", *PARTITIONS)
 STAGES = ("reconstruct", "align")
 RECONSTRUCT_TOKENS, RECONSTRUCT_BATCH = 65536, 1024  # that the reconstruction collects at most, and takes a step
+_CURVES = ("loss", "kl", "ce", "hidden", "experts_in_use", "largest_load")  # of the log, how each began and ended
 _CALIBRATION_TOKENS = 2048  # that the activation partition clusters on
 
 
 def _check_model(model: PreTrainedModel, config: DotMoeConfig, ffns: dict[str, DenseFFN]) -> None:
-    """What ``materialize`` would refuse, before anything is trained."""
-    expected = dense_class(model.config)
-    require(type(model) is expected, "model", f"a {type(model).__name__}", f"the causal LM of its config, {expected.__name__}")
-    widths = sorted({ffn.gate_proj.shape[0] for ffn in ffns.values()})
-    require(len(widths) == 1, "model", f"with FFN widths {widths}", "one width for every layer")
-    config.check(dense_width=widths[0])
+    """What ``materialize`` and ``load`` would refuse, before anything is trained."""
+    width = shared_width(ffn.gate_proj for ffn in ffns.values())
+    config.check(dense_width=width)
     require(config.router_k is None, "config.router_k", config.router_k, "None: it is learned")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said once, by the conversion itself
+        check_return(model, config, width)
 
 
 def _soft_options(options: AlignmentConfig, config: DotMoeConfig) -> AlignmentConfig:
@@ -186,9 +189,20 @@ class _Run(NamedTuple):
         written = None if self.folder is None else self.folder / "log.jsonl"
         log = result.log if written is None or not written.is_file() else read_log(written)
         whole = len(log) == result.steps  # a log that was removed before the run was resumed says nothing of the beginning
-        curves = {name: ends([entry[name] for entry in log]) for name in ("loss", "kl", "ce") if whole}
+        kept = [name for name in _CURVES if whole and all(name in entry for entry in log)]
+        curves = {name: ends([entry[name] for entry in log]) for name in kept}
+        if result.loads:
+            _warn_of_unused(result.loads, self.options.batch_size * self.tokens.shape[1], self.layers)
         tokens = result.steps * self.options.batch_size * self.tokens.shape[1]
         return {"steps": result.steps, "tokens": tokens, **curves}, result.budgets
+
+
+def _warn_of_unused(loads: dict[str, Tensor], tokens: int, layers: dict[str, AlignmentFFN]) -> None:
+    """Of the last step, which had so many tokens."""
+    slots = {name: load * tokens * layers[name].top_k for name, load in loads.items()}
+    unused = unused_experts(slots)
+    if unused:
+        warnings.warn(f"{unused_line(unused, slots)} in the last step of the alignment: {COLLAPSE}", stacklevel=4)
 
 
 def _fingerprint(
@@ -265,22 +279,25 @@ def convert(
             reached.
 
     Raises:
-        ValueError: an unknown method or stage, a topology that does not fit, a model without recognisable FFNs or already sparse,
-            data of a wrong shape or with token ids outside the vocabulary, "activation" without data.
+        ValueError: an unknown method or stage, a topology that does not fit, a model without recognisable FFNs, already sparse,
+            wrapped, with adapters or otherwise not as its class makes it, or not in memory; data of a wrong shape or with token ids
+            outside the vocabulary, "activation" without data.
         FloatingPointError: a non-finite loss; names the step, the layer and the last good checkpoint.
 
     Source: DOT-MoE (arXiv 2606.01666).
     """
     require(method in METHODS, "method", repr(method), " | ".join(METHODS))
+    require(init is None or method == "dot", "init", repr(init), 'together with method="dot"')
     options = AlignmentConfig() if alignment is None else alignment
     if init is not None:
         options = dataclasses.replace(options, init=init)
     require(isinstance(config, DotMoeConfig), "config", f"a {type(config).__name__}", "a DotMoeConfig")
+    check_backbone(model)
     ffns = find_ffns(model)
     config = copy.deepcopy(config)
     _check_model(model, config, ffns)
     options, stages = _soft_options(options, config), _ordered(stages)
-    whole = isinstance(reconstruct_steps, int) and reconstruct_steps >= 0
+    whole = is_integer(reconstruct_steps) and reconstruct_steps >= 0
     require(whole, "reconstruct_steps", reconstruct_steps, "an integer of at least 0")
     tokens = _check_data(model, data, method, options)
     figures: dict[str, Any] = {}

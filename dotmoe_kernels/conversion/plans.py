@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .._checks import refuse, require
-from ..models.modeling import meta_backbone
+from ..models.backbone import meta_backbone
 from ..models.surgery import find_ffns
 from .speeds import LAUNCH, RESTS_ON, dense_seconds, one_pass, product_seconds, routed_seconds
 

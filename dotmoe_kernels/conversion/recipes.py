@@ -12,13 +12,14 @@ Every key may be left out. Those that ship with the package lie in ``recipes/``.
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .._checks import require
+from .._checks import refuse, require
 from ..alignment.config import AlignmentConfig
 
 _NUMBER = (int, float)
@@ -65,16 +66,19 @@ def load_recipe(name: str) -> Recipe:
             range, each named with the file and what is allowed.
     """
     if name.endswith(".toml"):
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         require(path.is_file(), "recipe", f"{name}, which is no file", "the path of a TOML file, or a name without .toml")
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            refuse("recipe", f"{name}, which cannot be read ({error.strerror})", "a file that may be read")
     else:
         names = recipe_names()
         require(name in names, "recipe", repr(name), f"{', '.join(names)}, or the path of a .toml file")
         data = (resources.files(__package__) / "recipes" / f"{name}.toml").read_bytes()
     try:
-        values = tomllib.loads(data.decode("utf-8"))
-    except ValueError as error:  # of the encoding or the syntax
+        values = tomllib.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # of the encoding or the syntax; nested deeper than Python goes
         raise ValueError(f"recipe {name} is no TOML file ({error})") from None
     return _checked(name, values)
 

@@ -1,15 +1,24 @@
-"""What a conversion starts from: the dense model and its tokenizer, as transformers reads them."""
+"""What a conversion starts from: the dense model and its tokenizer, as transformers reads them.
+
+Of a .gguf file transformers makes the dense weights, the config and the tokenizer.
+"""
 
 from __future__ import annotations
 
+import copy
+import io
+from contextlib import redirect_stderr
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from .._checks import require
+from .._checks import refuse, require
 
 
 def quieten() -> None:
@@ -19,29 +28,78 @@ def quieten() -> None:
     logging.disable_progress_bar()
 
 
-def read_dense(name: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """The causal LM of a folder, or of a name, on the CPU.
+def is_gguf(name: str) -> bool:
+    """Whether it is named as a GGUF file is."""
+    return Path(name).suffix.lower() == ".gguf"
+
+
+def location(name: str) -> tuple[str, dict[str, str]]:
+    """What from_pretrained takes: the folder or the name as it is, of a .gguf file its folder and gguf_file=.
 
     Raises:
-        ValueError: a tensor of the model is not in the checkpoint.
-        OSError, SafetensorError: it cannot be read, found or fetched.
+        ImportError: gguf or accelerate is needed; it names the extra.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    model, found = loaded
+    if not is_gguf(name):
+        return name, {}
+    for package in ("gguf", "accelerate"):  # transformers asks for both
+        if find_spec(package) is None:
+            raise ImportError(f"reading {name} needs {package}: pip install 'dotmoe_kernels[gguf]'")
+    path = Path(name).expanduser()
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _read_gguf(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Dequantised, in a model that knows nothing of it: neither its config nor what is saved of it later says quantised."""
+    folder, file = location(name)
+    kind = getattr(transformers, "GgufConfig", None)  # before it came, transformers always dequantised
+    if kind is not None:
+        file["quantization_config"] = kind(dequantize=True)
+    try:
+        with redirect_stderr(io.StringIO()):  # a bar that no setting of transformers turns off
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **file)
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:
+        refuse("model", f"{name}, which transformers cannot dequantise ({error})", "a GGUF file of a dense causal LM")
+    packed, found = loaded
+    config = copy.deepcopy(packed.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model.load_state_dict(packed.state_dict())
+    return model, found
+
+
+def read_dense(name: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The causal LM of a folder, of a name, or of a .gguf file, which is dequantised; on the CPU.
+
+    dtype: of the weights; "auto": as saved, and float32 of a .gguf file.
+
+    Raises:
+        ValueError: a tensor of the model is not in the checkpoint, or transformers cannot dequantise it.
+        OSError, SafetensorError: it cannot be read, found or fetched.
+        ImportError: a .gguf file needs the extra gguf.
+    """
+    if is_gguf(name):
+        model, found = _read_gguf(name, torch.float32 if isinstance(dtype, str) else dtype)
+    else:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model, found = loaded
     lacking = sorted(found["missing_keys"])
     require(not lacking, "model", f"{name}, without the tensor {', '.join(lacking[:4])}", "a complete causal LM")
     return model
 
 
-def read_tokenizer(folder: str) -> Any:
-    """The tokenizer of a model's folder, or name.
+def read_tokenizer(folder: str, *, allowed: str = "a MODEL saved with one, as save(model, folder, tokenizer=...) does") -> Any:
+    """The tokenizer of a model's folder, name or .gguf file. ``allowed``: what the error asks for instead.
 
     Raises:
         ValueError: there is none that can be read.
+        ImportError: it needs another package.
     """
+    place, file = location(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return AutoTokenizer.from_pretrained(place, **file)
+    except ImportError:
+        raise
+    except Exception as error:  # tokenizers raises the bare class, and broken JSON whatever its wrong type leads to
         reason = " ".join(str(error).split())
-        allowed = "a MODEL saved with one, as save(model, folder, tokenizer=...) does"
         raise ValueError(f"{folder} has no tokenizer that can be read; allowed: {allowed} ({reason})") from None

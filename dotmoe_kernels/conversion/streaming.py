@@ -13,16 +13,18 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from .._checks import require
-from .._files import check_target, replace_folder
+from .._files import write_folder
 from ..alignment.config import AlignmentConfig
 from ..alignment.transport import Transport
+from ..models.backbone import meta_backbone
 from ..models.block import DotMoeBlock
 from ..models.card import model_card
 from ..models.config import DotMoeConfig
 from ..models.folder import check_folder
-from ..models.modeling import DotMoeForCausalLM, meta_backbone
+from ..models.modeling import DotMoeForCausalLM
 from ..models.shards import ShardReader, ShardWriter, Spec, file_layout, save_configs, writing
 from ..models.surgery import DenseFFN, find_ffns, recognise_ffn, swap_ffn
+from ..models.target import check_target, in_its_place, replaced_files, require_apart
 from .checks import TOLERANCES, relative_error
 from .pipeline import METHODS, _build_layers, _check_model, _describe
 
@@ -140,6 +142,7 @@ def convert_folder(
     for name, kind in (("method", method), ("init", options.init if method == "dot" else None)):
         require(kind != "activation", name, "activation", "one that needs no text, or data to calibrate on")
     path = check_target(output, "output", overwrite)
+    require_apart(path, "output", f"{path}, which", {"source": source})
     config, dense = copy.deepcopy(config), AutoConfig.from_pretrained(source)
     with torch.device("meta"):
         origin = _Source(source, dense, dtype)
@@ -150,7 +153,7 @@ def convert_folder(
     names = file_layout(sparse)
     layout = {n: Spec(origin.dtype if t.is_floating_point() else t.dtype, tuple(t.shape)) for n, t in names.items()}
     inside = tuple(f"{name}." for name in origin.ffns)
-    with replace_folder(path) as new:
+    with write_folder(path, replaced_files(tokenizer=tokenizer is not None)) as new:
         save_configs(sparse, new, Path(source), origin.dtype)
         with writing(new, layout, max_shard_size) as writer:
             for name in layout:
@@ -163,5 +166,6 @@ def convert_folder(
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         (new / "README.md").write_text(model_card(sparse, path.name, card or {}), encoding="utf-8")
-        check_folder(new, DotMoeForCausalLM)
+        with in_its_place(new, path):
+            check_folder(new, DotMoeForCausalLM)
     return {"all_experts_error": worst, "tolerance": most}

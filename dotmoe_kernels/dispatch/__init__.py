@@ -17,6 +17,7 @@ from .._autograd import wants_gradient
 from .._backend import use_triton
 from .._checks import (
     has_values,
+    is_integer,
     refuse,
     require,
     require_float,
@@ -54,7 +55,7 @@ def dispatch_tokens(indices: Tensor, num_experts: int) -> Slots:
             count as empty slots).
     """
     require_indices(indices, "indices", 2, "[T, K]")
-    require(isinstance(num_experts, int) and num_experts >= 1, "num_experts", num_experts, "an integer of at least 1")
+    require(is_integer(num_experts) and num_experts >= 1, "num_experts", num_experts, "an integer of at least 1")
     if indices.numel() >= 2**31:
         refuse("indices", f"of shape {list(indices.shape)}", "fewer than 2^31 entries: offsets are int32")
     require_range(indices, "indices", 0, num_experts)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._autograd import wants_gradient
 from .._backend import use_kernels
-from .._checks import require, require_float, require_indices, require_range, require_same, require_shape
+from .._checks import is_integer, require, require_float, require_indices, require_range, require_same, require_shape
 from .._tiles import pick_path
 from ..permutation import has_dense_view
 from .activations import find_activation
@@ -77,7 +77,12 @@ def expert_ffn(
     require_shape(down_proj, "down_proj", (E, H, width // 2), "[E, H, s]")
     require_indices(indices, "indices", 2, "[T, K]")
     require(indices.shape[0] == T, "indices", f"of shape {list(indices.shape)}", f"[T, K] with T = {T}")
-    require(indices.numel() < 2**31, "indices", f"of shape {list(indices.shape)}", "fewer than 2^31 entries: offsets are int32")
+    require(
+        is_compiling() or indices.numel() < 2**31,
+        "indices",
+        f"of shape {list(indices.shape)}",
+        "fewer than 2^31 entries: offsets are int32",
+    )
     for name, tensor, dtype in (
         ("gate_up_proj", gate_up_proj, True),
         ("down_proj", down_proj, True),
@@ -91,17 +96,18 @@ def expert_ffn(
         require_same(weights, "weights", x, "x", dtype=False)
     find_activation(activation)
     require(path in ("auto", *_PATHS), "path", repr(path), "auto | " + " | ".join(_PATHS))
-    fits = workspace is None or (isinstance(workspace, int) and workspace >= 1)
+    fits = workspace is None or (is_integer(workspace) and workspace >= 1)
     require(fits, "workspace", repr(workspace), "None, or bytes as an integer of at least 1")
+    workspace = None if workspace is None else int(workspace)
     needs_grad = wants_gradient(x, gate_up_proj, down_proj, weights)
-    if path == "auto":
+    if path == "auto" and not (is_compiling() and not needs_grad):  # T may be open in a graph: there the operator picks
         K, view = indices.shape[1], has_dense_view(down_proj) and gate_up_proj.is_contiguous()
         path = pick_path(T, E, width // 2, K, H, x.dtype, x.device.type, dense_view=view, needs_grad=needs_grad).path
     if (path == "decode" and needs_grad) or gate_up_proj.numel() == 0:
         path = "grouped"
     arguments = (x, gate_up_proj, down_proj, indices, weights, activation)
     with autocast(x.device.type, enabled=False):
-        if is_compiling() and path != "masked" and not use_kernels(x):
+        if path == "auto" or (is_compiling() and path != "masked" and not use_kernels(x)):
             return expert_ffn_op(*arguments, path)
         if path == "grouped":
             return training_ffn(*arguments, recompute, workspace) if needs_grad else grouped_ffn(*arguments, workspace)

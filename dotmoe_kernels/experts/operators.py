@@ -1,7 +1,7 @@
 """The paths that look at which experts have rows as torch operators, for torch.compile where Triton's kernels do not run: a graph
 holds no values.
 
-dotmoe_kernels::expert_ffn            y [T, H] by the path of that name
+dotmoe_kernels::expert_ffn            y [T, H] by the path of that name; "auto" picks it from the T that comes, without a gradient
 dotmoe_kernels::expert_ffn_backward   gradients of the arguments, with the hidden layer computed again
 """
 
@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from .._checks import require_range
+from .._tiles import pick_path
 from ..dispatch import sort_slots
+from ..permutation import has_dense_view
 from .decode import decode_ffn
 from .grouped import grouped_ffn
+from .masked import masked_view_ffn
 from .training.cpu import Needs, backward
 
 
@@ -24,7 +27,10 @@ def expert_ffn_op(
     x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor | None, activation: str, path: str
 ) -> Tensor:
     require_range(indices, "indices", 0, gate_up_proj.shape[0])  # there were no values while the graph was made
-    run = decode_ffn if path == "decode" else grouped_ffn
+    if path == "auto":
+        (T, H), (E, width, _), view = x.shape, gate_up_proj.shape, has_dense_view(down_proj) and gate_up_proj.is_contiguous()
+        path = pick_path(T, E, width // 2, indices.shape[1], H, x.dtype, x.device.type, dense_view=view).path
+    run = {"decode": decode_ffn, "masked": masked_view_ffn}.get(path, grouped_ffn)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # the operator has its own derivative
         return run(x, gate_up_proj, down_proj, indices, weights, activation)
 

@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 from .._checks import require
-from .._files import check_target, replace_folder
+from .._files import write_folder
 from ..models.checkpoint import load
-from ..models.folder import OURS
-from ..models.modeling import restore_dense
+from ..models.folder import OURS, check_dense_folder, check_folder
+from ..models.modeling import DotMoeForCausalLM, restore_dense
+from ..models.target import VOCABULARIES, check_target, in_its_place, replaced_files, require_apart
 from .streaming import stream_dense
 
 __all__ = ["ARCHITECTURES", "export"]
@@ -25,19 +26,28 @@ def export(
 
     Args:
         folder: as written by ``save``.
-        out: folder to write.
+        out: folder to write; neither ``folder`` nor one that holds it.
         architecture: "dense": the source model, bit for bit, for AutoModelForCausalLM; of a model that was fine-tuned a dense model
             of its weights.
-        overwrite: replace a model folder that exists.
+        overwrite: replace the model in a folder that has one; its files that are no part of a model stay.
 
     Raises:
-        ValueError: an unknown architecture, an ``out`` that exists, and those of ``load``.
+        ValueError: an unknown architecture, an ``out`` that exists, what was written cannot be read back, and those of ``load``.
     """
     require(architecture in ARCHITECTURES, "architecture", repr(architecture), " | ".join(map(repr, ARCHITECTURES)))
     path = check_target(out, "out", overwrite)
-    with replace_folder(path) as new:
-        if stream_dense(Path(folder).expanduser(), new) is None:
-            restore_dense(load(folder)).save_pretrained(new)
-        for file in sorted(Path(folder).iterdir()):  # the tokenizer's
-            if file.is_file() and file.name not in OURS and file.suffix != ".safetensors":
+    require_apart(path, "out", f"{path}, which", {"folder": folder})
+    config = check_folder(folder, DotMoeForCausalLM)
+    files = [file for file in sorted(Path(folder).iterdir()) if file.is_file() and file.suffix != ".safetensors"]
+    others = [file for file in files if file.name not in OURS]  # the tokenizer's
+    replaced = replaced_files(tokenizer=bool(others))
+    with write_folder(path, replaced) as new:
+        dense = stream_dense(config, Path(folder).expanduser(), new)
+        if dense is None:
+            dense = restore_dense(load(folder))
+            dense.save_pretrained(new)
+        for file in others:
+            if replaced(file.name) or file.name in VOCABULARIES or not (path / file.name).exists():
                 shutil.copy2(file, new / file.name)
+        with in_its_place(new, path):
+            check_dense_folder(new, type(dense))

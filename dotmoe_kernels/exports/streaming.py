@@ -8,24 +8,23 @@ from typing import Any
 
 import torch
 
-from ..models.folder import check_folder
-from ..models.modeling import DotMoeForCausalLM, meta_backbone
+from ..models.backbone import meta_backbone
+from ..models.config import DotMoeConfig
 from ..models.shards import ShardReader, Spec, file_layout, save_configs, writing
 from ..models.surgery import assign_ffn, find_ffns
 from ..permutation import unpack_experts
 
 
-def stream_dense(folder: Path, new: Path, max_shard_size: str | int = "5GB") -> Any:
+def stream_dense(config: DotMoeConfig, folder: Path, new: Path, max_shard_size: str | int = "5GB") -> Any:
     """Write config and weights of the dense model into ``new``, bit for bit those of the files.
+
+    Args:
+        config: of the converted model in ``folder``, which has been checked.
 
     Returns:
         the dense model without storage; None, and nothing is written, where transformers keeps its tensors in files by other names
         than in memory.
-
-    Raises:
-        ValueError: see ``load``.
     """
-    config = check_folder(folder, DotMoeForCausalLM)
     dense, reader = meta_backbone(copy.deepcopy(config.dense_config)), ShardReader(folder)
     ffns, text = find_ffns(dense), dense.config.get_text_config()
     names, tied = file_layout(dense), dense.all_tied_weights_keys
@@ -33,6 +32,9 @@ def stream_dense(folder: Path, new: Path, max_shard_size: str | int = "5GB") -> 
         return None
     owner = {f"{name}.{part}": name for name, ffn in ffns.items() for part in ffn.module.state_dict()}
     source = {name: name if name in reader else next((t for t, s in tied.items() if s == name), name) for name in names}
+    experts = [f"{name}.experts.{part}" for name in ffns for part in ("gate_up_proj", "down_proj")]
+    if any(name not in reader for name in (*experts, *(source[n] for n in names if n not in owner))):
+        return None
     kinds = {n: reader.specs[f"{owner[n]}.experts.gate_up_proj" if n in owner else source[n]].dtype for n in names}
     save_configs(dense, new, folder, next(kind for kind in kinds.values() if kind.is_floating_point))
     layout = {name: Spec(kinds[name], tuple(tensor.shape)) for name, tensor in names.items()}

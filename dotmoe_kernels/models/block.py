@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .._checks import compute_dtype, require
 from ..experts import expert_ffn
 from ..permutation import neuron_order, pack_experts, unpack_experts
-from ..routing import route_soft, route_top_k
+from ..routing import route_any
 from ..routing.budgets import SoftRouter
 from .surgery import DenseFFN
 
@@ -47,10 +47,7 @@ class DotMoeRouter(nn.Module):
             if self.bypass:
                 everyone = torch.arange(self.num_experts, device=x.device).expand(logits.shape)
                 return logits, torch.ones_like(logits), everyone
-            if self.soft is not None:
-                routing = route_soft(logits, self.soft)
-            else:
-                routing = route_top_k(logits, self.top_k, weights="unit")
+            routing = route_any(logits, self.top_k, self.soft)
         return logits, routing.weights, routing.indices
 
     @property

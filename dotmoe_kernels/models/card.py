@@ -65,6 +65,18 @@ def router_facts(config: DotMoeConfig) -> dict[str, Any]:
     }
 
 
+def _collapse(stages: Mapping[str, Any], figures: Mapping[str, Any]) -> list[str]:
+    """What there is to say of experts that no token visits: on the text that was held out, or else at the end of the training."""
+    unused, (_, share) = figures.get("unused experts"), stages.get("align", {}).get("experts_in_use", (1, 1))
+    if isinstance(unused, Mapping) and unused:
+        seen = f"{len(unused)} layers leave experts without a token on the text that was held out (the table below)"
+    elif share < 1 and "held-out tokens" not in figures:
+        seen = f"{1 - share:.1%} of the experts saw no token at the end of the training"
+    else:
+        return []
+    return [f"**Unused experts.** {seen}: what those hold is pruned, not routed."]
+
+
 def model_card(model: DotMoeForCausalLM, title: str, figures: Mapping[str, Any]) -> str:
     """The text of README.md.
 
@@ -104,6 +116,7 @@ def model_card(model: DotMoeForCausalLM, title: str, figures: Mapping[str, Any])
         f"{with_all}.",
         _table(structure, ("structure", "")),
     ]
+    parts += _collapse(stages, figures)
     if config.router == "soft":
         parts += [
             "## Router",

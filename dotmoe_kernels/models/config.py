@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .._checks import require
+from .._checks import is_integer, is_number, plain_numbers, require
 from ..alignment.config import AlignmentConfig
 from ..routing.budgets import SoftRouter, slots
+from .backbone import ffn_width
 
 FORMAT_VERSION = 2  # 2 brought the soft router; a model without it is still written as 1, which older versions read
 ROUTERS = ("top_k", "soft")
+# of the dense model's text config: written at the top level of config.json as well, for tools that look there
+_SHOWN = ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "vocab_size")
 _SOFT_FIELDS = ("router_k", "router_temperature", "router_threshold", "router_cap")
 
 
@@ -23,12 +26,27 @@ def _fitting_num_experts(dense_width: int, num_experts: int, multiple: int) -> i
     return min(fits, key=lambda e: abs(math.log(e / num_experts)), default=None)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_count(value: Any) -> bool:
+    return is_integer(value) and value >= 1
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _value(config: object, name: str) -> Any:
+    """None where ``config`` has no such value, or refuses to give one since layers differ in it."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return None
+
+
+def _has(config: object, name: str) -> bool:
+    try:
+        return hasattr(config, name)
+    except Exception:  # it has one for each layer
+        return True
+
+
+def _is_number(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
 class DotMoeConfig(PreTrainedConfig):
@@ -83,7 +101,10 @@ class DotMoeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if "top_k" in kwargs:  # the base class drops it: generation has a parameter of that name
             self.num_experts_per_tok = kwargs.pop("top_k")
+        plain_numbers(self)
         dense = self.__dict__.pop("dense_config", None)  # the base class must not see the dense attributes through us
+        if dense is not None:  # whose own values these are
+            kwargs = {name: value for name, value in kwargs.items() if name not in _SHOWN}
         super().__post_init__(**kwargs)
         self.dense_config = None
         if self.router == "soft" and self.format_version == 1:
@@ -91,12 +112,13 @@ class DotMoeConfig(PreTrainedConfig):
         if isinstance(dense, dict):
             values = dict(dense)
             dense = AutoConfig.for_model(values.pop("model_type", "dense_config without a model_type"), **values)
-            self._attach(dense)
+            self.attach(dense)
         elif dense is not None:
             self.bind(dense)
         self.check()
 
-    def _attach(self, dense: PreTrainedConfig) -> None:
+    def attach(self, dense: PreTrainedConfig) -> None:
+        """Take ``dense`` (not a copy) as the dense model's config."""
         require(isinstance(dense, PreTrainedConfig), "dense_config", type(dense).__name__, "a PreTrainedConfig or its dictionary")
         require(dense.model_type != self.model_type, "dense_config", f"of type {dense.model_type}", "a dense model's config")
         if self._attn_implementation is not None:
@@ -113,7 +135,7 @@ class DotMoeConfig(PreTrainedConfig):
         Raises:
             ValueError: see the class.
         """
-        self._attach(dense_config)
+        self.attach(dense_config)
         width = self.dense_width if dense_width is None else dense_width
         if width is not None and _is_count(self.num_experts) and width % self.num_experts == 0:
             if self.moe_intermediate_size is None:
@@ -213,7 +235,7 @@ class DotMoeConfig(PreTrainedConfig):
     @property
     def dense_width(self) -> int | None:
         """F, where the dense config says it in ``intermediate_size``."""
-        width = getattr(self.__dict__.get("dense_config"), "intermediate_size", None)
+        width = _value(self.__dict__.get("dense_config"), "intermediate_size")
         return width if _is_count(width) else None
 
     @classmethod
@@ -230,7 +252,7 @@ class DotMoeConfig(PreTrainedConfig):
         """A topology for a dense model, as E = F / expert_size and K = ceil(active_fraction E).
 
         Args:
-            dense_config: of the dense model; its ``intermediate_size`` is F.
+            dense_config: of the dense model; its ``intermediate_size`` is F, or else the width of its FFNs.
             expert_size: s, a divisor of F (default 128); or give ``num_experts``.
             active_fraction: share of the FFN's neurons a token uses, in (0, 1] (default 0.25); or give ``top_k``.
             num_experts: E.
@@ -238,11 +260,10 @@ class DotMoeConfig(PreTrainedConfig):
             kwargs: further fields of DotMoeConfig.
 
         Raises:
-            ValueError: both of a pair given, a value out of range, or no ``intermediate_size``.
+            ValueError: both of a pair given, a value out of range, or no model of one FFN width.
         """
-        width = getattr(dense_config, "intermediate_size", None)
-        require(_is_count(width), "dense_config.intermediate_size", repr(width), "the FFN width F, an integer")
-        assert isinstance(width, int)  # for the type checker: required above
+        said = _value(dense_config, "intermediate_size")
+        width: int = said if _is_count(said) else ffn_width(dense_config)
         require(num_experts is None or expert_size is None, "expert_size", expert_size, "None when num_experts is given")
         require(top_k is None or active_fraction is None, "active_fraction", active_fraction, "None when top_k is given")
         if num_experts is None:
@@ -253,9 +274,9 @@ class DotMoeConfig(PreTrainedConfig):
             num_experts = width // size
         if top_k is None:
             fraction = 0.25 if active_fraction is None else active_fraction
-            require(isinstance(fraction, int | float) and 0 < fraction <= 1, "active_fraction", fraction, "a number in (0, 1]")
+            require(is_number(fraction) and 0 < fraction <= 1, "active_fraction", fraction, "a number in (0, 1]")
             top_k = fraction * num_experts
-        whole = top_k if isinstance(top_k, int) else math.ceil(top_k - 1e-9)  # 0.28 * 100 is 28.000000000000004
+        whole = int(top_k) if is_integer(top_k) else math.ceil(top_k - 1e-9)  # 0.28 * 100 is 28.000000000000004
         return cls(num_experts=num_experts, num_experts_per_tok=whole, dense_config=dense_config, **kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
@@ -264,8 +285,11 @@ class DotMoeConfig(PreTrainedConfig):
         return self if dense is None else dense.get_text_config(decoder=decoder, encoder=encoder)
 
     def to_dict(self) -> dict[str, Any]:
-        """As of every config; without the path the dense model was loaded from."""
+        """As of every config; without the path the dense model was loaded from, and with its sizes beside ours."""
         output = super().to_dict()
+        text = self.get_text_config()
+        if text is not self:
+            output |= {name: value for name in _SHOWN if _is_count(value := _value(text, name))}
         if isinstance(output.get("dense_config"), dict):
             output["dense_config"].pop("_name_or_path", None)
         return output
@@ -278,12 +302,17 @@ class DotMoeConfig(PreTrainedConfig):
         dense = self.__dict__.get("dense_config")
         if dense is None or name.startswith("_"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return getattr(dense, name)
+        try:
+            return getattr(dense, name)
+        except AttributeError:
+            raise
+        except Exception as error:  # some configs refuse what differs by layer with an error that hasattr lets through
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}: {error}") from error
 
     def __setattr__(self, key: str, value: Any) -> None:
         dense = self.__dict__.get("dense_config")
         ours = key.startswith("_") or key in self.__dict__ or hasattr(type(self), key) or key in self.attribute_map
-        if dense is not None and not ours and hasattr(dense, key):
+        if dense is not None and not ours and _has(dense, key):
             setattr(dense, key, value)
         else:
             super().__setattr__(key, value)

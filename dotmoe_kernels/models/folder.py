@@ -15,14 +15,27 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
 
 from .._checks import require
-from .block import moe_blocks
 from .config import DotMoeConfig
+from .names import check_names, header_tensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OURS = ("config.json", "generation_config.json", "README.md", WEIGHTS, INDEX)  # written anew by every save
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def check_orders(orders: Mapping[str, Tensor], source: str) -> None:
@@ -68,6 +81,49 @@ def _weight_files(path: Path) -> list[Path]:
     return shards
 
 
+def check_dense_folder(folder: Path, model_class: Any) -> None:
+    """Check the folder of a stock model by its headers: transformers reads every tensor of ``model_class`` from it and no other.
+
+    Raises:
+        ValueError: a tensor that is missing, left over or of another shape.
+    """
+    stand_ins: dict[str, Tensor] = {}  # names, shapes and dtypes of the files' tensors, and no storage
+    for file in _weight_files(folder):
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118
+                header = handle.get_slice(name)
+                dtype = _DTYPES.get(header.get_dtype(), torch.float32)
+                stand_ins[name] = torch.zeros((), dtype=dtype).expand(header.get_shape())
+    config = model_class.config_class.from_pretrained(folder)
+    _, found = model_class.from_pretrained(
+        None, config=config, state_dict=stand_ins, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    lacking, left = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    require(not lacking, str(folder), f"without the tensor {', '.join(lacking[:4])}", "a checkpoint with every tensor of the model")
+    require(not left, str(folder), f"with {', '.join(left[:4])}, which no tensor of the model reads", "the model's tensors alone")
+    for name, given, expected in found["mismatched_keys"]:
+        require(False, f"{name} of {folder}", f"of shape {list(given)}", f"shape {list(expected)}")
+
+
+def check_state(model: Any, fresh: Any) -> None:
+    """The tensors of ``model`` must be those that a model of its config has, or what is saved of it cannot be read back.
+
+    Args:
+        model: about to be trained.
+        fresh: a model of its config, without storage.
+
+    Raises:
+        ValueError: a tensor too many, too few or of another shape.
+    """
+    ours, theirs = ({name: list(t.shape) for name, t in m.state_dict().items()} for m in (model, fresh))
+    kind, allowed = type(model).__name__, "the tensors that a model of its config has, as from_pretrained gives it"
+    lacking, left = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
+    require(not left, "model", f"a {kind} with the tensor {', '.join(left[:4])}", allowed)
+    require(not lacking, "model", f"a {kind} without the tensor {', '.join(lacking[:4])}", allowed)
+    other = next((name for name, shape in ours.items() if shape != theirs[name]), None)
+    require(other is None, "model", f"a {kind} whose {other} is of shape {ours.get(other or '')}", allowed)
+
+
 def check_folder(folder: str | os.PathLike[str], model_class: Callable[[DotMoeConfig], Any]) -> DotMoeConfig:
     """Check a saved model by its config and file headers, before any weight is read; returns its config.
 
@@ -83,8 +139,6 @@ def check_folder(folder: str | os.PathLike[str], model_class: Callable[[DotMoeCo
     config = _read_config(path)
     with torch.device("meta"):
         model = model_class(config)
-    expected = {name: list(tensor.shape) for name, tensor in revert_weight_conversion(model, model.state_dict()).items()}
-    tied = model.all_tied_weights_keys
     with ExitStack() as stack:
         where: dict[str, Any] = {}
         for file in _weight_files(path):
@@ -93,16 +147,7 @@ def check_folder(folder: str | os.PathLike[str], model_class: Callable[[DotMoeCo
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} cannot be read ({error}); allowed: a complete safetensors file") from None
             where.update(dict.fromkeys(handle.keys(), handle))
-        # of a tied pair one is enough, and the source is named
-        absent = [n for n in expected if n not in where and n not in tied and not _is_tied_source(n, tied, where)]
-        require(not absent, str(path), f"without the tensor {', '.join(absent[:4])}", "a checkpoint with every tensor of the model")
-        for name in expected.keys() & where.keys():
-            shape = list(where[name].get_slice(name).get_shape())
-            require(shape == expected[name], f"{name} of {path}", f"of shape {shape}", f"shape {expected[name]}")
-        names = [f"{name}.neuron_order" for name in moe_blocks(model)]
-        check_orders({n.removesuffix(".neuron_order"): where[n].get_tensor(n) for n in names}, str(path))
+        check_names(model, header_tensors(where), str(path))
+        orders = {n.removesuffix(".neuron_order"): where[n].get_tensor(n) for n in where if n.endswith(".neuron_order")}
+        check_orders(orders, str(path))
     return config
-
-
-def _is_tied_source(name: str, tied: Mapping[str, str], where: Mapping[str, Any]) -> bool:
-    return any(source == name and target in where for target, source in tied.items())

@@ -23,14 +23,20 @@ _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 _SIZES = (32, 64, 96, 112, 128, 192, 256, 512, 1024)
 
 
-def is_converted(folder: str | os.PathLike[str]) -> bool:
-    """Whether it is the folder of a converted model."""
-    path = Path(folder).expanduser() / "config.json"
+def model_type(folder: str | os.PathLike[str]) -> str | None:
+    """What the config of a model's folder calls its kind; None without a config that says it."""
+    path = Path(os.path.expanduser(folder)) / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # whoever reads it says what is amiss
-        return False
-    return isinstance(values, dict) and values.get("model_type") == DotMoeConfig.model_type
+    except (OSError, ValueError, RecursionError):  # whoever reads it says what is amiss
+        return None
+    found = values.get("model_type") if isinstance(values, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def is_converted(folder: str | os.PathLike[str]) -> bool:
+    """Whether it is the folder of a converted model."""
+    return model_type(folder) == DotMoeConfig.model_type
 
 
 def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -8,22 +8,24 @@ AutoConfig and AutoModelForCausalLM.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import re
+import tempfile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Transpose, WeightConverter
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from .._checks import require
 from ..routing.budgets import SoftRouter
+from .backbone import check_backbone, meta_backbone, shared_width
 from .block import DotMoeBlock, check_layer, interleave_storage, moe_blocks
 from .config import DotMoeConfig
 from .folder import check_folder, check_orders
+from .names import check_names, file_tensors, read_conversions, write_conversions
 from .surgery import DenseFFN, assign_ffn, find_ffns, swap_ffn
 
 # what a causal LM declares on its class beyond what post_init gathers from its children
@@ -48,28 +50,22 @@ _DECLARED = (
 )
 
 
-def dense_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The causal LM class of transformers for a dense config.
+class _OfBackbone:
+    """A method that is the backbone's own, with its signature: transformers, the Trainer and PEFT read there what a model takes. No
+    data descriptor: hooks of accelerate set another ``forward`` on the model."""
 
-    Raises:
-        ValueError: transformers has none.
-    """
-    try:
-        classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError:
-        raise ValueError(
-            f"dense_config is a {type(config).__name__}; allowed: the config of a causal LM that transformers itself provides"
-        ) from None
-    if not isinstance(classes, list | tuple):
-        return classes
-    by_name = {c.__name__: c for c in classes}
-    return next((by_name[a] for a in config.architectures or [] if a in by_name), classes[0])
+    def __init__(self, doc: str) -> None:
+        self.__doc__ = doc
 
+    def __set_name__(self, owner: type, name: str) -> None:
+        def method(model: Any, *args: Any, **kwargs: Any) -> Any:
+            return getattr(model._backbone, name)(*args, **kwargs)
 
-def meta_backbone(config: PreTrainedConfig) -> PreTrainedModel:
-    """The dense model without storage; it keeps ``config`` itself."""
-    with torch.device("meta"):
-        return dense_class(config)(config)
+        method.__name__, method.__qualname__, method.__doc__ = name, f"{owner.__qualname__}.{name}", self.__doc__
+        self.name, self.method = name, method
+
+    def __get__(self, model: Any, owner: type | None = None) -> Any:
+        return self.method if model is None else getattr(model._backbone, self.name)
 
 
 class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
@@ -110,6 +106,9 @@ class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
             for (name, ffn), soft in zip(ffns.items(), config.soft_routers(len(ffns)), strict=True):
                 swap_ffn(backbone, name, self._meta_block(ffn, soft))
         require(backbone.config is config.dense_config, "backbone", "of another config", "the model of config.dense_config")
+        taken = next((name for name, _ in backbone.named_children() if hasattr(DotMoeForCausalLM, name)), None)
+        given = f"a {type(backbone).__name__}, whose child {taken} has the name of an attribute of DotMoeForCausalLM"
+        require(taken is None, "model", given, "a backbone without such a child")
         # One module tree, two objects: what is set on one is set on the other. deepcopy and pickle keep it so.
         self._parameters, self._buffers, self._modules = backbone._parameters, backbone._buffers, backbone._modules
         self._non_persistent_buffers_set = backbone._non_persistent_buffers_set
@@ -123,7 +122,6 @@ class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
         self._drop_ffn_plans()
         if not fresh:
             self.all_tied_weights_keys = dict(backbone.all_tied_weights_keys)
-            self.generation_config = backbone.generation_config
         elif target.type != "meta":
             self._draw_weights(target)
 
@@ -149,6 +147,30 @@ class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
         plan = getattr(self, "_tp_plan", None) or {}
         self._tp_plan = {key: rule for key, rule in plan.items() if not any(key.startswith(prefix) for prefix in gone)}
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: modules are initialised by the backbone's own class, as in a dense model. Those of a class that is not of
+        transformers are passed over once their tensors are loaded, and with them the buffers that are in no checkpoint."""
+        return False
+
+    @property
+    def _weight_conversions(self) -> Any:
+        """Read and set by transformers: what ``save_pretrained`` reverts, so that files have the backbone's names."""
+        return write_conversions(self._backbone)
+
+    @_weight_conversions.setter
+    def _weight_conversions(self, used: Any) -> None:
+        backbone: Any = self._backbone
+        backbone._weight_conversions = used
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kw: Any) -> Any:
+        """As of every model of transformers, with the conversions of the backbone in the place of ours."""
+        ours, quantizer = load_config.weight_mapping or [], load_config.hf_quantizer
+        asked = ours[: len(ours) - len(get_model_conversion_mapping(model, hf_quantizer=quantizer))]  # key_mapping comes first
+        options = dataclasses.replace(load_config, weight_mapping=[*asked, *read_conversions(model.backbone, quantizer)])
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, options, *args, **kw)
+
     def init_weights(self) -> None:
         """Nothing: __init__ draws weights itself, and only where it was given none."""
 
@@ -160,38 +182,20 @@ class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
         """The dense class's object; it shares every module with this model."""
         return self._backbone
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        cache: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The dense model's forward: input_ids [B, N] -> logits [B, N, V], and the loss when ``labels`` are given. Newer versions
-        of transformers call ``past_key_values`` ``cache``."""
-        for name, value in (("past_key_values", past_key_values), ("cache", cache)):
-            if value is not None:  # naming the one that this version does not take would warn
-                kwargs[name] = value
-        return self._backbone.forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+    forward: Any = _OfBackbone(
+        "The dense model's forward: input_ids [B, N] -> logits [B, N, V], and the loss when ``labels`` are given."
+    )
+    prepare_inputs_for_generation: Any = _OfBackbone("The dense model's.")
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        backbone: Any = self._backbone
-        return backbone.prepare_inputs_for_generation(*args, **kwargs)
+    @property
+    def generation_config(self) -> Any:
+        """The backbone's, so that whatever is set here goes along wherever the backbone goes."""
+        return getattr(self.__dict__.get("_backbone"), "generation_config", None)
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        if "_backbone" in self.__dict__:  # the base class sets one before there is a backbone, which has its own
+            self._backbone.generation_config = value
 
     def get_input_embeddings(self) -> nn.Module:
         return self._backbone.get_input_embeddings()
@@ -267,20 +271,15 @@ def materialize(
     Raises:
         ValueError: FFN names that do not match, a topology that does not fit, uneven experts, not a causal LM of transformers.
     """
-    require(
-        type(model) is dense_class(model.config),
-        "model",
-        f"a {type(model).__name__}",
-        f"the causal LM of its config, {dense_class(model.config).__name__}",
-    )
-    ffns = find_ffns(model) if ffns is None else ffns
+    if ffns is None:
+        check_backbone(model)
+        ffns = find_ffns(model)
     missing, unknown = sorted(set(ffns) - set(layers)), sorted(set(layers) - set(ffns))
     require(not missing, "layers", f"without {', '.join(missing[:4])}", "an entry for every FFN of the model")
     require(not unknown, "layers", f"with {', '.join(unknown[:4])}", "only FFNs of the model")
-    widths = sorted({ffn.gate_proj.shape[0] for ffn in ffns.values()})
-    require(len(widths) == 1, "model", f"with FFN widths {widths}", "one width for every layer")
+    width = shared_width(ffn.gate_proj for ffn in ffns.values())
     config = copy.deepcopy(config)
-    config.bind(model.config, dense_width=widths[0])
+    config.bind(model.config, dense_width=width)
     soft = config.soft_routers(len(ffns))
     for name, ffn in ffns.items():  # before anything is swapped
         check_layer(ffn, *layers[name], config.num_experts, name)
@@ -291,10 +290,31 @@ def materialize(
     return DotMoeForCausalLM(config, backbone=model)
 
 
+def check_return(model: PreTrainedModel, config: DotMoeConfig, width: int) -> None:
+    """Whether what ``save`` will write of this dense model, once it is converted, is what ``load`` looks for: names and shapes,
+    without any storage. ``width`` is F.
+
+    Raises:
+        ValueError: a tensor would be missing, or have another shape.
+    """
+    trial = copy.deepcopy(config)
+    trial.bind(copy.deepcopy(model.config), dense_width=width)
+    with tempfile.TemporaryDirectory() as folder:  # config.json may say something else than the config in memory
+        trial.save_pretrained(folder)
+        written = DotMoeConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        sparse, reader = DotMoeForCausalLM(trial), DotMoeForCausalLM(written)
+    used = getattr(model, "_weight_conversions", None)
+    if used is not None:
+        sparse._weight_conversions = used
+    check_names(reader, file_tensors(sparse), f"a saved {type(model).__name__}")
+
+
 def restore_dense(model: DotMoeForCausalLM) -> PreTrainedModel:
     """The dense model, with the FFN neurons in their first order; every tensor outside the FFNs is shared with ``model``."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     dense = copy.deepcopy(model.backbone, memo=shared)
+    dense.__dict__.pop("_weight_conversions", None)  # those that a sparse file needed: none of the FFNs'
     skeleton = find_ffns(meta_backbone(dense.config))
     text = dense.config.get_text_config()
     for name, block in moe_blocks(model).items():
@@ -304,11 +324,5 @@ def restore_dense(model: DotMoeForCausalLM) -> PreTrainedModel:
     return dense
 
 
-# Hugging Face's files have the down projections as [E, H, s]
-register_checkpoint_conversion_mapping(
-    DotMoeConfig.model_type,
-    [WeightConverter("experts.down_proj", "experts.down_rows", [Transpose(1, 2)])],
-    overwrite=True,
-)
 AutoConfig.register(DotMoeConfig.model_type, DotMoeConfig, exist_ok=True)
 AutoModelForCausalLM.register(DotMoeConfig, DotMoeForCausalLM, exist_ok=True)

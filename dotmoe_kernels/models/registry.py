@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from .._checks import FLOATS
 from ..experts import expert_ffn
@@ -24,10 +25,19 @@ from .surgery import _activation_name
 NAME = "dotmoe"
 
 
+# by its class, so that a graph that is being traced, which has no values, can tell too
+_BY_CLASS = {type(ACT2FN[name]): name for name in reversed(ACTIVATIONS)}
+
+
 @lru_cache(maxsize=1024)
-def _name_of(act: Any, named: str | None) -> str | None:
+def _tried(act: Any, named: str | None) -> str | None:
     """The ACT2FN name of an activation, tried on values; ``named`` is tried first."""
     return _activation_name(act, type("Named", (), {"hidden_act": named}))
+
+
+def _name_of(act: Any, named: str | None) -> str | None:
+    name = _BY_CLASS.get(type(act))
+    return _tried(act, named) if name is None and not torch.compiler.is_compiling() else name
 
 
 def _reason(experts: Any) -> str | None:
@@ -42,7 +52,7 @@ def _reason(experts: Any) -> str | None:
         return "gate and up rows interleaved in gate_up_proj"
     if getattr(experts, "has_post_expert_norm", False):
         return "a norm after each expert"
-    if gate is not None and getattr(gate, "__qualname__", "") != "_default_apply_gate":
+    if gate is not None and gate is not _default_apply_gate:
         return "an _apply_gate of their own"
     for name in ("gate_up_proj", "down_proj"):
         weight = getattr(experts, name, None)

@@ -13,7 +13,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from .._checks import require
@@ -178,13 +179,14 @@ def save_configs(model: Any, folder: Path, source: Path, dtype: torch.dtype) -> 
     generation.save_pretrained(folder)
 
 
-def save_options(model: nn.Module) -> dict[str, Any]:
+def save_options(model: PreTrainedModel) -> dict[str, Any]:
     """For ``save_pretrained`` of a converted model: its state by the files' names, in which down projections are views of the
-    files' shape, copied when their shard is written rather than all at once. Nothing where weights are offloaded: those are fetched
-    by the names that they have in memory."""
+    files' shape, copied when their shard is written rather than all at once. Nothing where weights are offloaded, since those are
+    fetched by the names that they have in memory, and where files have other names besides."""
     state = dict(model.state_dict())
     if any(tensor.is_meta for tensor in state.values()):
         return {}
     for name in moe_blocks(model):
         state[f"{name}.experts.down_proj"] = state.pop(f"{name}.experts.down_rows").transpose(1, 2)
-    return {"state_dict": state, "save_original_format": False}
+    plain = state.keys() == revert_weight_conversion(model, {n: t.to("meta") for n, t in model.state_dict().items()}).keys()
+    return {"state_dict": state, "save_original_format": False} if plain else {}

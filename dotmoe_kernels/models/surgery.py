@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS, ACT2FN
 
+from .._checks import FLOATS
+
 # config fields that only sparse models fill in
 _SPARSE_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 _ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "hidden_activation_function")
@@ -127,7 +129,7 @@ def recognise_ffn(module: nn.Module, config: object = None, *, name: str = "modu
     if biased:
         raise ValueError(f"{name} has biases in {', '.join(biased)}; allowed: a gated FFN without biases")
     dtype = readings[0][0].dtype
-    if not dtype.is_floating_point:
+    if dtype not in FLOATS:
         raise ValueError(f"{name} has weights of dtype {dtype}; allowed: an unquantised model in float32, bfloat16 or float16")
     if readings[0][0].device.type == "meta":  # nothing to try the formula on: the order of declaration
         best, error = readings[0], 0.0
@@ -148,7 +150,8 @@ def _configs(model: nn.Module) -> tuple[Any, Any]:
     return config, config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _refuse_sparse(model: nn.Module) -> None:
+def refuse_sparse(model: nn.Module) -> None:
+    """Raise a ValueError for a model that has experts already."""
     config, text = _configs(model)
     kind = type(model).__name__
     if getattr(config, "model_type", None) == "dotmoe":
@@ -188,15 +191,21 @@ def find_ffns(model: nn.Module) -> dict[str, DenseFFN]:
 
     Raises:
         ValueError: the model is already sparse; no FFN is recognised (names the nearest module and what was looked for);
-            an FFN has biases or computes something else besides.
+            an FFN has biases, computes something else besides or belongs to two layers.
     """
-    _refuse_sparse(model)
+    refuse_sparse(model)
     _, text = _configs(model)
     found = {}
-    for name, module in model.named_modules():
+    owner: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         ffn = recognise_ffn(module, text, name=name)
-        if ffn is not None:
-            found[name] = ffn
+        if ffn is None:
+            continue
+        for weight in module.parameters():  # an FFN of two layers would be swapped in one of them
+            other = owner.setdefault(id(weight), name)
+            if other != name:
+                raise ValueError(f"{name} has the weights of {other}; allowed: an FFN of its own for every layer")
+        found[name] = ffn
     if not found:
         raise ValueError(
             f"model is {type(model).__name__}, in which no FFN was recognised: {_candidate(model)}; looked for: a module with "

@@ -17,9 +17,18 @@ import torch
 from torch import Tensor
 
 from .._backend import use_triton
-from .._checks import compute_dtype, refuse, require, require_finite, require_float, require_shape, require_tensor
+from .._checks import (
+    compute_dtype,
+    is_integer,
+    is_number,
+    refuse,
+    require,
+    require_finite,
+    require_float,
+    require_mask,
+)
 from ..reference import Routing
-from ..soft_topk import MOST_EXPERTS, row_values, soft_top_k
+from ..soft_topk import MOST_EXPERTS, row_values, solve_soft_top_k
 from .budgets import SoftRouter
 from .cpu import RouteTopK, count_experts, route, top_indices
 from .operators import route_soft_top_k_op, route_top_k_op
@@ -30,10 +39,9 @@ _WEIGHTS = ("unit", "softmax", "renormalized")
 def _check_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:
     if mask is None:
         return None
-    require_tensor(mask, "mask", "[T]")
-    require_shape(mask, "mask", (logits.shape[0],), "[T]")
-    require(mask.device == logits.device, "mask", f"on {mask.device}", f"the device of the logits, {logits.device}")
-    return mask.bool()
+    valid = require_mask(mask, "mask", (logits.shape[0],), "[T]")
+    require(valid.device == logits.device, "mask", f"on {valid.device}", f"the device of the logits, {logits.device}")
+    return valid
 
 
 def _without_padding(logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -70,8 +78,8 @@ def route_top_k(router_logits: Tensor, top_k: int, *, weights: str = "unit", mas
         top_k: experts a token, 1 <= top_k <= E.
         weights: of the selected experts: "unit" is 1 with the gradient of the softmax (straight-through), "softmax" is Q,
             "renormalized" is Q over its sum among the selected.
-        mask: [T], true for a valid token; a padding token gets empty slots (index E, weight 0), counts nowhere, and its row may
-            hold anything.
+        mask: [T] bool, or integers 0 and 1, true for a valid token; a padding token gets empty slots (index E, weight 0), counts
+            nowhere, and its row may hold anything.
 
     Returns:
         Routing(indices [T, K] int64 best first, weights [T, K], probs Q [T, E], load [E] summing to 1, balance_loss [],
@@ -87,16 +95,22 @@ def route_top_k(router_logits: Tensor, top_k: int, *, weights: str = "unit", mas
     """
     require_float(router_logits, "router_logits", 2, "[T, E]")
     E = router_logits.shape[1]
-    if type(top_k) is not int or not 1 <= top_k <= E:
+    if not is_integer(top_k) or not 1 <= top_k <= E:
         refuse("top_k", repr(top_k), f"an integer from 1 to E = {E}")
+    top_k = int(top_k)
     if weights not in _WEIGHTS:
         refuse("weights", repr(weights), " | ".join(_WEIGHTS))
-    valid = _check_mask(mask, router_logits)
+    return _route_top_k(router_logits, top_k, weights, _check_mask(mask, router_logits), finite=True)
+
+
+def _route_top_k(router_logits: Tensor, top_k: int, weights: str, valid: Tensor | None, *, finite: bool) -> Routing:
+    """The arguments are checked; ``finite``: so are the values of the logits."""
     if _on_chip(router_logits):
         chosen, indices, probs, load, losses, _ = route_top_k_op(router_logits, valid, top_k, weights)
         return Routing(indices, chosen, probs, load.detach(), losses[0], losses[1])
     router_logits = _without_padding(router_logits, valid)
-    require_finite(router_logits, "router_logits")
+    if finite:
+        require_finite(router_logits, "router_logits")
     device = router_logits.device.type
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         z = router_logits if router_logits.dtype == torch.float32 else router_logits.to(compute_dtype(router_logits))
@@ -137,15 +151,31 @@ def route_soft_top_k(
     """
     require_float(scores, "scores", 2, "[T, E]")
     E = scores.shape[1]
-    require(isinstance(max_active, int) and 1 <= max_active <= E, "max_active", max_active, f"an integer from 1 to E = {E}")
-    require(isinstance(threshold, int | float) and 0 <= threshold < 1, "threshold", threshold, "a number in [0, 1)")
-    valid = _check_mask(mask, scores)
+    require(is_integer(max_active) and 1 <= max_active <= E, "max_active", max_active, f"an integer from 1 to E = {E}")
+    require(is_number(threshold) and 0 <= threshold < 1, "threshold", threshold, "a number in [0, 1)")
+    return _route_soft_top_k(scores, k, temperature, threshold, int(max_active), _check_mask(mask, scores), finite=True)
+
+
+def _route_soft_top_k(
+    scores: Tensor,
+    k: float | Tensor,
+    temperature: float | Tensor,
+    threshold: float,
+    max_active: int,
+    valid: Tensor | None,
+    *,
+    finite: bool,
+) -> Routing:
+    """The arguments are checked; ``finite``: so are the values of the scores."""
+    E = scores.shape[1]
     if _on_chip(scores):
         ks, temperatures = row_values(scores, k, temperature)
         chosen, indices, p, load, losses, _, _ = route_soft_top_k_op(scores, ks, temperatures, valid, float(threshold), max_active)
         return Routing(indices, chosen, p, load.detach(), losses[0], losses[1])
     scores = _without_padding(scores, valid)
-    p = soft_top_k(scores, k, temperature=temperature)  # [T, E]
+    if finite:
+        require_finite(scores, "scores")
+    p = solve_soft_top_k(scores, *row_values(scores, k, temperature))  # [T, E]
     z = scores.to(compute_dtype(scores))
     indices = top_indices(z.detach(), max_active)
     chosen = p.gather(1, indices)
@@ -159,3 +189,11 @@ def route_soft(logits: Tensor, router: SoftRouter, *, mask: Tensor | None = None
     """``route_soft_top_k`` with the options of ``router``."""
     k, temperature, threshold, max_active = router
     return route_soft_top_k(logits, k, temperature=temperature, threshold=threshold, max_active=max_active, mask=mask)
+
+
+def route_any(logits: Tensor, top_k: int, soft: SoftRouter | None) -> Routing:
+    """``route_soft``, or ``route_top_k`` with unit weights without a soft router, of logits that may be NaN: a model's router. Such
+    a token gets some experts, whose outputs are then NaN for it alone, as in a dense model."""
+    if soft is None:
+        return _route_top_k(logits, top_k, "unit", None, finite=False)
+    return _route_soft_top_k(logits, *soft, None, finite=False)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import require
+from .._checks import is_integer, is_number, require
 
 
 class SoftRouter(NamedTuple):
@@ -49,9 +49,9 @@ class LayerBudgets(torch.nn.Module):
     def __init__(self, num_layers: int, mean_active: float, num_experts: int) -> None:
         super().__init__()
         for name, value, least in (("num_layers", num_layers, 1), ("num_experts", num_experts, 2)):
-            whole = isinstance(value, int) and not isinstance(value, bool)
+            whole = is_integer(value)
             require(whole and value >= least, name, repr(value), f"an integer of at least {least}")
-        fits = isinstance(mean_active, int | float) and 1 <= mean_active <= num_experts - 1
+        fits = is_number(mean_active) and 1 <= mean_active <= num_experts - 1
         require(fits, "mean_active", repr(mean_active), f"a number from 1 to E - 1 = {num_experts - 1}")
         self.num_layers, self.mean_active, self.num_experts = num_layers, float(mean_active), num_experts
         self.eta = torch.nn.Parameter(torch.zeros(num_layers))

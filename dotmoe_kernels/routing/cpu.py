@@ -26,7 +26,7 @@ _THREADS = 4  # from which on torch.topk, which uses them all, is the faster one
 
 def _few(z: Tensor, mask: Tensor | None) -> bool:
     """Whether NumPy's calls, cheaper than torch's, count for more than threads."""
-    return mask is None and 0 < z.numel() <= _FEW and z.dtype == torch.float32 and has_values(z)
+    return mask is None and has_values(z) and 0 < z.numel() <= _FEW and z.dtype == torch.float32  # a size asked in a graph binds it
 
 
 def _places(indices: np.ndarray, E: int) -> np.ndarray:
@@ -79,7 +79,7 @@ def count_experts(indices: Tensor, num_experts: int) -> Tensor:
 
 def _softmax(z: Tensor) -> Tensor:
     """[T, E] -> [T, E]. On a CPU torch takes a row of fewer than 16 one by one; the vectors of NumPy run over the tokens."""
-    if z.dtype != torch.float32 or z.shape[1] >= _NARROW or z.numel() < _TINY or not has_values(z):
+    if not has_values(z) or z.dtype != torch.float32 or z.shape[1] >= _NARROW or z.numel() < _TINY:
         return torch.softmax(z, -1)
     q = z.detach().numpy().T.copy()  # [E, T]
     np.exp(np.subtract(q, q.max(0), out=q), out=q)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._backend import use_triton
-from .._checks import compute_dtype, has_values, require, require_finite, require_float, require_same
+from .._checks import compute_dtype, has_values, is_number, require, require_finite, require_float, require_same
 from . import cpu
 from .operators import soft_top_k_op
 
@@ -29,7 +29,7 @@ def row_values(scores: Tensor, k: float | Tensor, temperature: float | Tensor) -
             require_same(value, name, scores, "scores", dtype=False)
             given.append(value.double().expand(batch))
         else:
-            require(isinstance(value, int | float), name, repr(value), "a number or a tensor")
+            require(is_number(value), name, repr(value), "a number or a tensor")
             given.append(torch.full(batch, float(value), dtype=torch.float64, device=scores.device))
     ks, temperatures = given
     if has_values(scores) and ks.numel():
@@ -62,7 +62,11 @@ def soft_top_k(scores: Tensor, k: float | Tensor, *, temperature: float | Tensor
     """
     require_float(scores, "scores", 1, "[..., E]", at_least=True)
     require_finite(scores, "scores")
-    ks, temperatures = row_values(scores, k, temperature)
+    return solve_soft_top_k(scores, *row_values(scores, k, temperature))
+
+
+def solve_soft_top_k(scores: Tensor, ks: Tensor, temperatures: Tensor) -> Tensor:
+    """``soft_top_k`` of ``row_values``, without a look at the scores' values."""
     dtype, E = compute_dtype(scores), scores.shape[-1]
     if use_triton(scores) and dtype == torch.float32 and E <= MOST_EXPERTS:
         p, _ = soft_top_k_op(scores.reshape(-1, E), ks.reshape(-1), temperatures.reshape(-1))

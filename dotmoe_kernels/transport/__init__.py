@@ -8,10 +8,8 @@ g_t = g_{t-1} + log c - log q with q the column sums of softmax_e(X + g_{t-1}).
 Every forward keeps the potentials g_0..g_T; every backward keeps only A, the plan and those, and recomputes the rest. All in
 float32, or float64 for a float64 affinity.
 
-    scaling     PyTorch: forward and exact adjoint       streaming   Triton: forward
-    implicit    PyTorch: gradient at the fixed point     adjoint     Triton: exact adjoint
-    host        both of them, layer after layer          gram        Triton: gradient at the fixed point
-    operators   as torch operators
+    cpu   PyTorch, layer after layer: scaling (forward and exact adjoint), implicit (gradient at the fixed point)
+    gpu   Triton: streaming and ending (forward), adjoint with plain and product (exact adjoint), gram (at the fixed point)
 """
 
 from __future__ import annotations
@@ -23,7 +21,18 @@ from torch import Tensor
 
 from .._autograd import first_order
 from .._backend import use_triton
-from .._checks import compute_dtype, has_values, require, require_finite, require_float, require_same, require_shape, require_tensor
+from .._checks import (
+    compute_dtype,
+    has_values,
+    is_integer,
+    is_number,
+    require,
+    require_finite,
+    require_float,
+    require_same,
+    require_shape,
+    require_tensor,
+)
 from ..reference import SinkhornInfo
 from .cpu import adjoint_layers, solve_layers
 from .operators import sinkhorn_op
@@ -59,7 +68,7 @@ def _temperatures(tau: float | Tensor, affinity: Tensor) -> Tensor:
         require_same(tau, "tau", affinity, "affinity", dtype=False)
         taus = tau.to(dtype).expand(batch)
     else:
-        require(isinstance(tau, int | float), "tau", repr(tau), "a positive number or a tensor")
+        require(is_number(tau), "tau", repr(tau), "a positive number or a tensor")
         taus = torch.full(batch, float(tau), dtype=dtype, device=affinity.device)
     if has_values(affinity) and taus.numel():
         require(bool((taus > 0).all() & taus.isfinite().all()), "tau", tau, "positive and finite")
@@ -129,12 +138,12 @@ def sinkhorn(
     batch, (F, E) = affinity.shape[:-2], affinity.shape[-2:]
     require(F >= 1 and E >= 1, "affinity", f"of shape {list(affinity.shape)}", "at least one neuron and one expert")
     require(
-        isinstance(num_iters, int) and not isinstance(num_iters, bool) and num_iters >= 1,
+        is_integer(num_iters) and num_iters >= 1,
         "num_iters",
         num_iters,
         "an integer of at least 1",
     )
-    require(isinstance(tol, int | float) and tol >= 0, "tol", tol, "a number of at least 0")
+    require(is_number(tol) and tol >= 0, "tol", tol, "a number of at least 0")
     require(final in ("row", "column"), "final", repr(final), '"row" or "column"')
     require(backward in ("unroll", "implicit"), "backward", repr(backward), '"unroll" or "implicit"')
     require_finite(affinity, "affinity")
@@ -151,7 +160,7 @@ def sinkhorn(
         start = init.to(dtype)
 
     # capacities are used as given: a sum that is off by rounding only moves the error it reports
-    L = batch.numel()
+    L, num_iters = batch.numel(), int(num_iters)
     tensors = affinity.reshape(L, F, E), capacities.reshape(L, E), taus.reshape(L), start.reshape(L, E)
     # a graph takes the operators on a CPU too: how many steps there are hangs on values
     if torch.compiler.is_compiling() or (use_triton(affinity) and dtype == torch.float32):

@@ -137,7 +137,9 @@ def masked_ffn(
             gradient, balanced where E does not divide F; on CPU, outside torch.compile, entries of expert_of or indices outside the
             experts, and experts of unequal width where balanced.
 
-    Gradient: to x, plan, probs, weights and the three projections, each only if it needs one. A second derivative is refused.
+    Gradient: to x, plan, probs, weights and the three projections, each only if it needs one. Those of plan, probs and weights see
+    U of every neuron and token, chosen or not: where it overflows, that neuron's row of dP and that token's of dQ are not finite. A
+    second derivative is refused.
 
     Source: eq. 3 and 4 of DOT-MoE (arXiv 2606.01666).
     """
@@ -153,8 +155,7 @@ def masked_ffn(
         r = expert_mask(indices, weights, E, x.dtype)
         arguments = (x, gate_proj, up_proj, down_proj, r, plan, probs, expert_of, activation, anchor(x))
         learns = wants_gradient(x, plan, probs, weights)
-        split = expert_by_expert_masked(T, indices.shape[1], E, F, x.element_size(), learns)
-        sparse = split and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        sparse = has_values(x) and expert_by_expert_masked(T, indices.shape[1], E, F, x.element_size(), learns)
         function = SparseMaskedFFN if sparse and not wants_gradient(gate_proj, up_proj, down_proj) else MaskedFFN
         if recompute and torch.is_grad_enabled():
             return checkpoint(function.apply, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -105,9 +105,14 @@ def solve(x: Tensor, c: Tensor, g: Tensor, num_iters: int, tol: float, final: st
         if info:
             log_u = plan.amax(-1).log() - (x + g).amax(-1)  # -LSE, read off each row's largest entry
         error = (plan.sum(0) / c - 1).abs().max()
-    else:
-        log_u = -torch.logsumexp(x + history[-2], -1)
-        plan = torch.exp(x + log_u[:, None] + g)
+    else:  # the last column update again, as a softmax: through rounded potentials the columns would miss their sums by |x| eps
+        y = x + history[-2]
+        log_s = torch.log_softmax(y, -1)
+        if info:
+            log_u = log_s.amax(-1) - y.amax(-1)  # -LSE
+        plan = torch.softmax(log_s, 0)
+        history[-1] = history[-2] + (log_c - (log_s.amax(0) - plan.amax(0).log()))
+        plan.mul_(c)
         error = (plan.sum(1) - 1).abs().max()
     return Solution(plan, log_u, torch.stack(history), error)
 

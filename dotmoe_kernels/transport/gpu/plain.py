@@ -11,16 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .sums import SCALARS, add_log_columns, exponents, load_columns, load_rows, sum_programs
-
-
-@triton.jit
-def _columns_times(log_s, top, share, cols, E: tl.constexpr):
-    """Q gbar = exp(log_s - top) * share, column e of S summing to total * exp(top), share = gbar / total; 0 beyond the E columns.
-
-    The logarithm of a sum is never taken: far below 0 it would be known only to its last digits."""
-    inside = (cols < E)[None, :]
-    return tl.where(inside, tl.exp(log_s - tl.where(inside, top[None, :], 0.0)) * share[None, :], 0.0)
+from .sums import SCALARS, add_log_columns, columns_times, exponents, load_columns, load_rows, sum_programs
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -104,11 +95,11 @@ def _sinkhorn_adjoint_plain_kernel(
             if BLOCK_R > 0:
                 row_sum += tl.sum(tl.exp(y_rest - row_top[:, None]), axis=1)
             log_s = y - row_top[:, None] - tl.log(row_sum)[:, None]
-            q_gbar = _columns_times(log_s, top, share, cols, E)
+            q_gbar = columns_times(log_s, top, share, cols, E)
             fbar = -tl.sum(q_gbar, axis=1)
             if BLOCK_R > 0:
                 log_s_rest = y_rest - row_top[:, None] - tl.log(row_sum)[:, None]
-                fbar -= tl.sum(_columns_times(log_s_rest, top_rest, share_rest, cols_rest, E), axis=1)
+                fbar -= tl.sum(columns_times(log_s_rest, top_rest, share_rest, cols_rest, E), axis=1)
             if not EXACT_ROWS:
                 fbar += tl.load(fbar_ptr + layer * F + rows, mask=rows < tl.where(step == steps, F, 0), other=0.0)
             fbar = tl.where(inside, fbar, 0.0)
@@ -158,10 +149,10 @@ def add_plain_step(
         row_sum += tl.sum(tl.exp(y_rest - row_top[:, None]), axis=1)
     log_s = y - row_top[:, None] - tl.log(row_sum)[:, None]
     share = load_columns(share_ptr, cols, E, 0.0)
-    dx -= _columns_times(log_s, load_columns(top_ptr, cols, E, 0.0), share, cols, E) + tl.exp(log_s) * fbar[:, None]
+    dx -= columns_times(log_s, load_columns(top_ptr, cols, E, 0.0), share, cols, E) + tl.exp(log_s) * fbar[:, None]
     if BLOCK_R > 0:
         log_s_rest = y_rest - row_top[:, None] - tl.log(row_sum)[:, None]
         share_rest = load_columns(share_ptr, cols_rest, E, 0.0)
         top_of_rest = load_columns(top_ptr, cols_rest, E, 0.0)
-        dx_rest -= _columns_times(log_s_rest, top_of_rest, share_rest, cols_rest, E) + tl.exp(log_s_rest) * fbar[:, None]
+        dx_rest -= columns_times(log_s_rest, top_of_rest, share_rest, cols_rest, E) + tl.exp(log_s_rest) * fbar[:, None]
     return dx, dx_rest

@@ -69,6 +69,36 @@ def logsumexp_programs(partial_ptr, programs, stride_p, cols, E: tl.constexpr, B
 
 
 @triton.jit
+def combine_programs(parts_ptr, programs, cols, E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+    """(top [BLOCK], total [BLOCK]) of the layer's partial sums total * exp(top), [programs, 2, E]. Not as logarithms: far below 0
+    one would be known only to its last digits."""
+    top = tl.full([BLOCK], FLOOR, dtype=tl.float32)
+    for first in range(0, programs, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        inside = (p < programs)[:, None] & (cols < E)[None, :]
+        part = tl.load(parts_ptr + p[:, None] * 2 * E + cols[None, :], mask=inside, other=float("-inf"))
+        top = tl.maximum(top, tl.max(part, axis=0))
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in range(0, programs, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        inside = (p < programs)[:, None] & (cols < E)[None, :]
+        at = parts_ptr + p[:, None] * 2 * E + cols[None, :]
+        part = tl.load(at, mask=inside, other=float("-inf"))
+        total += tl.sum(tl.load(at + E, mask=inside, other=0.0) * tl.exp(part - top[None, :]), axis=0)
+    return top, total
+
+
+@triton.jit
+def columns_times(log_s, top, share, cols, E: tl.constexpr):
+    """exp(log_s - top) * share, column e of S summing to total * exp(top): the columns of S over their sums, times gbar or c, with
+    share = gbar / total or c / total; 0 beyond the E columns.
+
+    The logarithm of a sum is never taken: far below 0 it would be known only to its last digits."""
+    inside = (cols < E)[None, :]
+    return tl.where(inside, tl.exp(log_s - tl.where(inside, top[None, :], 0.0)) * share[None, :], 0.0)
+
+
+@triton.jit
 def _accumulate_logs(log_s, top, total):
     """Adds exp(log_s) to the running sums total * exp(top), an element each."""
     new_top = tl.maximum(top, log_s)
@@ -129,6 +159,19 @@ def add_log_columns(
     else:
         column_top_rest, column_total_rest = column_top, column_total
     return column_top, column_total, column_top_rest, column_total_rest
+
+
+@triton.jit
+def log_ratio(partial_ptr, c_ptr, programs, logarithmic, cols, E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+    """(log(q / c), |q / c - 1|) of the last step's column sums q; both 0 beyond the E columns."""
+    c = load_columns(c_ptr, cols, E, 1.0)
+    if logarithmic:
+        step = logsumexp_programs(partial_ptr, programs, E, cols, E, BLOCK_P, BLOCK) - tl.log(c)
+        ratio = tl.exp(step)
+    else:
+        ratio = sum_programs(partial_ptr, programs, E, cols, E, BLOCK_P, BLOCK) / c
+        step = tl.log(tl.where(ratio < TINY, TINY, ratio))  # NaN stays NaN
+    return tl.where(cols < E, step, 0.0), tl.where(cols < E, tl.abs(ratio - 1.0), 0.0)
 
 
 def vector_strides(x: Tensor) -> tuple[int, int, int, int]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...._autograd import first_order, wants_gradient
+from ...._autograd import first_order
+from ...._checks import has_values
 from ...activations import find_activation
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def expert_mask(indices: Tensor, weights: Tensor | None, num_experts: int, dtype: torch.dtype) -> Tensor:
@@ -22,16 +25,24 @@ def expert_mask(indices: Tensor, weights: Tensor | None, num_experts: int, dtype
 def view_ffn(
     x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor | None, activation: str
 ) -> Tensor:
-    """x [T, H] -> [T, H]; the arguments of ``expert_ffn``, checked there. A ``down_proj`` without ``has_dense_view`` is copied."""
+    """x [T, H] -> [T, H]; the arguments of ``expert_ffn``, checked there. A ``down_proj`` without ``has_dense_view`` is copied.
+
+    Between the dense products only what a token chose is read and differentiated: multiplied by the mask's zeros, an overflow in
+    another expert would be NaN."""
     E, width, H = gate_up_proj.shape
-    r = expert_mask(indices, weights, E, x.dtype)
-    gate, up = functional.linear(x, gate_up_proj.reshape(-1, H)).view(-1, E, 2, width // 2).unbind(2)  # [T, E, s] each
-    hidden = find_activation(activation).forward(gate)
-    if wants_gradient(x, gate_up_proj, weights):
-        hidden = hidden * up * r[:, :, None]
-    else:
-        hidden.mul_(up).mul_(r[:, :, None])
-    hidden = hidden.reshape(-1, E * width // 2)  # [T, F]
+    T, s = len(x), width // 2
+    used = indices < E
+    x = torch.where(used.any(1, keepdim=True), x, 0)  # the weights' gradient multiplies every token
+    product = functional.linear(x, gate_up_proj.reshape(-1, H)).view(T * E, width)
+    slot = (torch.arange(T, device=x.device)[:, None] * E + indices).reshape(-1)  # rows of the product
+    empty = ~used.reshape(-1)
+    rows = product.index_select(0, slot.masked_fill(empty, 0)).masked_fill_(empty[:, None], 0)  # [S, 2s]
+    gate, up = rows.chunk(2, -1)
+    hidden = find_activation(activation).forward(gate) * up
+    if weights is not None:
+        hidden = hidden * weights.reshape(-1, 1).to(x.dtype)
+    spread = hidden.new_zeros(T * E + 1, s).index_add_(0, slot.masked_fill(empty, T * E), hidden)  # a row more: the empty slots
+    hidden = spread[:-1].view(T, E * s)  # [T, F]
     if down_proj.transpose(0, 1).is_contiguous():
         return functional.linear(hidden, down_proj.transpose(0, 1).reshape(H, -1))
     return hidden @ down_proj.transpose(1, 2).reshape(-1, H)
@@ -40,6 +51,25 @@ def view_ffn(
 def _gates(r: Tensor, expert_of: Tensor) -> Tensor:
     """M R^T [F, T]"""
     return r.T.contiguous().index_select(0, expert_of)
+
+
+class _Mask(NamedTuple):
+    """Selects rather than multiplies: 0 times what overflowed in an expert that a token did not choose would be NaN."""
+
+    bits: Tensor  # [F, T], all of a number's or none: an "and" has vectors on a CPU, which masked_fill and where have not
+    scale: Tensor | None  # [F, T]; None: all 1 where it is on
+
+    def apply_(self, hidden: Tensor) -> Tensor:
+        if self.scale is not None:
+            hidden.mul_(self.scale)
+        hidden.view(self.bits.dtype).bitwise_and_(self.bits)
+        return hidden
+
+
+def _mask(r: Tensor, expert_of: Tensor) -> _Mask:
+    on = r != 0
+    unit = has_values(r) and bool((r == on).all())
+    return _Mask(_gates(-on.to(_BITS[r.element_size()]), expert_of), None if unit else _gates(r, expert_of))
 
 
 class MaskedFFN(torch.autograd.Function):
@@ -59,8 +89,7 @@ class MaskedFFN(torch.autograd.Function):
     ) -> Tensor:
         """r [T, E] holds the hard weights; plan and probs only receive gradients. Neurons are rows: R's are then copied whole."""
         gate, up = gate_proj @ x.T, up_proj @ x.T  # [F, T]
-        hidden = find_activation(activation).forward(gate).mul_(up)
-        hidden *= _gates(r, expert_of)
+        hidden = _mask(r, expert_of).apply_(find_activation(activation).forward(gate).mul_(up))
         weight_grads = any(ctx.needs_input_grad[1:4])
         kept = x if weight_grads else None, gate_proj, up_proj, down_proj, r, expert_of, gate, up, anchor
         ctx.save_for_backward(*kept)
@@ -77,6 +106,7 @@ class MaskedFFN(torch.autograd.Function):
         a = act.forward(gate)  # [F, T]
         du = down_proj.T @ dy.T  # [F, T], of the masked hidden
         dr = dplan = dprobs = dx = dgate_proj = dup_proj = ddown_proj = None
+        filled = r.new_zeros(r.shape[1], dtype=torch.bool).index_fill_(0, expert_of.long(), True)  # [E] has neurons
         space = torch.empty_like(du)  # twice: the pages of a new tensor would cost as much as a pass
         if need_r or need_plan or need_probs:
             dg = torch.mul(du, a, out=space).mul_(up)  # gradient of the gate M R^T
@@ -84,19 +114,20 @@ class MaskedFFN(torch.autograd.Function):
                 dplan = (dg @ r).to(ctx.soft[0])
             if need_r or need_probs:
                 experts = dg.new_zeros(r.shape[1], len(expert_of)).scatter_(0, expert_of.long()[None], 1.0)  # M^T
-                segments = (experts @ dg).T  # [T, E]
+                segments = torch.where(filled, (experts @ dg).T, 0)  # [T, E]
                 dprobs = segments.to(ctx.soft[1]) if need_probs else None
                 dr = segments.to(r.dtype) if need_r else None
         if need_x or need_gate or need_up or need_down:
-            mask = _gates(r, expert_of)
+            mask = _mask(r, expert_of)
             if need_down:
-                ddown_proj = ((a * up).mul_(mask) @ dy).T
-            du *= mask
+                ddown_proj = (mask.apply_(a * up) @ dy).T
+            dgate = mask.apply_(act.backward(torch.mul(du, up, out=space), gate))
+            dup = mask.apply_(du.mul_(a))
             del mask
-            dgate = act.backward(torch.mul(du, up, out=space), gate)
-            dup = du.mul_(a)
             if need_x:
                 dx = (dgate.T @ gate_proj).addmm_(dup.T, up_proj)
+            if need_gate or need_up:
+                x = torch.where(((r != 0) & filled).any(1, keepdim=True), x, 0)
             if need_gate:
                 dgate_proj = dgate @ x
             if need_up:

@@ -1,0 +1,107 @@
+"""Where a command writes: what cannot be written, or would harm what is read, is refused before anything is loaded or trained."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from .._checks import refuse, require
+from .._files import probe_folder
+
+_LOG, _OF_A_RUN = "log.jsonl", ("log.jsonl", "checkpoints", "reconstruct", "finetune")
+_CHECKPOINTS = {"reconstruct": "reconstruct/layer-*", "align": "checkpoints", "finetune": "finetune/checkpoints"}  # of a stage
+_ELSEWHERE = "another folder"
+
+
+def _probe(path: Path, argument: str, given: str, *, file: bool = False, allowed: str = "a folder that can be made") -> None:
+    try:
+        probe_folder(path, file=file)
+    except OSError as error:
+        refuse(argument, f"{given} cannot be written to ({error})", allowed)
+
+
+def _read(args: argparse.Namespace) -> dict[str, str]:
+    """What the command reads and where it runs, by what errors call it."""
+    named = {"MODEL": getattr(args, "model", None), "--tokenizer": getattr(args, "tokenizer", None)}
+    given = {argument: source for argument, source in named.items() if source}
+    return given | {f"{source} of --data": source for source in args.data or ()} | {"the current folder": os.curdir}
+
+
+def convert_folders(args: argparse.Namespace) -> tuple[Path, Path]:
+    """Where the model and where its run goes."""
+    from ..models.target import check_target, occupants, require_apart
+
+    output = Path(os.path.expanduser(args.output))
+    if output.name in ("", ".."):
+        output = Path(os.path.abspath(output))
+    require(bool(output.name), "--output", args.output, "a folder that can be made")
+    target = check_target(output, "--output", args.overwrite, flag="--overwrite")
+    if occupants(target):
+        require_apart(target, "--output", f"{output}, which", _read(args))
+
+    beside = args.run_folder is None
+    run = output.with_name(output.name + ".run") if beside else Path(os.path.expanduser(args.run_folder))
+    flag, given = ("--output", f"{output}, and {run}") if beside else ("--run-folder", f"{run}, which")
+    if os.path.exists(run):
+        require_apart(run, flag, given, _read(args))
+        ours = run.is_dir() and all(name in _OF_A_RUN or name.startswith(".") for name in occupants(run))
+        allowed = "a folder without one of that name beside it" if beside else "a new folder, or one of a run"
+        require(ours, flag, f"{given} holds something else than a run", allowed)
+        fresh = args.resume or args.overwrite or not has_checkpoints(run, list(_CHECKPOINTS))
+        allowed = "--resume to continue it, or --overwrite to start anew"
+        require(fresh, "--output", f"{output}, with an interrupted run in {run}", allowed)
+    ends = [os.path.realpath(output), os.path.realpath(run)]
+    require(os.path.commonpath(ends) not in ends, flag, f"{run}, which is not apart from {output} of --output", _ELSEWHERE)
+    _probe(target, "--output", f"{output}, which")
+    _probe(run, flag, given, file=True, allowed="a folder that can be made, or another --run-folder")
+    return output, run
+
+
+def demo_folder(args: argparse.Namespace) -> Path:
+    """Where the demo goes."""
+    from ..models.target import check_target, is_model, occupants, require_apart
+
+    folder = Path(os.path.expanduser(args.output))
+    if os.path.exists(folder):
+        require(folder.is_dir(), "--output", f"{folder}, a file", "a folder")
+        names = occupants(folder)
+        require(args.overwrite or not names, "--output", f"{folder}, which exists", "a new folder, or --overwrite")
+        known = not names or "demo.json" in names or is_model(folder / "dense")
+        require(known, "--output", f"{folder}, which holds something else than a demo", "a new folder")
+        for part in ("dense", "dotmoe"):
+            check_target(folder / part, "--output", args.overwrite, flag="--overwrite")
+            require_apart(folder / part, "--output", f"{folder}, whose {part}", _read(args))
+        require_apart(folder / "logs", "--output", f"{folder}, whose logs", _read(args))
+    _probe(folder / "dotmoe", "--output", f"{folder}, which")
+    return folder
+
+
+def _checkpoints(run: Path, stages: list[str]) -> Iterator[Path]:
+    for stage in stages:
+        for folder in run.glob(_CHECKPOINTS[stage]):
+            yield from folder.glob("step-*.pt")
+
+
+def has_checkpoints(run: Path, stages: list[str]) -> bool:
+    """Whether one of the stages has left something to resume."""
+    return any(True for _ in _checkpoints(run, stages))
+
+
+def clear_run(run: Path, *, logs: bool) -> None:
+    """Removes the checkpoints of a run, if ``logs`` its logs too, and the folders that are empty then; nothing else."""
+    for path in list(_checkpoints(run, list(_CHECKPOINTS))):
+        path.unlink()
+    if logs:
+        for path in (run / _LOG, run / "finetune" / _LOG):
+            path.unlink(missing_ok=True)
+    for folder in [found for pattern in _CHECKPOINTS.values() for found in run.glob(pattern)]:
+        for left in folder.glob(".step-*"):  # of a write that was killed
+            left.unlink()
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+    for folder in (run / "reconstruct", run / "finetune", run):
+        with suppress(OSError):
+            folder.rmdir()
