@@ -1,8 +1,7 @@
 """PREDICTED times of the routed FFN on one H200, in bfloat16, 25 % active: arithmetic from bytes and flops, nobody measured them.
 
-A pass takes the longer of its bytes over the copy rate and its flops over the matrix rate (``registry.py``) and at least a
-launch. Triton's products are taken at a share of the rate of the vendor's library [estimate]. Beside each stands the limit: the
-bytes of the weights that a call must read, or the flops it must do, whichever takes longer.
+The passes are those of ``conversion/speeds.py``. Beside each stands the limit: the bytes of the weights that a call must read, or
+the flops it must do, whichever takes longer.
 """
 
 from __future__ import annotations
@@ -12,79 +11,54 @@ from typing import Any
 from bench import shapes
 from bench.kernels.registry import BANDWIDTH, BF16
 from bench.shapes import Shape
-from dotmoe_kernels._tiles import SUM_WORKSPACE, TRITON_SHARE
+from dotmoe_kernels._tiles import TRITON_SHARE
+from dotmoe_kernels.conversion.speeds import (
+    LAUNCH,
+    decode_seconds,
+    dense_seconds,
+    grouped_up_seconds,
+    masked_seconds,
+    one_pass,
+    token_sums,
+    union,
+)
 
-_LAUNCH = 2.5e-6  # seconds of a small launch in a CUDA graph [estimate]
 _ATOMICS = 0.25  # of the copy rate that float32 additions in L2 reach [estimate]
 SHAPES = (shapes.L3, shapes.Q25, shapes.COARSE, shapes.MID)
 REDUCTIONS = ("rows", "chunks", "dense", "atomics")
 
 
-def _pass(size: float, flops: float = 0.0, rate: float = BF16) -> float:
-    return max(size / BANDWIDTH, flops / rate, _LAUNCH)
-
-
-def dense_seconds(T: int, c: Shape) -> float:
-    """Merged gate and up product, one SwiGLU, down product."""
-    up = _pass(2 * (2 * c.F * c.H + T * (c.H + 2 * c.F)), 4 * T * c.F * c.H)
-    down = _pass(2 * (c.F * c.H + T * (c.F + c.H)), 2 * T * c.F * c.H)
-    return up + _pass(2 * 3 * T * c.F) + down
-
-
-def union(T: int, c: Shape) -> float:
-    """Share of the experts that T tokens of random routing choose."""
-    return 1 - (1 - c.K / c.E) ** T
-
-
-def decode_seconds(T: int, c: Shape) -> float:
-    weights = 2 * union(T, c) * c.F * c.H
-    return _pass(2 * weights + 2 * T * c.H) + _pass(weights) + _pass(8 * 4 * T * c.H)
-
-
-def masked_seconds(T: int, c: Shape) -> float:
-    return dense_seconds(T, c) + _LAUNCH  # the mask [T, E]
-
-
-def token_sums(T: int, c: Shape, width: int) -> float:
-    """A grouped product with rows of ``width`` and the sums of its rows [S, H], in parts that fit the workspace."""
-    S, weights, rows = T * c.K, 2 * union(T, c) * c.E * width * c.H, 2 * T * c.K * c.H
-    parts = -(-rows // SUM_WORKSPACE)
-    return _pass(weights + 2 * parts * S * width + rows, 2 * S * width * c.H, TRITON_SHARE * BF16) + _pass(rows + 2 * T * c.H)
-
-
 def grouped_seconds(T: int, c: Shape, reduction: str = "rows") -> float:
     """Sort, up product, and the down product with one of the reductions."""
-    S, used = T * c.K, union(T, c)
-    sort = 3 * _LAUNCH
-    up = _pass(2 * (2 * used * c.F * c.H + S * (c.H + c.s)), 4 * S * c.s * c.H, TRITON_SHARE * BF16)
-    flops, weights = 2 * S * c.s * c.H, 2 * used * c.F * c.H
+    S, up = T * c.K, grouped_up_seconds(T, c)
+    flops, weights = 2 * S * c.s * c.H, 2 * union(T, c) * c.F * c.H
     if reduction == "rows":
-        return sort + up + token_sums(T, c, c.s)
+        return up + token_sums(T, c, c.s)
     if reduction == "chunks":  # 2048 tokens and 256 columns at a time; their rows stay in L2
         parts = -(-T // 2048) * -(-c.H // 256)
-        return sort + up + max(_pass(weights * -(-T // 2048) + 2 * S * c.s, flops, TRITON_SHARE * BF16), 2 * parts * _LAUNCH)
+        return up + max(one_pass(weights * -(-T // 2048) + 2 * S * c.s, flops, TRITON_SHARE * BF16), 2 * parts * LAUNCH)
     if reduction == "dense":  # the dense hidden is zeroed, and read by a product over all F
-        return sort + up + _pass(2 * T * c.F) + _pass(2 * (c.F * c.H + T * c.F), 2 * T * c.F * c.H)
-    return sort + up + max(_pass(weights + 2 * S * c.s, flops, TRITON_SHARE * BF16), 4 * S * c.H / (_ATOMICS * BANDWIDTH)) + _LAUNCH
+        return up + one_pass(2 * T * c.F) + one_pass(2 * (c.F * c.H + T * c.F), 2 * T * c.F * c.H)
+    return up + max(one_pass(weights + 2 * S * c.s, flops, TRITON_SHARE * BF16), 4 * S * c.H / (_ATOMICS * BANDWIDTH)) + LAUNCH
 
 
 def dense_training_seconds(T: int, c: Shape) -> float:
     """Forward; backward: dh, dDown, the SwiGLU, dx and the merged dGateUp, its products at the vendor's rate."""
-    down = _pass(2 * (c.F * c.H + T * (c.F + c.H)), 2 * T * c.F * c.H)
-    up = _pass(2 * (2 * c.F * c.H + T * (2 * c.F + c.H)), 4 * T * c.F * c.H)
-    return dense_seconds(T, c) + 2 * down + _pass(2 * 5 * T * c.F) + 2 * up
+    down = one_pass(2 * (c.F * c.H + T * (c.F + c.H)), 2 * T * c.F * c.H)
+    up = one_pass(2 * (2 * c.F * c.H + T * (2 * c.F + c.H)), 4 * T * c.F * c.H)
+    return dense_seconds(T, c) + 2 * down + one_pass(2 * 5 * T * c.F) + 2 * up
 
 
 def training_seconds(T: int, c: Shape) -> float:
     """Forward with gate and up kept; backward: the hidden gradient, two weight gradients that gather their rows, dx."""
     S, weights = T * c.K, union(T, c) * c.F * c.H
     slots = S * c.s * c.H
-    sort = 5 * _LAUNCH  # and token and source in 32 bits
-    up = _pass(2 * (2 * weights + S * (c.H + 3 * c.s)), 4 * slots, TRITON_SHARE * BF16)
+    sort = 5 * LAUNCH  # and token and source in 32 bits
+    up = one_pass(2 * (2 * weights + S * (c.H + 3 * c.s)), 4 * slots, TRITON_SHARE * BF16)
     forward = sort + up + token_sums(T, c, c.s)
-    hidden = _pass(2 * (weights + S * (c.H + 5 * c.s)), 2 * slots, TRITON_SHARE * BF16)
-    down = _pass(2 * (c.F * c.H + S * (c.H + c.s)), 2 * slots, TRITON_SHARE * BF16)
-    gate_up = _pass(2 * (2 * c.F * c.H + S * (c.H + 2 * c.s)), 4 * slots, TRITON_SHARE * BF16)
+    hidden = one_pass(2 * (weights + S * (c.H + 5 * c.s)), 2 * slots, TRITON_SHARE * BF16)
+    down = one_pass(2 * (c.F * c.H + S * (c.H + c.s)), 2 * slots, TRITON_SHARE * BF16)
+    gate_up = one_pass(2 * (2 * c.F * c.H + S * (c.H + 2 * c.s)), 4 * slots, TRITON_SHARE * BF16)
     return forward + hidden + down + gate_up + token_sums(T, c, 2 * c.s)
 
 

@@ -1,6 +1,7 @@
-"""`dotmoe`: convert, evaluate, generate, inspect, demonstrate. Wrong arguments end with one line and exit status 2.
+"""`dotmoe`: convert, evaluate, generate, inspect, plan, report, demonstrate. Wrong arguments end with one line and exit status 2.
 
-parser.py the arguments, inputs.py what they name, folders.py where they write, convert.py and commands.py what they do
+parser.py the arguments, inputs.py what they name, folders.py where they write, commands.py and the files of single commands what
+they do
 """
 
 from __future__ import annotations

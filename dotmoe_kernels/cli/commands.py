@@ -13,6 +13,8 @@ from .convert import run_convert
 from .export import run_export
 from .folders import demo_folder
 from .inputs import DATA, find_device, find_tokenizer, named, reading, require_model_folder, require_seed, require_vocabulary
+from .plan import run_plan
+from .report import run_report
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -217,4 +219,13 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"demo": _demo, "convert": run_convert, "eval": _eval, "generate": _generate, "info": _info, "export": run_export}
+COMMANDS = {
+    "demo": _demo,
+    "convert": run_convert,
+    "eval": _eval,
+    "generate": _generate,
+    "info": _info,
+    "export": run_export,
+    "plan": run_plan,
+    "report": run_report,
+}

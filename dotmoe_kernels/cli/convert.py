@@ -15,6 +15,7 @@ from ..conversion.recipes import Recipe, load_recipe
 from .folders import clear_run, convert_folders, has_checkpoints
 from .inputs import DATA, find_device, find_tokenizer, named, reading, require_model_folder, require_seed, require_vocabulary
 from .parser import SEQUENCE_LENGTH, STAGES
+from .untrained import is_untrained, run_untrained
 
 if TYPE_CHECKING:
     from ..conversion.finetuning import FinetuneConfig
@@ -244,6 +245,8 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
         return _dry_run(args, recipe, options, topology, stages)
     require(not args.json, "--json", "given", "together with --dry-run")
     args.model = args.model or recipe.model
+    if is_untrained(args, options, stages):
+        return run_untrained(args, options, topology, convert_folders(args)[0])
     missing = [name for name, value in (("MODEL", args.model), ("--data", args.data), ("--output", args.output)) if not value]
     if missing:
         raise ValueError(f"the following arguments are required: {', '.join(missing)}")

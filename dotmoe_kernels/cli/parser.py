@@ -17,6 +17,7 @@ STAGES = ("reconstruct", "align", "finetune")
 _ARCHITECTURES = ("auto", "mixtral", "qwen2_moe", "qwen3_moe", "granite_moe", "glm4_moe", "dense")
 EXPORT_LENGTH = 256  # and of export
 SEQUENCE_LENGTH = 2048  # tokens a sequence of convert, where neither a flag nor a recipe says it
+REPORT_LENGTH = 1024
 
 
 class _Parser(argparse.ArgumentParser):
@@ -272,6 +273,42 @@ def _add_export(commands: Any) -> None:
     export.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_plan(commands: Any) -> None:
+    plan = _add_command(
+        commands,
+        "plan",
+        "List the topologies that fit a dense model: active parameters, lossless exports, fast paths, predicted speed.",
+        "dotmoe plan ./llama\ndotmoe plan ./llama --budget 0.5\ndotmoe plan ./llama --budget 0.4 --json",
+    )
+    plan.add_argument("model", metavar="MODEL", help="a dense model folder, of which config.json is read, or a name")
+    plan.add_argument(
+        "--budget",
+        type=float,
+        metavar="X",
+        help="most active parameters a token over all, embeddings and routers counted (default: 25 %% of the FFN)",
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_report(commands: Any) -> None:
+    report = _add_command(
+        commands,
+        "report",
+        "Draw a converted model as one self-contained HTML page: assignment, weights, load, co-routing, perplexity, training.",
+        "dotmoe report ./llama-moe\ndotmoe report ./llama-moe --data held-out.txt --max-tokens 65536\n"
+        "dotmoe report ./llama-moe --data held-out.txt --run-folder ./llama-moe.run --output ./llama-moe.html --overwrite",
+    )
+    report.add_argument("model", metavar="DIR", help="a converted model")
+    report.add_argument("--output", metavar="FILE", help="(default: DIR.html)")
+    report.add_argument("--run-folder", metavar="DIR", help="of the training, for its curves (default: DIR.run where there is one)")
+    _add_data(report, required=False, sequence_length=REPORT_LENGTH)
+    _add_tokenizer(report)
+    report.add_argument("--batch-size", type=int, default=4, help="sequences a pass (default: %(default)s)")
+    report.add_argument("--overwrite", action="store_true", help="replace FILE")
+    _add_device(report)
+    report.set_defaults(sequence_length=REPORT_LENGTH)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `dotmoe`."""
     parser = _Parser(
@@ -281,6 +318,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dotmoe_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_convert, _add_eval, _add_generate, _add_info, _add_export):
+    adders = (_add_demo, _add_convert, _add_eval, _add_generate, _add_info, _add_export, _add_plan, _add_report)
+    for add in adders:
         add(commands)
     return parser

@@ -5,6 +5,9 @@ finetuning.py  the sparse model trained on text
 checks.py      what every conversion checks of itself
 data.py        text -> packed token sequences         readers.py             kinds of files -> their documents
 recipes.py     topologies and options by name         dryrun.py, costs.py    what a run would take
+streaming.py   a conversion without training, folder to folder in the memory of a layer
+plans.py       the topologies that fit                speeds.py              predicted times of a routed FFN
+report.py      a page of a converted model            measure.py, figures.py what it shows
 demo.py        the whole job on a small model
 
 The names of ``models`` and ``exports`` are here as well.
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from .data import load_tokens
     from .finetuning import FinetuneConfig, finetune
     from .pipeline import convert
+    from .streaming import convert_folder
 
 __all__ = [
     "DenseFFN",
@@ -53,6 +57,7 @@ __all__ = [
     "all_experts",
     "check_lines",
     "convert",
+    "convert_folder",
     "count_parameters",
     "export",
     "find_ffns",
@@ -74,6 +79,7 @@ _HERE = {
     ".data": ("load_tokens",),
     ".finetuning": ("FinetuneConfig", "finetune"),
     ".pipeline": ("convert",),
+    ".streaming": ("convert_folder",),
     "..exports": ("export",),
 }
 _MODELS = [name for name in __all__ if not any(name in names for names in _HERE.values())]

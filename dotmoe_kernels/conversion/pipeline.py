@@ -94,11 +94,12 @@ def _build_layers(
     method: str,
     options: AlignmentConfig,
     data: Tensor | None,
+    generator: torch.Generator | None = None,
 ) -> dict[str, AlignmentFFN]:
     """Every FFN of ``model`` swapped for an AlignmentFFN that starts as ``method`` and ``options.init`` say."""
     E, K = config.num_experts, config.num_experts_per_tok
     kind = options.init if method == "dot" else method
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed) if generator is None else generator
     layers = {}
     for name, ffn in ffns.items():
         shape = (E, ffn.gate_proj.shape[1])

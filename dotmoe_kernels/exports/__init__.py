@@ -17,7 +17,7 @@ from torch import Tensor
 from .._checks import refuse, require, require_indices
 from .._files import write_folder
 from ..models.checkpoint import load
-from ..models.folder import OURS, check_dense_folder
+from ..models.folder import OURS, check_dense_folder, check_folder
 from ..models.modeling import DotMoeForCausalLM, restore_dense
 from ..models.stock import read_stock
 from ..models.target import VOCABULARIES, check_target, in_its_place, replaced_files, require_apart
@@ -26,6 +26,7 @@ from .calibration import choose_shifts, own_samples
 from .report import logit_figures, parity, report_lines, require_parity, router_figures, stock_card
 from .stock import ARCHITECTURES as STOCK
 from .stock import Architecture, refusal, stock_model
+from .streaming import stream_dense
 
 __all__ = ["ARCHITECTURES", "export", "report_lines"]
 
@@ -72,12 +73,14 @@ def export(
     if architecture != "dense":
         with building(folder):  # a config may be fit for being built, and not for being run
             return _export_stock(Path(folder), path, architecture, top_k, data, max_shard_size)
-    model = load(folder)
+    config = check_folder(folder, DotMoeForCausalLM)
     others = _other_files(Path(folder))
     replaced = replaced_files(tokenizer=bool(others))
     with write_folder(path, replaced) as new:
-        dense = restore_dense(model)
-        dense.save_pretrained(new)
+        dense = stream_dense(config, Path(folder).expanduser(), new)
+        if dense is None:
+            dense = restore_dense(load(folder))
+            dense.save_pretrained(new)
         _copy_others(others, new, path)
         with in_its_place(new, path):
             check_dense_folder(new, type(dense))

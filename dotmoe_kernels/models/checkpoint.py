@@ -14,6 +14,7 @@ from .._files import write_folder
 from .card import model_card
 from .folder import check_folder
 from .modeling import DotMoeForCausalLM
+from .shards import save_options
 from .target import check_target, in_its_place, replaced_files
 
 
@@ -24,7 +25,7 @@ def save(
     tokenizer: Any = None,
     overwrite: bool = False,
     card: Mapping[str, Any] | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = "2GB",
 ) -> None:
     """Write a converted model as one folder; ``load`` and ``from_pretrained`` read it.
 
@@ -36,7 +37,7 @@ def save(
         tokenizer: saved along when given.
         overwrite: replace the model in a folder that has one; its files that are no part of a model stay.
         card: measured figures for README.md: name -> number, text, or a dictionary of those (a table of its own).
-        max_shard_size: of one safetensors file.
+        max_shard_size: of one safetensors file; while it is written, a third of it is needed in memory.
 
     Raises:
         ValueError: ``model`` is not a DotMoeForCausalLM; the folder exists and ``overwrite`` is False; it holds no model; what was
@@ -46,7 +47,7 @@ def save(
     require(isinstance(model, DotMoeForCausalLM), "model", f"a {type(model).__name__}", "a DotMoeForCausalLM")
     path = check_target(folder, "folder", overwrite)
     with write_folder(path, replaced_files(tokenizer=tokenizer is not None)) as new:
-        model.save_pretrained(new, max_shard_size=max_shard_size)
+        model.save_pretrained(new, max_shard_size=max_shard_size, **save_options(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         (new / "README.md").write_text(model_card(model, path.name, card or {}), encoding="utf-8")

@@ -26,7 +26,7 @@ from .block import DotMoeBlock, check_layer, interleave_storage, moe_blocks
 from .config import DotMoeConfig
 from .folder import check_folder, check_orders
 from .names import check_names, file_tensors, read_conversions, write_conversions
-from .surgery import DenseFFN, find_ffns, recognise_ffn, swap_ffn
+from .surgery import DenseFFN, assign_ffn, find_ffns, swap_ffn
 
 # what a causal LM declares on its class beyond what post_init gathers from its children
 _DECLARED = (
@@ -318,15 +318,9 @@ def restore_dense(model: DotMoeForCausalLM) -> PreTrainedModel:
     skeleton = find_ffns(meta_backbone(dense.config))
     text = dense.config.get_text_config()
     for name, block in moe_blocks(model).items():
-        ffn, module = skeleton[name], skeleton[name].module
-        gate, up, down = block.dense_weights()
-        trains = block.experts.gate_up_proj.requires_grad
-        ffn.assign(gate, up, down, requires_grad=trains)
-        # without storage gate and up cannot be told apart: ask again, now that the formula can be tried
-        tried = recognise_ffn(module, text, name=name)
-        if tried is not None and (tried.children, tried.gate_first) != (ffn.children, ffn.gate_first):
-            tried.assign(gate, up, down, requires_grad=trains)
-        swap_ffn(dense, name, module.train(block.training))
+        ffn = skeleton[name]
+        assign_ffn(ffn, block.dense_weights(), text, name, requires_grad=block.experts.gate_up_proj.requires_grad)
+        swap_ffn(dense, name, ffn.module.train(block.training))
     return dense
 
 

@@ -214,6 +214,17 @@ def find_ffns(model: nn.Module) -> dict[str, DenseFFN]:
     return found
 
 
+def assign_ffn(
+    ffn: DenseFFN, weights: tuple[Tensor, Tensor, Tensor], config: object, name: str, *, requires_grad: bool = False
+) -> None:
+    """Give a module that had no storage its weights gate_proj, up_proj [F, H] and down_proj [H, F]. Without it gate and up cannot
+    be told apart: asked again, now that the formula can be tried."""
+    ffn.assign(*weights, requires_grad=requires_grad)
+    tried = recognise_ffn(ffn.module, config, name=name)
+    if tried is not None and (tried.children, tried.gate_first) != (ffn.children, ffn.gate_first):
+        tried.assign(*weights, requires_grad=requires_grad)
+
+
 def swap_ffn(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     """Put ``module`` at path ``name`` of ``model``; returns the module that was there.
 

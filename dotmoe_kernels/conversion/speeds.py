@@ -1,0 +1,91 @@
+"""PREDICTED times of a routed FFN on one H200 in bfloat16: arithmetic from bytes and flops, nobody measured them.
+
+A pass takes the longer of its bytes over the copy rate and its flops over the matrix rate (``_tiles.py``), and at least a launch.
+Triton's products are taken at a share of the rate of the vendor's library [estimate].
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from .._tiles import H200_BANDWIDTH, H200_BF16, SUM_WORKSPACE, TRITON_SHARE, pick_path
+
+LAUNCH = 2.5e-6  # seconds of a small launch in a CUDA graph [estimate]
+RESTS_ON = (
+    f"one H200 in bfloat16 at {H200_BANDWIDTH / 1e12:g} TB/s and {H200_BF16 / 1e12:.0f} TFLOP/s, of which products in Triton reach "
+    f"{TRITON_SHARE:.0%} [estimate], and {LAUNCH * 1e6:g} us a launch [estimate]; bytes and flops counted, random routing; nobody "
+    "measured it"
+)
+
+
+class Routed(Protocol):
+    """A routed FFN: hidden size H, F = E s neurons in E experts of width s, K of them a token."""
+
+    @property
+    def H(self) -> int: ...
+    @property
+    def F(self) -> int: ...
+    @property
+    def E(self) -> int: ...
+    @property
+    def s(self) -> int: ...
+    @property
+    def K(self) -> int: ...
+
+
+def one_pass(size: float, flops: float = 0.0, rate: float = H200_BF16) -> float:
+    """Seconds that move ``size`` bytes and do ``flops``."""
+    return max(size / H200_BANDWIDTH, flops / rate, LAUNCH)
+
+
+def product_seconds(T: int, rows: int, columns: int) -> float:
+    """[T, columns] = [T, rows] [rows, columns] at the vendor's rate."""
+    return one_pass(2 * (rows * columns + T * (rows + columns)), 2 * T * rows * columns)
+
+
+def dense_seconds(T: int, c: Routed) -> float:
+    """Merged gate and up product, one SwiGLU, down product."""
+    return product_seconds(T, c.H, 2 * c.F) + one_pass(2 * 3 * T * c.F) + product_seconds(T, c.F, c.H)
+
+
+def union(T: int, c: Routed) -> float:
+    """Share of the experts that T tokens of random routing choose."""
+    return 1 - (1 - c.K / c.E) ** T
+
+
+def decode_seconds(T: int, c: Routed) -> float:
+    weights = 2 * union(T, c) * c.F * c.H
+    return one_pass(2 * weights + 2 * T * c.H) + one_pass(weights) + one_pass(8 * 4 * T * c.H)
+
+
+def masked_seconds(T: int, c: Routed) -> float:
+    return dense_seconds(T, c) + LAUNCH  # the mask [T, E]
+
+
+def token_sums(T: int, c: Routed, width: int) -> float:
+    """A grouped product with rows of ``width`` and the sums of its rows [S, H], in parts that fit the workspace."""
+    S, weights, rows = T * c.K, 2 * union(T, c) * c.E * width * c.H, 2 * T * c.K * c.H
+    parts = -(-rows // SUM_WORKSPACE)
+    product = one_pass(weights + 2 * parts * S * width + rows, 2 * S * width * c.H, TRITON_SHARE * H200_BF16)
+    return product + one_pass(rows + 2 * T * c.H)
+
+
+def grouped_up_seconds(T: int, c: Routed) -> float:
+    """The sort, and the up product."""
+    S = T * c.K
+    product = one_pass(2 * (2 * union(T, c) * c.F * c.H + S * (c.H + c.s)), 4 * S * c.s * c.H, TRITON_SHARE * H200_BF16)
+    return 3 * LAUNCH + product
+
+
+def grouped_seconds(T: int, c: Routed) -> float:
+    """Sort, up product, down product, and the sums of a token's rows."""
+    return grouped_up_seconds(T, c) + token_sums(T, c, c.s)
+
+
+def routed_seconds(T: int, c: Routed) -> float:
+    """The path that ``pick_path`` takes for T tokens, with the router's product and its top-K before it."""
+    path = pick_path(T, c.E, c.s, c.K, c.H, torch.bfloat16, "cuda", dense_view=True).path
+    seconds = {"decode": decode_seconds, "masked": masked_seconds, "grouped": grouped_seconds}[path](T, c)
+    return seconds + product_seconds(T, c.H, c.E) + one_pass(4 * T * c.E)

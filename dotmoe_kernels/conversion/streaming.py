@@ -1,0 +1,171 @@
+"""A conversion without training from folder to folder, layer by layer: of however large a model one layer's weights are held."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from .._checks import require
+from .._files import write_folder
+from ..alignment.config import AlignmentConfig
+from ..alignment.transport import Transport
+from ..models.backbone import meta_backbone
+from ..models.block import DotMoeBlock
+from ..models.card import model_card
+from ..models.config import DotMoeConfig
+from ..models.folder import check_folder
+from ..models.modeling import DotMoeForCausalLM
+from ..models.shards import ShardReader, ShardWriter, Spec, file_layout, save_configs, writing
+from ..models.surgery import DenseFFN, find_ffns, recognise_ffn, swap_ffn
+from ..models.target import check_target, in_its_place, replaced_files, require_apart
+from .checks import TOLERANCES, relative_error
+from .pipeline import METHODS, _build_layers, _check_model, _describe
+
+_FILE_NAMES = {"experts.down_rows": "experts.down_proj"}
+
+
+class _Source:
+    """The dense model: its skeleton without storage, and its files."""
+
+    def __init__(self, folder: str | os.PathLike[str], config: PreTrainedConfig, dtype: torch.dtype | None) -> None:
+        self.config = config
+        self.reader = ShardReader(folder)
+        self.model = meta_backbone(config)
+        self.ffns = find_ffns(self.model)
+        tied = self.model.all_tied_weights_keys
+        lacking = [
+            n
+            for n in file_layout(self.model)
+            if n not in self.reader and not any(s == n and t in self.reader for t, s in tied.items())
+        ]
+        allowed = "a checkpoint whose tensors have the names that they have in the model, or --data, with which it is loaded whole"
+        require(not lacking, "MODEL", f"{folder}, without the tensor {', '.join(lacking[:4])}", allowed)
+        self.tied = {source: target for target, source in tied.items()}
+        kind = (
+            dtype
+            or getattr(config, "dtype", None)
+            or next(s.dtype for s in self.reader.specs.values() if s.dtype.is_floating_point)
+        )
+        self.dtype: torch.dtype = getattr(torch, kind) if isinstance(kind, str) else kind
+
+    def read(self, name: str) -> Tensor:
+        """In the dtype that the model is to have."""
+        tensor = self.reader.read(name if name in self.reader else self.tied[name])
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def ffn(self, name: str) -> DenseFFN:
+        """With its weights; gate and up are told apart by trying."""
+        module = self.ffns[name].module
+        module.load_state_dict({part: self.read(f"{name}.{part}") for part in module.state_dict()}, assign=True)
+        found = recognise_ffn(module, self.config.get_text_config(), name=name)
+        assert found is not None  # it was, without storage
+        return found
+
+
+@torch.no_grad()
+def _layer_error(ffn: DenseFFN, block: DotMoeBlock) -> float:
+    """Relative error of the block with every expert on against the dense FFN, on two tokens."""
+    x = torch.randn(2, ffn.gate_proj.shape[1], generator=torch.Generator().manual_seed(0)).to(ffn.gate_proj.dtype)
+    block.gate.bypass = True
+    error = relative_error(block(x[None])[0], ffn.module(x[None])[0])
+    block.gate.bypass = False
+    return error
+
+
+class _Layers:
+    """The layers one after the other, in the order of ``convert`` and with its draws."""
+
+    def __init__(self, source: _Source, config: DotMoeConfig, method: str, options: AlignmentConfig) -> None:
+        self.source, self.config, self.method, self.options = source, config, method, options
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.routers = dict(zip(source.ffns, config.soft_routers(len(source.ffns)), strict=True))
+
+    def write(self, name: str, writer: ShardWriter) -> float:
+        """One layer; its error against the dense FFN."""
+        ffn, config = self.source.ffn(name), self.config
+        (layer,) = _build_layers(self.source.model, {name: ffn}, config, self.method, self.options, None, self.generator).values()
+        if self.method == "dot":
+            Transport({name: layer}, self.options).refresh(self.options.tau_end)
+        assert layer.expert_of is not None
+        router = layer.router_weight.detach()
+        block = DotMoeBlock.from_dense(ffn, layer.expert_of, router, config.num_experts_per_tok, soft=self.routers[name])
+        for part, tensor in block.state_dict().items():
+            file_name = _FILE_NAMES.get(part)
+            writer.write(f"{name}.{file_name or part}", tensor.transpose(1, 2) if file_name else tensor)
+        error = _layer_error(ffn, block)
+        ffn.module.to("meta")
+        swap_ffn(self.source.model, name, ffn.module)
+        return error
+
+
+def convert_folder(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    config: DotMoeConfig,
+    *,
+    method: str = "dot",
+    alignment: AlignmentConfig | None = None,
+    dtype: torch.dtype | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    card: Mapping[str, Any] | None = None,
+    max_shard_size: str = "5GB",
+) -> dict[str, Any]:
+    """What ``save(convert(model, config, data=None), output)`` writes, with the memory of one layer.
+
+    Args:
+        source: a dense model's folder with safetensors files.
+        output: folder to write; it appears complete or not at all.
+        config: DotMoeConfig(num_experts=E, top_k=K).
+        method: "dot" (as its start leaves it), "random" or "kmeans".
+        alignment: ``init``, ``init_std``, ``seed`` and the like are read.
+        dtype: of the weights; None takes that of the config, or of the files.
+        tokenizer, overwrite, card, max_shard_size: as of ``save``.
+
+    Returns:
+        all_experts_error: the largest relative error of a layer with every expert on against its dense FFN, and ``tolerance`` for
+        the dtype.
+
+    Raises:
+        ValueError: see ``convert`` and ``save``; "activation", which needs data; a checkpoint whose tensors have other names than
+            in the model; a layer whose error is above the tolerance.
+    """
+    options = AlignmentConfig() if alignment is None else alignment
+    require(method in METHODS, "method", repr(method), " | ".join(METHODS))
+    for name, kind in (("method", method), ("init", options.init if method == "dot" else None)):
+        require(kind != "activation", name, "activation", "one that needs no text, or data to calibrate on")
+    path = check_target(output, "output", overwrite)
+    require_apart(path, "output", f"{path}, which", {"source": source})
+    config, dense = copy.deepcopy(config), AutoConfig.from_pretrained(source)
+    with torch.device("meta"):
+        origin = _Source(source, dense, dtype)
+        _check_model(origin.model, config, origin.ffns)
+        config.bind(dense, dense_width=next(iter(origin.ffns.values())).gate_proj.shape[0])
+        _describe(config, method, options, {}, None)
+        sparse = DotMoeForCausalLM(config)
+    names = file_layout(sparse)
+    layout = {n: Spec(origin.dtype if t.is_floating_point() else t.dtype, tuple(t.shape)) for n, t in names.items()}
+    inside = tuple(f"{name}." for name in origin.ffns)
+    with write_folder(path, replaced_files(tokenizer=tokenizer is not None)) as new:
+        save_configs(sparse, new, Path(source), origin.dtype)
+        with writing(new, layout, max_shard_size) as writer:
+            for name in layout:
+                if not name.startswith(inside):
+                    writer.write(name, origin.read(name))
+            layers = _Layers(origin, config, method, options)
+            worst = max([layers.write(name, writer) for name in origin.ffns])
+        most = TOLERANCES[origin.dtype]
+        require(worst <= most, "a layer with every expert on", f"{worst:.1e} from its dense FFN", f"at most {most:.0e}")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        (new / "README.md").write_text(model_card(sparse, path.name, card or {}), encoding="utf-8")
+        with in_its_place(new, path):
+            check_folder(new, DotMoeForCausalLM)
+    return {"all_experts_error": worst, "tolerance": most}
