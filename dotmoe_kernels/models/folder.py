@@ -1,6 +1,6 @@
 """The folder of a saved model: what must be in it, checked before any weight is read.
 
-config.json, model*.safetensors, generation_config.json, README.md, and the tokenizer's files when one is given
+config.json, modeling_dotmoe.py, model*.safetensors, generation_config.json, README.md, and the tokenizer's files when one is given
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from .._checks import require
 from .block import moe_blocks
-from .config import DotMoeConfig
+from .config import MODELING, DotMoeConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-OURS = ("config.json", "generation_config.json", "README.md", WEIGHTS, INDEX)  # written anew by every save
+OURS = ("config.json", MODELING.name, "generation_config.json", "README.md", WEIGHTS, INDEX)  # written anew by every save
 
 
 def check_orders(orders: Mapping[str, Tensor], source: str) -> None:
