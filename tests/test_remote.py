@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from tiny import E, K, dense_model, random_layers, sparse_model, tokens
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import dotmoe_kernels as dk
 from dotmoe_kernels.conversion import DotMoeConfig, materialize
@@ -61,7 +61,8 @@ def check(folder):
     block = next(iter(model.config.ffn_modules))
     source = inspect.getsource(type(model.get_submodule(block).gate).forward)
     model.save_pretrained(folder + "/again")
-    return {
+    fresh = AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)
+    result = {
         "class": type(model).__module__.split(".")[0],
         "dtype": str(model.dtype),
         "error": float((logits - expected["logits"]).abs().max() / expected["logits"].abs().max()),
@@ -71,7 +72,13 @@ def check(folder):
         "vllm": served(folder, "vllm", block, x, hidden),
         "sglang": served(folder, "sglang", block, x, hidden),
         "training": float(model.train()(x, labels=x).loss) > 0,
+        "drawn": float(fresh.get_submodule(block).gate.weight.std()) > 0 and bool(torch.isfinite(fresh(x).logits).all()),
     }
+    model.eval().set_attn_implementation("eager")
+    with torch.no_grad():
+        eager = model(x).logits
+    result["eager"] = [model.config.dense_config._attn_implementation, float((eager - logits).abs().max() / logits.abs().max())]
+    return result
 
 print(json.dumps({folder: check(folder) for folder in sys.argv[3:]}))
 """
@@ -123,6 +130,9 @@ def test_same_model_without_the_package(found, kind, dtype):
     if dtype == "float32":  # in bfloat16 the largest of 64 logits is often a tie
         assert result["generated"] == [result["expected"]] * 2
     assert result["training"]
+    assert result["drawn"]
+    assert result["eager"][0] == "eager"
+    assert result["eager"][1] < (5e-6 if dtype == "float32" else 2e-2)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
@@ -162,7 +172,9 @@ def test_every_way_of_saving(tmp_path):
     dk.save(model, tmp_path / "a")
     model.save_pretrained(tmp_path / "b")
     dk.load(tmp_path / "b").save_pretrained(tmp_path / "c", max_shard_size="20KB")
-    for name in "abc":
+    arguments = TrainingArguments(tmp_path, max_steps=1, save_steps=1, per_device_train_batch_size=1, report_to=[], use_cpu=True)
+    Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in tokens()]).train()
+    for name in ("a", "b", "c", "checkpoint-1"):
         values = json.loads((tmp_path / name / "config.json").read_text())
         assert values["auto_map"] == {
             "AutoConfig": "modeling_dotmoe.DotMoeConfig",
