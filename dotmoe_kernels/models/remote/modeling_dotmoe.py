@@ -155,6 +155,10 @@ def soft_top_k(scores: Tensor, k: float, temperature: float) -> Tensor:
     return torch.where(z <= 0, half, 1 - half)
 
 
+def _std(config: DotMoeConfig) -> float:
+    return float(getattr(config, "initializer_range", None) or 0.02)
+
+
 class DotMoeRouter(nn.Module):
     """x [T, H] -> (logits [T, E], weights [T, K], indices [T, K]); ties go to the lower index. The logits are at least float32."""
 
@@ -167,6 +171,7 @@ class DotMoeRouter(nn.Module):
             self.top_k = min(config.num_experts, math.ceil(k * config.router_cap - 1e-6))
             self.soft = (k, float(config.router_temperature), float(config.router_threshold))
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        nn.init.normal_(self.weight, std=_std(config))
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -205,6 +210,7 @@ class PackedExperts(nn.Module):
                 self.register_buffer(name, torch.empty(shape))
             else:
                 setattr(self, name, nn.Parameter(torch.empty(shape)))
+                nn.init.normal_(getattr(self, name), std=_std(config))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return _one_by_one(self, hidden_states, top_k_index, top_k_weights)
@@ -289,9 +295,8 @@ class DotMoePreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, DotMoeRouter | DotMoeExperts):
-            std = float(getattr(self.config, "initializer_range", None) or 0.02)
             for parameter in module.parameters():
-                nn.init.normal_(parameter, std=std)
+                nn.init.normal_(parameter, std=_std(self.config))
         else:
             self._backbone._init_weights(module)
 
