@@ -80,7 +80,7 @@ def seconds(worker: Worker, vocabulary: int, new: int, seed: int) -> dict[str, d
     for name, batch, length in DECODE:
         prompts = random_prompts(batch, length, vocabulary, seed)
         first, whole = worker.time(prompts, 1), worker.time(prompts, 1 + new)
-        found[name] = {clock: max((whole[clock] - first[clock]) / new, 1e-9) for clock in whole}
+        found[name] = {clock: (whole[clock] - first[clock]) / new for clock in whole}
     return found
 
 
@@ -98,9 +98,14 @@ def speeds(workers: dict[str, Worker], vocabulary: int, new: int, rounds: int) -
     for what, count in tokens.items():
         result[what] = {}
         for clock in ("wall", "cpu"):
-            ratios = [d[what][clock] / s[what][clock] for d, s in zip(taken["dense"], taken["sparse"], strict=True)]
+            pairs = [(d[what][clock], s[what][clock]) for d, s in zip(taken["dense"], taken["sparse"], strict=True)]
+            pairs = [(d, s) for d, s in pairs if d > 0 and s > 0]  # a disturbed round can make a difference of lengths negative
+            if not pairs:
+                continue
+            ratios = [d / s for d, s in pairs]
             result[what][clock] = {
-                **{name: round(count / median(one[what][clock] for one in taken[name]), 2) for name in taken},
+                "dense": round(count / median(d for d, _ in pairs), 2),
+                "sparse": round(count / median(s for _, s in pairs), 2),
                 "sparse_over_dense": round(median(ratios), 3),
                 "ratios": [round(ratio, 3) for ratio in ratios],
             }

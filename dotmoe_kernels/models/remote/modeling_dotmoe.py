@@ -34,10 +34,13 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
+expert_ffn: Any = None
 try:
-    from dotmoe_kernels.experts import expert_ffn
+    from dotmoe_kernels import experts as _kernels
+
+    expert_ffn = _kernels.expert_ffn
 except ImportError:
-    expert_ffn = None
+    pass
 
 _ENGINES = ("vllm", "sglang")  # the names of their attention
 # what a model declares on its class beyond what post_init gathers from its children
@@ -78,8 +81,8 @@ class DotMoeConfig(PreTrainedConfig):
         dense_config: Any = None,
         num_experts: int = 16,
         num_experts_per_tok: int = 4,
-        moe_intermediate_size: int | None = None,
-        ffn_modules: dict[str, str] | None = None,
+        moe_intermediate_size: Any = None,
+        ffn_modules: Any = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(dense_config, dict):
@@ -155,7 +158,7 @@ def soft_top_k(scores: Tensor, k: float, temperature: float) -> Tensor:
     return torch.where(z <= 0, half, 1 - half)
 
 
-def _std(config: DotMoeConfig) -> float:
+def _std(config: Any) -> float:
     return float(getattr(config, "initializer_range", None) or 0.02)
 
 
@@ -200,6 +203,9 @@ def _one_by_one(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
 @use_experts_implementation
 class PackedExperts(nn.Module):
     """``gate_up_proj`` [E, 2s, H] and ``down_proj`` [E, H, s]; with ``hidden`` they are buffers."""
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
 
     def __init__(self, config: DotMoeConfig, activation: str, hidden: bool) -> None:
         super().__init__()
@@ -316,7 +322,8 @@ class DotMoeModel(DotMoePreTrainedModel):
     """The model without its head, as engines load it."""
 
     def _make_backbone(self, config: DotMoeConfig) -> PreTrainedModel:
-        return MODEL_MAPPING[type(config.dense_config)](config.dense_config)
+        base: Any = MODEL_MAPPING[type(config.dense_config)]
+        return base(config.dense_config)
 
     def _path(self, name: str, backbone: PreTrainedModel) -> str:
         return name.removeprefix(f"{backbone.base_model_prefix}.")
@@ -379,7 +386,8 @@ class DotMoeForCausalLM(DotMoePreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self._backbone.prepare_inputs_for_generation(*args, **kwargs)
+        backbone: Any = self._backbone
+        return backbone.prepare_inputs_for_generation(*args, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self._backbone.get_output_embeddings()
