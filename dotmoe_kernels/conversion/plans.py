@@ -16,7 +16,7 @@ from ..models.backbone import meta_backbone
 from ..models.surgery import find_ffns
 from .speeds import LAUNCH, RESTS_ON, dense_seconds, one_pass, product_seconds, routed_seconds
 
-# by stock architecture: its backbones, and what its down projections are multiplied by: bfloat16 keeps it where it is a power of two
+# by stock architecture: its backbones, and what its down projections are multiplied by: bfloat16 keeps powers of two
 EXPORTS = {architecture.name: (architecture.backbones, architecture.fold) for architecture in ARCHITECTURES}
 _LEAST_WIDTH, _LEAST_EXPERTS, _MOST_EXPERTS = 32, 4, 1024
 _LLAMA_CPP_EXPERTS, _K_QUANT_BLOCK = 512, 256

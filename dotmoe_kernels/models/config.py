@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from .._checks import is_integer, is_number, plain_numbers, require
+from .._files import write_file
 from ..alignment.config import AlignmentConfig
 from ..routing.budgets import SoftRouter, slots
 from .backbone import ffn_width
@@ -17,6 +20,8 @@ FORMAT_VERSION = 2  # 2 brought the soft router; a model without it is still wri
 ROUTERS = ("top_k", "soft")
 # of the dense model's text config: written at the top level of config.json as well, for tools that look there
 _SHOWN = ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "vocab_size")
+MODELING = Path(__file__).parent / "remote" / "modeling_dotmoe.py"  # copied beside the weights
+_REMOTE = {"AutoConfig": "DotMoeConfig", "AutoModel": "DotMoeModel", "AutoModelForCausalLM": "DotMoeForCausalLM"}
 _SOFT_FIELDS = ("router_k", "router_temperature", "router_threshold", "router_cap")
 
 
@@ -69,6 +74,8 @@ class DotMoeConfig(PreTrainedConfig):
         dense_config: the dense model's config, as an object or as its dictionary with ``model_type``.
         assignment: where the partition came from (method, seed, steps, ...), a plain JSON dictionary.
         stages: by training stage, what it trained on and what it reached, plain JSON dictionaries; of "finetune" a list, one a run.
+        ffn_modules: the activation's name by the path of each sparse FFN, filled in by the model; a saved model's
+            ``modeling_dotmoe.py`` builds itself from it.
         format_version: of the checkpoint format; newer ones than ``FORMAT_VERSION`` are refused.
 
     Raises:
@@ -95,6 +102,7 @@ class DotMoeConfig(PreTrainedConfig):
     dense_config: Any = None
     assignment: dict[str, Any] | None = None
     stages: dict[str, Any] | None = None
+    ffn_modules: dict[str, str] | None = None
     format_version: int = 1
     if TYPE_CHECKING:  # the alias, for the type checker: at run time it is no field
         top_k: int = 4
@@ -289,6 +297,15 @@ class DotMoeConfig(PreTrainedConfig):
         """The dense model's text config: caches, masks and generation read their sizes there."""
         dense = self.__dict__.get("dense_config")
         return self if dense is None else dense.get_text_config(decoder=decoder, encoder=encoder)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As of every config; that of a model also writes the file by which the model loads without this package."""
+        if self.ffn_modules is not None:
+            self.auto_map = {auto: f"{MODELING.stem}.{name}" for auto, name in _REMOTE.items()}
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_file(folder / MODELING.name, lambda file: file.write(MODELING.read_bytes()))
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """As of every config; without the path the dense model was loaded from, and with its sizes beside ours."""

@@ -1,6 +1,6 @@
 """The folder of a saved model: what must be in it, checked before any weight is read.
 
-config.json, model*.safetensors, generation_config.json, README.md, and the tokenizer's files when one is given
+config.json, modeling_dotmoe.py, model*.safetensors, generation_config.json, README.md, and the tokenizer's files when one is given
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .._checks import require
-from .config import DotMoeConfig
+from .config import MODELING, DotMoeConfig
 from .names import check_names, header_tensors
 from .untrusted import building, check_files, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-OURS = ("config.json", "generation_config.json", "README.md", WEIGHTS, INDEX)  # written anew by every save
+OURS = ("config.json", MODELING.name, "generation_config.json", "README.md", WEIGHTS, INDEX)  # written anew by every save
 
 
 _DTYPES = {

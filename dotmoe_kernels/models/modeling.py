@@ -112,6 +112,7 @@ class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
         # One module tree, two objects: what is set on one is set on the other. deepcopy and pickle keep it so.
         self._parameters, self._buffers, self._modules = backbone._parameters, backbone._buffers, backbone._modules
         self._non_persistent_buffers_set = backbone._non_persistent_buffers_set
+        config.ffn_modules = {name: block.experts.activation for name, block in moe_blocks(backbone).items()}
         self.__dict__["_backbone"] = backbone  # not a child: its names would appear twice
         for name in _DECLARED:
             if hasattr(backbone, name):
