@@ -244,7 +244,10 @@ def test_distillation_losses_equal_the_reference(kind):
     length = 1 if kind == "one token" else 5
     teacher, student = normal(3, length, V, seed=1), normal(3, length, V, seed=2)
     labels = tokens(3, length)
-    mask = {"masked": torch.rand(3, length, generator=generator(3)) > 0.4, "nothing valid": torch.zeros(3, length)}.get(kind)
+    mask = {
+        "masked": torch.rand(3, length, generator=generator(3)) > 0.4,
+        "nothing valid": torch.zeros(3, length, dtype=torch.bool),
+    }.get(kind)
     found = distillation_losses(teacher, student, labels, mask)
     expected = reference.distillation_losses(teacher, student, labels, mask)
     for a, b in zip(found, expected, strict=True):

@@ -40,7 +40,7 @@ def token_ids(B=B, N=N, V=V):
 MASKS = {
     "no mask": None,
     "mask": torch.rand(B, N, generator=generator(6)) > 0.3,
-    "nothing valid": torch.zeros(B, N),
+    "nothing valid": torch.zeros(B, N, dtype=torch.bool),
     "one valid": torch.arange(B * N).view(B, N) == 4,
 }
 

@@ -1096,8 +1096,8 @@ def test_no_figure_without_matplotlib(tmp_path, monkeypatch):
 
 def test_the_table_has_a_line_a_method():
     lines = demo._table(ROWS).splitlines()
-    assert lines[0].split() == ["method", "perplexity", "retention", "active", "parameters", "experts", "seconds"]
-    assert lines[2].split() == ["dot", "11.00", "90.0%", "50", "(50%)", "-", "1.0"]
+    assert lines[0].split() == ["method", "perplexity", "retention", "active", "parameters", "experts", "unused", "seconds"]
+    assert lines[2].split() == ["dot", "11.00", "90.0%", "50", "(50%)", "-", "-", "1.0"]
     assert len({len(line) for line in lines}) == 1
 
 

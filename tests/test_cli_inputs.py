@@ -413,7 +413,8 @@ def test_the_same_flags_together(capsys, here, tmp_path):
     soft = [part for pair in SOFT.items() for part in pair]
     dot = [part for pair in DOT.items() for part in pair]
     status, _, err = call(capsys, *convert_arguments(here, tmp_path / "moe", *soft, *dot, "--router", "soft", "--method", "dot"))
-    assert (status, err) == (0, "")
+    said = [line for line in err.splitlines() if "leave experts without a token" not in line]  # of so short a run
+    assert (status, said) == (0, [])
     assert dk.load(tmp_path / "moe").config.router_cap == 1.5
 
 

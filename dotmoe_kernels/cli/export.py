@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from .._checks import require
-from .inputs import DATA, named, reading, require_vocabulary
+from .inputs import DATA, find_tokenizer, named, reading, require_vocabulary
 from .parser import EXPORT_LENGTH
 
 _TOKENS = 4096  # where --max-tokens does not say it
@@ -27,15 +27,14 @@ def _vocabulary(name: str) -> int:
 def _tokens(args: argparse.Namespace, vocabulary: int) -> Any:
     """Tokens of --data, or None."""
     if args.data is None:
-        for name in ("sequence_length", "max_tokens"):
-            require(getattr(args, name) is None, DATA[name], getattr(args, name), "together with --data")
+        for name, flag in (*((key, DATA[key]) for key in ("sequence_length", "max_tokens")), ("tokenizer", "--tokenizer")):
+            require(getattr(args, name) is None, flag, getattr(args, name), "together with --data")
         return None
     from ..conversion import load_tokens
-    from ..conversion.sources import read_tokenizer
 
     length = EXPORT_LENGTH if args.sequence_length is None else args.sequence_length
     require(length >= 2, "--sequence-length", length, "at least 2")
-    tokenizer = read_tokenizer(args.model)
+    tokenizer = find_tokenizer(args)
     with named(**DATA):
         tokens = load_tokens(
             args.data,
@@ -44,7 +43,7 @@ def _tokens(args: argparse.Namespace, vocabulary: int) -> Any:
             max_tokens=max(_TOKENS, length) if args.max_tokens is None else args.max_tokens,
             text_field=args.text_field,
         )
-    require_vocabulary(tokens, vocabulary, args.model)
+    require_vocabulary(tokens, vocabulary, args)
     return tokens
 
 

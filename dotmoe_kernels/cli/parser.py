@@ -268,6 +268,7 @@ def _add_export(commands: Any) -> None:
     export.add_argument("--output", required=True, metavar="OUT", help="where the exported model goes")
     export.add_argument("--top-k", type=int, metavar="N", help="K, experts a token (default: as saved)")
     _add_data(export, required=False, sequence_length=EXPORT_LENGTH)
+    _add_tokenizer(export)
     export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: %(default)s)")
     export.add_argument("--overwrite", action="store_true", help="replace a model in OUT")
     export.add_argument("--json", action="store_true", help="print JSON")

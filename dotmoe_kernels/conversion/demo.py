@@ -12,6 +12,7 @@ import math
 import random
 import sysconfig
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from .._files import write_file, write_folder
 from ..alignment.checkpoints import read_log
 from ..alignment.config import AlignmentConfig
-from ..evaluation import collect_load, perplexity, retention
+from ..evaluation import collect_load, perplexity, retention, unused_experts
 from ..models.checkpoint import load, save
 from ..models.config import DotMoeConfig
 from ..models.counts import count_parameters
@@ -152,14 +153,15 @@ def _write_figure(
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """A line a method; "experts" is the mean number of active experts a token and a layer on the held-out text."""
-    lines = [f"{'method':<12}{'perplexity':>12}{'retention':>12}{'active parameters':>20}{'experts':>10}{'seconds':>10}"]
+    """A line a method; on the held-out text "experts" is the mean number of active ones a token and a layer, "unused" those of all
+    layers that no token visits."""
+    heads = f"{'active parameters':>20}{'experts':>10}{'unused':>8}{'seconds':>10}"
+    lines = [f"{'method':<12}{'perplexity':>12}{'retention':>12}{heads}"]
     for row in rows:
         active = f"{row['active_parameters']:,} ({row['active_parameters'] / row['total_parameters']:.0%})"
         experts = f"{row['mean_active']:.2f}" if "mean_active" in row else "-"
-        lines.append(
-            f"{row['method']:<12}{row['perplexity']:>12.2f}{row['retention']:>12.1%}{active:>20}{experts:>10}{row['seconds']:>10.1f}"
-        )
+        rest = f"{active:>20}{experts:>10}{row.get('unused', '-'):>8}{row['seconds']:>10.1f}"
+        lines.append(f"{row['method']:<12}{row['perplexity']:>12.2f}{row['retention']:>12.1%}{rest}")
     return "\n".join(lines)
 
 
@@ -179,15 +181,17 @@ class _Setting:
     def run(self, method: str) -> tuple[DotMoeForCausalLM, dict[str, Any], list[dict[str, float]]]:
         """The dense model converted with ``method``; its row of the table, and its log."""
         start, run = time.monotonic(), self.folder / "logs" / method
-        model = convert(
-            copy.deepcopy(self.dense),
-            DotMoeConfig(num_experts=_EXPERTS, num_experts_per_tok=_TOP_K, router=self.router),
-            method=method,
-            data=self.train,
-            alignment=self.options,
-            folder=run,
-            progress=self.progress,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* leave experts without a token")  # the table has a column for it
+            model = convert(
+                copy.deepcopy(self.dense),
+                DotMoeConfig(num_experts=_EXPERTS, num_experts_per_tok=_TOP_K, router=self.router),
+                method=method,
+                data=self.train,
+                alignment=self.options,
+                folder=run,
+                progress=self.progress,
+            )
         seconds = time.monotonic() - start
         with collect_load(model) as counts:
             value = perplexity(model, self.held)
@@ -200,6 +204,7 @@ class _Setting:
             "active_parameters": active,
             "total_parameters": total,
             "mean_active": sum(means.values()) / len(means),
+            "unused": sum(unused_experts(counts.slots).values()),
             "seconds": seconds,
         }
         return model, row, read_log(run / "log.jsonl")
