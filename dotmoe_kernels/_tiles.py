@@ -374,6 +374,14 @@ _CPU_DECODE_TOKENS = 2  # in 16 bits
 _CPU_GATHERED = 2**20  # elements up to which a copy of 16-bit weights costs less than a product's call for each expert
 
 
+_CPU_SUMMED = 2**17  # elements of an expert's down projection up to which, in 32 bits, a product's call costs more than it saves
+
+
+def sums_rows(elements: int, dtype: torch.dtype) -> bool:
+    """Whether decode of one token on a CPU reads down projections of ``elements`` by rows instead of by a product an expert."""
+    return dtype in (torch.bfloat16, torch.float16) or elements <= _CPU_SUMMED
+
+
 def gathers_experts(elements: int, dtype: torch.dtype, device: str) -> bool:
     """Whether decode on a CPU copies the chosen experts' ``elements`` of gate and up together, for one product instead of many."""
     return device == "cpu" and dtype in (torch.bfloat16, torch.float16) and elements <= _CPU_GATHERED

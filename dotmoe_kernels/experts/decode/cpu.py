@@ -3,8 +3,8 @@
     h_n = act(gate_n) up_n w,  n the neurons of the chosen experts;  y_t = sum_n h_tn Down_n,  Down [F, H] a neuron a row
 
 The rows of Down are read where they lie and added up in float32, for all tokens in one call of ``embedding_bag``: a product an
-expert would cost a call each, and in 16 bits more for the call than for its bytes. Where ``down_proj`` is not stored by neurons
-there are products instead.
+expert would cost a call each, and in 16 bits more for the call than for its bytes. In 32 bits wide experts
+take products all the same, and so does a ``down_proj`` that is not stored by neurons.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import compute_dtype
-from ..._tiles import gathers_experts
+from ..._tiles import gathers_experts, sums_rows
 from ...dispatch import sort_slots
 from ..activations import find_activation
 from ..grouped.cpu.products import segments
@@ -54,6 +54,11 @@ def decode_ffn(
         if weights is not None:
             w = weights[0] if len(places) == weights.shape[1] else weights[0, [j for j, _ in places]]
             h = (h * w[:, None]).to(x.dtype)
+        if not sums_rows(down_proj[0].numel(), x.dtype):
+            y = x.new_zeros(x.shape[1])
+            for (_, e), h_e in zip(places, h.unbind(), strict=True):
+                y.addmv_(down_proj[e], h_e)
+            return y[None]
         experts = torch.tensor([e for _, e in places], device=x.device)
         return _sum_rows(h, down_proj, experts, experts.new_zeros(1))
     slots = sort_slots(indices, E)
