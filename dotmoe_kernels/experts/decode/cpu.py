@@ -3,8 +3,8 @@
     h_n = act(gate_n) up_n w,  n the neurons of the chosen experts;  y_t = sum_n h_tn Down_n,  Down [F, H] a neuron a row
 
 The rows of Down are read where they lie and added up in float32, for all tokens in one call of ``embedding_bag``: a product an
-expert would cost a call each, and in 16 bits more for the call than for its bytes. In 32 bits wide experts
-take products all the same, and so does a ``down_proj`` that is not stored by neurons.
+expert would cost a call each, and in 16 bits more for the call than for its bytes. In 32 bits wide experts take
+products all the same, and so does a ``down_proj`` that is not stored by neurons.
 """
 
 from __future__ import annotations
