@@ -174,3 +174,21 @@ def test_a_nan_row_stays_one():
     assert not found[1].any()
     with pytest.raises(ValueError, match="router_logits holds NaN"):
         dk.route_top_k(torch.full((1, 3), float("nan")), 1)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_leaves_the_length_open(strict):
+    """A strict export traces what errors would say as well: words with a length in them made it a constant."""
+
+    class Logits(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    wrapped, x = Logits(sparse_model().eval()), tokens()
+    program = torch.export.export(wrapped, (x,), dynamic_shapes={"ids": {1: torch.export.Dim("n", max=60)}}, strict=strict)
+    longer = torch.cat((x, x, x), 1)
+    torch.testing.assert_close(program.module()(longer), wrapped(longer))

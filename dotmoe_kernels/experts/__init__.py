@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._autograd import wants_gradient
 from .._backend import use_kernels
-from .._checks import is_integer, require, require_float, require_indices, require_range, require_same, require_shape
+from .._checks import is_integer, refuse, require, require_float, require_indices, require_range, require_same, require_shape
 from .._tiles import pick_path
 from ..permutation import has_dense_view
 from .activations import find_activation
@@ -76,7 +76,8 @@ def expert_ffn(
     require_shape(gate_up_proj, "gate_up_proj", (E, width, H), "[E, 2s, H]")
     require_shape(down_proj, "down_proj", (E, H, width // 2), "[E, H, s]")
     require_indices(indices, "indices", 2, "[T, K]")
-    require(indices.shape[0] == T, "indices", f"of shape {list(indices.shape)}", f"[T, K] with T = {T}")
+    if indices.shape[0] != T:  # its words are written only then: in a graph they would make T a constant
+        refuse("indices", f"of shape {list(indices.shape)}", f"[T, K] with T = {T}")
     require(
         is_compiling() or indices.numel() < 2**31,
         "indices",
