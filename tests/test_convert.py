@@ -91,7 +91,7 @@ def test_the_seed_fixes_everything(method):
     assert not any(same(routers(first), routers(other)).values())
 
 
-@pytest.mark.parametrize("method", ["random", "kmeans", "activation"])
+@pytest.mark.parametrize("method", ["random", "kmeans", "activation", "shared"])
 def test_a_fixed_method_trains_its_router_alone(method):
     before, after = (convert(method=method, alignment=options(steps=steps)) for steps in (0, 5))
     assert all(same(assignment(before), assignment(after)).values())
@@ -105,7 +105,7 @@ def test_dot_changes_its_assignment():
     assert not any(same(routers(before), routers(after)).values())
 
 
-@pytest.mark.parametrize("init", ["kmeans", "activation"])
+@pytest.mark.parametrize("init", ["kmeans", "activation", "shared"])
 def test_dot_starts_from_a_partition(init):
     partition = convert(method=init, alignment=options(steps=0))
     begun = convert(alignment=options(steps=0, init=init))
@@ -400,9 +400,16 @@ def test_bad_data(data, message):
     rejected(message, data=data)
 
 
-@pytest.mark.parametrize("kwargs", [{"method": "activation"}, {"alignment": options(init="activation")}], ids=["method", "init"])
-def test_activation_without_data(kwargs):
-    rejected('data is None; allowed: token sequences to calibrate on, for "activation"', data=None, **kwargs)
+@pytest.mark.parametrize("kind", ["activation", "shared"])
+@pytest.mark.parametrize("where", ["method", "init"])
+def test_a_start_that_needs_data_without_data(kind, where):
+    kwargs = {"method": kind} if where == "method" else {"alignment": options(init=kind)}
+    rejected(f'data is None; allowed: token sequences to calibrate on, for "{kind}"', data=None, **kwargs)
+
+
+def test_as_many_shared_experts_as_a_token_has():
+    rejected(f"shared is {K + 1}; allowed: at most K = {K}", alignment=options(init="shared", shared=K + 1))
+    assert convert(alignment=options(init="shared", shared=K, steps=0)).config.assignment["init"] == "shared"
 
 
 def test_a_config_of_another_kind():

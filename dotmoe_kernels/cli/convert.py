@@ -30,7 +30,7 @@ _OF_STAGE = {  # flags that no other stage reads
     "align": ("steps", "hidden", "budget_lr"),
     "finetune": ("finetune_steps", "finetune_lr", "lora_rank"),
     _BOTH: (
-        *("method", "init", "centre", "affinity_lr", "router_lr", "tau_start", "tau_end", "refresh_every"),
+        *("method", "init", "shared", "centre", "affinity_lr", "router_lr", "tau_start", "tau_end", "refresh_every"),
         *("router_temperature_start", "router_temperature_end", "threshold", "cap"),
     ),
 }
@@ -143,6 +143,9 @@ def _refuse_unread(args: argparse.Namespace, recipe: Recipe, router: str) -> Non
         if value is None and name == "init":
             value = recipe.alignment.get(name)
         require(value is None or args.method == "dot", name, value, "together with --method dot")
+    if args.shared is not None:
+        start = args.init or recipe.alignment.get("init", AlignmentConfig.init) if args.method == "dot" else args.method
+        require(start == "shared", "shared", args.shared, "together with --init shared or --method shared")
 
 
 def _finetune_options(args: argparse.Namespace, options: AlignmentConfig) -> FinetuneConfig:

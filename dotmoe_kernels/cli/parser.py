@@ -103,7 +103,7 @@ def _add_alignment(convert: argparse.ArgumentParser) -> None:
     train = convert.add_argument_group("alignment")
     train.add_argument(
         "--method",
-        choices=("dot", "random", "kmeans", "activation"),
+        choices=("dot", "random", "kmeans", "activation", "shared"),
         help="what finds the expert of a neuron; all but dot keep their assignment and train the router (default: dot)",
     )
     train.add_argument("--init", choices=INITS, help=f'what "dot" starts from (default: {AlignmentConfig.init})')
@@ -117,6 +117,7 @@ def _add_alignment(convert: argparse.ArgumentParser) -> None:
         ("steps", int, "optimizer steps"),
         ("batch-size", int, "sequences a step"),
         ("micro-batch-size", int, "sequences a pass, whose gradients add up; the fewer, the less memory"),
+        ("shared", int, "of the start shared: experts that every token visits at first"),
         ("affinity-lr", float, "peak learning rate of A, the affinity of neurons to experts"),
         ("router-lr", float, "peak learning rate of the routers"),
         ("hidden", float, "weight of the distillation of every block's output, beside that of the logits; 0 is without"),
@@ -132,7 +133,7 @@ def _add_alignment(convert: argparse.ArgumentParser) -> None:
         ("checkpoint-every", int, "steps between checkpoints; 0 writes only the last"),
     ):
         default = getattr(AlignmentConfig, name.replace("-", "_"))
-        shown = "the batch size" if default is None else default
+        shown = {"micro_batch_size": "the batch size", "shared": "half of K"}.get(name.replace("-", "_"), default)
         train.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=f"{meaning} (default: {shown})")
 
 
