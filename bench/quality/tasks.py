@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import torch
 
 from dotmoe_kernels._checks import is_integer, refuse, require
+from dotmoe_kernels._files import write_file
 
-from .fetch import TASK_NAMES
+from .fetch import TASK_NAMES, TASKS
 
 METRICS = ("acc_raw", "acc_per_char")
 _UNCONDITIONAL = 1_000_000  # a doc_id from there on: the answers without their question, which neither metric needs
@@ -312,3 +313,52 @@ def summary(scores: dict[str, TaskScore]) -> dict[str, Any]:
         "log_likelihood_interval": _normal(mean_log_likelihood(scores), nats),
     }
     return {"tasks": {name: task._asdict() for name, task in scores.items()}, "mean": mean}
+
+
+# --- the command --------------------------------------------------------------------------------------------------------------
+
+
+def _read_model(name: str, dtype: str | None) -> tuple[Any, Any]:
+    """The model, dense or converted, and its tokenizer."""
+    from dotmoe_kernels.cli.inputs import find_device, reading, require_model_folder
+    from dotmoe_kernels.conversion import load
+    from dotmoe_kernels.conversion.sources import read_dense, read_tokenizer
+    from dotmoe_kernels.models.inspect import is_converted
+
+    require_model_folder(name)
+    weights = getattr(torch, dtype) if dtype else None
+    with reading(name):
+        model: Any = load(name, dtype=weights) if is_converted(name) else read_dense(name, weights or "auto")
+        return model.to(find_device("auto")).eval(), read_tokenizer(name)
+
+
+def _line(name: str, values: dict[str, Any]) -> str:
+    (low, high), (least, most) = values["accuracy_interval"], values["log_likelihood_interval"]
+    share = f"{values['accuracy']:>9.3f}  [{low:.3f}, {high:.3f}]"
+    return f"{name:<14}{share}{values['log_likelihood']:>10.4f}  [{least:.4f}, {most:.4f}]"
+
+
+def run_tasks(name: str, data: Path, *, documents: int | None = 60, dtype: str | None = None, out: Path | None = None) -> None:
+    """Scores the model of a folder on the tasks of ``fetch`` in ``data``, prints a line a task, and writes all of it to ``out``.
+
+    Raises:
+        ValueError: see ``score``; a folder that holds no model, a place that cannot be written to.
+    """
+    from dotmoe_kernels.cli.inputs import named
+
+    if out is not None:
+        require(not out.is_dir() and out.parent.is_dir(), "--json", out, "a file in a folder that is there")
+    with named(folder="--data", documents="--documents", model="MODEL", tokenizer="MODEL"):
+        for task in TASK_NAMES:  # before the model, which takes longer to read
+            _metric(data / TASKS / task / "config.json")
+        model, tokenizer = _read_model(name, dtype)
+        print(f"{'task':<14}{'accuracy':>9}  {'95 % interval':<14}{'nats/char':>10}  95 % interval")
+        scores = {}
+        for task in TASK_NAMES:
+            scores[task] = score_task(model, tokenizer, data / TASKS, task, documents=documents)
+            print(f"{_line(task, scores[task]._asdict())}  {scores[task].metric}, {scores[task].n} documents", flush=True)
+    found = summary(scores)
+    print(_line("mean", found["mean"]))
+    if out is not None:
+        report = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "documents": documents, **found}
+        write_file(out, lambda file: file.write((json.dumps(report, indent=2) + "\n").encode()))
