@@ -81,7 +81,7 @@ def _eval(args: argparse.Namespace) -> int:
 
     require(args.batch_size >= 1, "--batch-size", args.batch_size, "at least 1")
     if args.data is None:
-        require(args.tasks is not None, "--data", "none", "text to measure on, or --tasks")
+        require(args.tasks is not None, "--data", "not given", "text to measure on, or --tasks")
         for name in ("sequence_length", "max_tokens"):
             require(getattr(args, name) is None, DATA[name], getattr(args, name), "together with --data")
     length = EVAL_LENGTH if args.sequence_length is None else args.sequence_length

@@ -51,7 +51,7 @@ def _import() -> Any:
         import lm_eval.models.huggingface
         import lm_eval.tasks
     except ImportError as error:
-        raise ImportError(f"tasks need lm-evaluation-harness ({error}): pip install 'dotmoe_kernels[eval]'") from None
+        raise ImportError(f"--tasks needs lm-evaluation-harness ({error}): pip install 'dotmoe_kernels[eval]'") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return lm_eval
 
@@ -80,7 +80,7 @@ def find_tasks(names: Sequence[str], include_path: str | Path | None = None) -> 
         OSError: its data cannot be fetched.
         ImportError: lm-eval is not installed.
     """
-    require(bool(names) and all(names), "tasks", ",".join(names) or "empty", f"{PAPER}, or names of lm-eval's tasks")
+    require(bool(names) and all(names), "tasks", repr(",".join(names)), f"{PAPER}, or names of lm-eval's tasks")
     if include_path is not None:
         require(
             Path(include_path).is_dir(), "include_path", f"{include_path}, which is no folder", "a folder with tasks as YAML files"
@@ -143,6 +143,10 @@ def _paper_mean(tasks: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class _UnknownId(ValueError):
+    pass
+
+
 @contextmanager
 def _ids_of_the_model(model: Any) -> Iterator[None]:
     """Inside, an id that the model does not know is an error that says so; a tokenizer may list such ids without using them."""
@@ -150,7 +154,8 @@ def _ids_of_the_model(model: Any) -> Iterator[None]:
 
     def check(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         most = int((args[0] if args else kwargs["input_ids"]).max())
-        require(most < vocabulary, "tokenizer", f"one whose tokens have ids up to {most}", f"ids below the model's {vocabulary}")
+        if most >= vocabulary:
+            raise _UnknownId(f"tokenizer is one whose tokens have ids up to {most}; allowed: ids below the model's {vocabulary}")
 
     handle = model.register_forward_pre_hook(check, with_kwargs=True)
     try:
@@ -180,14 +185,20 @@ def run_tasks(tasks: Tasks, model: Any, tokenizer: Any, *, batch_size: int = 4, 
     harness = _import()
     from importlib.metadata import version
 
+    from jinja2 import TemplateError  # of lm-eval's templates
+
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     with _quiet(), _ids_of_the_model(model):
         wrapped = harness.models.huggingface.HFLM(
             pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, max_length=positions
         )
-        found = harness.simple_evaluate(
-            wrapped, tasks=list(tasks.loaded), task_manager=tasks.manager, limit=limit, log_samples=False
-        )
+        options = {"task_manager": tasks.manager, "limit": limit, "log_samples": False}
+        try:
+            found = harness.simple_evaluate(wrapped, tasks=list(tasks.loaded), **options)
+        except _UnknownId:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, TemplateError) as error:  # a document of another form
+            refuse("tasks", f"{','.join(tasks.names)}, which lm-eval cannot run ({_reason(error)})", "tasks that are whole")
     report = {}
     for name, values in {**found["results"], **(found.get("groups") or {})}.items():
         metrics = _metrics(values)
