@@ -81,9 +81,7 @@ def evaluate(here, *names, model="moe", more=()):
 
 def accuracies(folder, found):
     """acc and acc_norm, one answer at a time; a space stands between question and answer, and is no part of its length."""
-    model = (dk.load if (folder / "config.json").read_text().count("dotmoe") else AutoModelForCausalLM.from_pretrained)(
-        folder
-    ).eval()
+    model = (dk.load if folder.name == "moe" else AutoModelForCausalLM.from_pretrained)(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     right = {"acc": 0, "acc_norm": 0}
     for row in found:
