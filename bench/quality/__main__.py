@@ -1,14 +1,36 @@
-"""`python -m bench.quality fetch`."""
+"""`python -m bench.quality fetch | tasks`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
+from dotmoe_kernels._checks import require
 from dotmoe_kernels.conversion.sources import quieten
 
 from .fetch import DATA, fetch
+
+
+def _add_tasks(commands: Any) -> None:
+    tasks = commands.add_parser(
+        "tasks",
+        help="score a model on the paper's six tasks, which fetch has made",
+        description="Zero-shot, without network: accuracy, and the log-likelihood a character of the right answer, with intervals.",
+    )
+    tasks.add_argument("model", metavar="MODEL", help="a converted or a dense model folder")
+    tasks.add_argument("--documents", type=int, default=60, metavar="N", help="of each task; 0: all of them (default: %(default)s)")
+    tasks.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as saved)")
+    tasks.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="of fetch (default: %(default)s)")
+    tasks.add_argument("--json", type=Path, metavar="OUT", help="a file for all of it, by document too")
+
+
+def _tasks(args: argparse.Namespace) -> None:
+    from .tasks import run_tasks
+
+    require(args.documents == 0 or args.documents >= 2, "--documents", args.documents, "at least 2, or 0 for all")
+    run_tasks(args.model, args.data, documents=args.documents or None, dtype=args.dtype, out=args.json)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,10 +47,14 @@ def main(argv: list[str] | None = None) -> int:
     make.add_argument(
         "--wikitext", type=Path, metavar="DIR", help="a folder with wikitext2-valid.txt and wikitext2-test.txt, for the corpus"
     )
+    _add_tasks(commands)
     args = parser.parse_args(argv)
     quieten()
     try:
-        fetch(args.output, wikitext=args.wikitext)
+        if args.command == "tasks":
+            _tasks(args)
+        else:
+            fetch(args.output, wikitext=args.wikitext)
     except (ValueError, ImportError) as error:
         print(f"bench.quality {args.command}: error: {error}", file=sys.stderr)
         return 2

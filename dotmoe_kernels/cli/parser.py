@@ -17,7 +17,7 @@ STAGES = ("reconstruct", "align", "finetune")
 _ARCHITECTURES = ("auto", "mixtral", "qwen2_moe", "qwen3_moe", "granite_moe", "glm4_moe", "dense")
 EXPORT_LENGTH = 256  # and of export
 SEQUENCE_LENGTH = 2048  # tokens a sequence of convert, where neither a flag nor a recipe says it
-REPORT_LENGTH = 1024
+EVAL_LENGTH = REPORT_LENGTH = 1024
 
 
 class _Parser(argparse.ArgumentParser):
@@ -206,14 +206,25 @@ def _add_eval(commands: Any) -> None:
         commands,
         "eval",
         "Measure a converted model: perplexity dense and sparse, active parameters, load of the experts, active experts a token; "
-        "of a dense one the perplexity.",
+        "of a dense one the perplexity; of both the accuracy on tasks.",
         "dotmoe eval ./llama-moe --data held-out.txt\ndotmoe eval ./llama --data held-out.txt\n"
+        "dotmoe eval ./llama-moe --tasks paper\n"
+        "dotmoe eval ./llama --data held-out.txt --tasks arc_easy,my_task --include-path ./my-tasks --limit 200\n"
         "dotmoe eval ./llama-moe --data held-out.txt --path masked\n"
         "dotmoe eval ./llama-moe --data held-out.jsonl --sequence-length 1024 --json",
     )
     evaluate.add_argument("model", metavar="MODEL", help="a converted or a dense model folder")
-    _add_data(evaluate, required=True, sequence_length=1024)
+    _add_data(evaluate, required=False, sequence_length=EVAL_LENGTH)
     _add_tokenizer(evaluate)
+    evaluate.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="NAME",
+        help="paper (BoolQ, SciQ, PIQA, WinoGrande, ARC-Challenge, HellaSwag, zero-shot, and their mean), or tasks of "
+        "lm-evaluation-harness, also as a comma list; needs lm-eval, and network for their data",
+    )
+    evaluate.add_argument("--include-path", metavar="DIR", help="a folder with further tasks as YAML files")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="no more than so many documents of each task")
     evaluate.add_argument("--batch-size", type=int, default=4, help="sequences a pass (default: %(default)s)")
     evaluate.add_argument("--path", choices=_PATHS, help="how the experts run (default: auto)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
