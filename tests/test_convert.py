@@ -67,7 +67,7 @@ def test_conversion_end_to_end(method):
         assert torch.equal(sparse.state_dict()[name], value), name
     assert sparse.config.assignment == {
         "method": method,
-        "init": "noise" if method == "dot" else method,
+        "init": "shared" if method == "dot" else method,
         "steps": 3,
         "seed": 0,
         "tokens": 3 * 2 * 12,
@@ -112,8 +112,16 @@ def test_dot_starts_from_a_partition(init):
     first = "model.layers.0.mlp"  # the layers draw from one generator: only the first sees the same numbers
     assert torch.equal(assignment(begun)[first], assignment(partition)[first])
     assert torch.equal(routers(begun)[first], routers(partition)[first])
-    assert not any(same(assignment(begun), assignment(convert(alignment=options(steps=0)))).values())
+    assert not any(same(assignment(begun), assignment(convert(alignment=options(steps=0, init="noise")))).values())
     assert begun.config.assignment["init"] == init
+
+
+def test_dot_starts_from_the_shared_partition_where_there_is_text():
+    found = [convert(alignment=options(steps=0, **init)) for init in ({}, {"init": "auto"}, {"init": "shared"})]
+    assert {model.config.assignment["init"] for model in found} == {"shared"}
+    assert all(all(same(routers(found[0]), routers(other)).values()) for other in found[1:])
+    with pytest.warns(UserWarning, match="the router is random"):
+        assert convert(data=None).config.assignment["init"] == "noise"
 
 
 def test_dot_from_a_partition_may_leave_it():
@@ -150,7 +158,8 @@ def test_rows_may_come_one_by_one():
 
 
 def test_training_lowers_the_loss():
-    before, after = (convert(alignment=options(steps=steps, affinity_lr=0.1, router_lr=0.02, batch_size=6)) for steps in (0, 40))
+    fields = {"affinity_lr": 0.1, "router_lr": 0.02, "batch_size": 6, "init": "noise"}
+    before, after = (convert(alignment=options(steps=steps, **fields)) for steps in (0, 40))
     dense = logits(dense_model(), DATA).log_softmax(-1)
 
     def kl(model):
@@ -298,7 +307,10 @@ def test_non_finite_attention_is_named_by_the_layer_it_enters():
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match=r"at step 1 in layer model\.layers\.1\.mlp "):
-        convert(model)
+        convert(model, alignment=options(init="noise"))
+    for init in ("auto", "activation"):
+        with pytest.raises(FloatingPointError, match=r"what enters layer model\.layers\.1\.mlp of the dense model is not finite"):
+            convert(model, alignment=options(init=init))
 
 
 @METHOD

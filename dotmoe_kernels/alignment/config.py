@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .._checks import is_integer, is_number, plain_numbers, require
 
-INITS = ("noise", "kmeans", "activation", "shared")
+INITS = ("auto", "noise", "kmeans", "activation", "shared")
 SOFT_OPTIONS = ("router_temperature_start", "router_temperature_end", "threshold", "cap", "budget_lr")
 
 
@@ -33,7 +33,8 @@ class AlignmentConfig:
         hidden: weight of a fifth, the distillation of every block's output (see ``hidden``; paper: none). 0: not computed.
         centre: the routers do not see the direction of their FFN's mean input, which in a trained model is much of every input
             and sends all tokens to the same experts (paper: no). It is projected out of their weights, also of those exported.
-        init: what A and the router start from: "noise", or the partition "kmeans", "activation" or "shared".
+        init: what A and the router start from: "noise" (paper), or the partition "kmeans", "activation" or "shared". "auto":
+            "shared" where there is text to calibrate on, else "noise".
         shared: of the start "shared": the experts that every token visits at first. None: half of K.
         init_std: standard deviation of the noise.
         init_strength: affinity of a neuron to its expert of the partition, in the units of tau.
@@ -67,7 +68,7 @@ class AlignmentConfig:
     balance: float = 1e-2
     hidden: float = 0.0
     centre: bool = False
-    init: str = "noise"
+    init: str = "auto"
     init_std: float = 0.01
     init_strength: float = 0.5
     shared: int | None = None

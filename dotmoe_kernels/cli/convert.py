@@ -145,7 +145,7 @@ def _refuse_unread(args: argparse.Namespace, recipe: Recipe, router: str) -> Non
         require(value is None or args.method == "dot", name, value, "together with --method dot")
     if args.shared is not None:
         start = args.init or recipe.alignment.get("init", AlignmentConfig.init) if args.method == "dot" else args.method
-        require(start == "shared", "shared", args.shared, "together with --init shared or --method shared")
+        require(start in ("auto", "shared"), "shared", args.shared, "together with --init shared or --method shared")
 
 
 def _finetune_options(args: argparse.Namespace, options: AlignmentConfig) -> FinetuneConfig:

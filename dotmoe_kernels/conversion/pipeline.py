@@ -68,6 +68,13 @@ def _soft_options(options: AlignmentConfig, config: DotMoeConfig) -> AlignmentCo
     return dataclasses.replace(options, **{name: value for name, value in fields.items() if value is not None})
 
 
+def find_start(options: AlignmentConfig, calibrated: bool) -> AlignmentConfig:
+    """``options`` with the start that "auto" means, with text to calibrate on or without."""
+    if options.init != "auto":
+        return options
+    return dataclasses.replace(options, init="shared" if calibrated else "noise")
+
+
 def _partition(
     kind: str, ffn: DenseFFN, inputs: Tensor | None, num_experts: int, shared: int, generator: torch.Generator
 ) -> Partition | None:
@@ -119,6 +126,9 @@ def _build_layers(
         assert data is not None
         rows = -(-_CALIBRATION_TOKENS // data.shape[1])
         inputs = collect_inputs(model, layers, data[:rows].to(model.device))
+        broken = next((name for name, x in inputs.items() if not bool(torch.isfinite(x).all())), None)
+        if broken is not None:
+            raise FloatingPointError(f"what enters layer {broken} of the dense model is not finite")
     for name, ffn in ffns.items():
         layer, (F, H) = layers[name], ffn.gate_proj.shape
         partition = _partition(kind, ffn, inputs.pop(name, None), E, shared, generator)
@@ -271,8 +281,8 @@ def convert(
             train the router the same way, for comparison.
         data: [N, S] int64 packed token sequences (see ``conversion.load_tokens``), or an iterable of [S]. None: nothing is
             trained, and a warning says so.
-        init: what "dot" starts A and the router from: "noise", or the partition "kmeans", "activation" or "shared". None: as
-            ``alignment`` says.
+        init: what "dot" starts A and the router from: "noise", or the partition "kmeans", "activation" or "shared"; "auto" is
+            the last with data. None: as ``alignment`` says.
         alignment: the training options. None: AlignmentConfig().
         stages: "align" trains all layers together against the dense model's output; "reconstruct" trains one layer after the other
             against its dense FFN's, which is cheaper and, given first, is what "align" starts from.
@@ -289,7 +299,8 @@ def convert(
         ValueError: an unknown method or stage, a topology that does not fit, a model without recognisable FFNs, already sparse,
             wrapped, with adapters or otherwise not as its class makes it, or not in memory; data of a wrong shape or with token ids
             outside the vocabulary, "activation" or "shared" without data.
-        FloatingPointError: a non-finite loss; names the step, the layer and the last good checkpoint.
+        FloatingPointError: a non-finite loss, or in the calibration a non-finite state; names the step, the layer and the last good
+            checkpoint.
 
     Source: DOT-MoE (arXiv 2606.01666).
     """
@@ -307,6 +318,7 @@ def convert(
     whole = is_integer(reconstruct_steps) and reconstruct_steps >= 0
     require(whole, "reconstruct_steps", reconstruct_steps, "an integer of at least 0")
     tokens = _check_data(model, data, method, options)
+    options = find_start(options, tokens is not None)
     figures: dict[str, Any] = {}
     budgets = None
     with _frozen(model, ffns):

@@ -27,7 +27,7 @@ from ..models.surgery import DenseFFN, find_ffns, recognise_ffn, swap_ffn
 from ..models.target import check_target, in_its_place, replaced_files, require_apart
 from ..partitions import CALIBRATED
 from .checks import TOLERANCES, relative_error
-from .pipeline import METHODS, _build_layers, _check_model, _describe
+from .pipeline import METHODS, _build_layers, _check_model, _describe, find_start
 
 _FILE_NAMES = {"experts.down_rows": "experts.down_proj"}
 
@@ -138,7 +138,7 @@ def convert_folder(
         ValueError: see ``convert`` and ``save``; "activation" or "shared", which need data; a checkpoint whose tensors have other
             names than in the model; a layer whose error is above the tolerance.
     """
-    options = AlignmentConfig() if alignment is None else alignment
+    options = find_start(AlignmentConfig() if alignment is None else alignment, False)
     require(method in METHODS, "method", repr(method), " | ".join(METHODS))
     for name, kind in (("method", method), ("init", options.init if method == "dot" else None)):
         require(kind not in CALIBRATED, name, kind, "one that needs no text, or data to calibrate on")
