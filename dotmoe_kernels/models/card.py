@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .modeling import DotMoeForCausalLM
 
 
-_OF_A_RUN = ("steps", "tokens", "lora_rank", "loss", "perplexity")  # the order of the columns
+_OF_A_RUN = ("steps", "tokens", "lora_rank", "teacher", "loss", "kl", "perplexity")  # the order of the columns
 
 
 def _cell(value: Any) -> str:
