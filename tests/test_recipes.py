@@ -293,7 +293,7 @@ def test_flops_of_the_fine_tuning_are_those_of_autograd(monkeypatch):
     with FlopCounterMode(display=False) as counter, finetuning._router_losses(model) as losses:
         ids = torch.randint(3, 64, (2, S))
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        (loss + sum(z + balance for z, balance in losses)).backward()
+        (loss + sum(terms["z"] + terms["balance"] for terms in losses)).backward()
     config = model.config
     report = predict_run(
         config.dense_config, config, AlignmentConfig(), sequence_length=S, stages=["finetune"], tuning=FinetuneConfig(steps=1)

@@ -28,7 +28,7 @@ _BOTH = "reconstruct or align"
 _OF_STAGE = {  # flags that no other stage reads
     "reconstruct": ("reconstruct_steps",),
     "align": ("steps", "hidden", "budget_lr"),
-    "finetune": ("finetune_steps", "finetune_lr", "lora_rank", "teacher", "no_teacher"),
+    "finetune": ("finetune_steps", "finetune_lr", "lora_rank", "zero_experts", "teacher", "no_teacher"),
     _BOTH: (
         *("method", "init", "centre", "affinity_lr", "router_lr", "tau_start", "tau_end", "refresh_every"),
         *("router_temperature_start", "router_temperature_end", "threshold", "cap"),
@@ -91,7 +91,7 @@ def _dry_run(
             _refuse_topology(args)
             sparse = DotMoeConfig.from_pretrained(args.model)
             dense = sparse.dense_config
-            itself = not sparse.finetune_runs
+            itself = bool(args.zero_experts) or not sparse.finetune_runs
         else:
             dense, itself = dense_config(args.model, recipe), True
             require(stages != ["finetune"], "--stage", *_ALONE)
@@ -152,8 +152,8 @@ def _finetune_options(args: argparse.Namespace, options: AlignmentConfig) -> Fin
 
     shared = ("batch_size", "micro_batch_size", "clip", "z", "balance", "seed", "checkpoint_every")
     fields = {name: getattr(options, name) for name in shared}
-    flags = {"steps": args.finetune_steps, "lr": args.finetune_lr, "lora_rank": args.lora_rank}
-    with named(steps="--finetune-steps", lr="--finetune-lr", lora_rank="--lora-rank"):
+    flags = {"steps": args.finetune_steps, "lr": args.finetune_lr, "lora_rank": args.lora_rank, "zero_experts": args.zero_experts}
+    with named(steps="--finetune-steps", lr="--finetune-lr", lora_rank="--lora-rank", zero_experts="--zero-experts"):
         return FinetuneConfig(**fields, **{name: value for name, value in flags.items() if value is not None})
 
 
@@ -213,8 +213,8 @@ def _check_teacher(args: argparse.Namespace, tokenizer: Any) -> None:
 
 
 def _teacher(args: argparse.Namespace, model: Any) -> Any:
-    """Of the fine-tuning: that of --teacher, else ``model`` while the dense model is in it."""
-    runs = model.config.finetune_runs
+    """Of the fine-tuning: that of --teacher, else ``model`` while the dense model is in it, or before it gets zero experts."""
+    runs = [] if args.zero_experts else model.config.finetune_runs
     if args.teacher is None and not args.no_teacher and runs:
         print("teacher: none, since MODEL was fine-tuned before: its weights are no longer the dense model's; --teacher names one")
     return None if args.no_teacher else args.teacher or (None if runs else model)
@@ -324,7 +324,7 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
             checks = self_check(model, dense_logits, held[:1])
             if not checks["passed"]:
                 return _failed(checks)
-        with named(teacher="--teacher"):
+        with named(teacher="--teacher", zero_experts="--zero-experts"):
             rerun |= {"teacher": _teacher(args, model), "held_out": held, "folder": run / "finetune"}
             model, dense_logits = finetune(model, train, tuning, **rerun), None
     with collect_load(model) as counts:

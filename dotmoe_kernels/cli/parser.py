@@ -148,6 +148,13 @@ def _add_stages(convert: argparse.ArgumentParser) -> None:
     stages.add_argument("--reconstruct-steps", type=int, metavar="N", help="of each layer (default: 100)")
     stages.add_argument("--finetune-steps", type=int, metavar="N", help="(default: 300)")
     stages.add_argument("--finetune-lr", type=float, metavar="X", help="peak learning rate (default: 0.0001)")
+    stages.add_argument(
+        "--zero-experts",
+        metavar="N",
+        type=int,
+        help="add N router rows to every layer whose choice is nothing, so that a token takes K experts at the most; the model as "
+        "it was before teaches",
+    )
     teacher = stages.add_mutually_exclusive_group()
     teacher.add_argument(
         "--teacher",

@@ -39,6 +39,7 @@ from ..models.modeling import DotMoeForCausalLM
 from ..routing import route_soft, route_top_k
 from .data import as_tokens
 from .teacher import Teacher, teaching
+from .zero_experts import add_zero_experts
 
 _TAUGHT = {"kl": 1.0, "ce": 0.0}  # weights where there is a teacher
 
@@ -59,7 +60,10 @@ class FinetuneConfig:
             cross-entropy counts 1.
         lora_rank: rank of the adapters on the attention's projections; 0 trains every weight.
         lora_alpha: their scale, times 1 / rank; None: twice the rank.
-        seed: of the order of the data, of the adapters and of dropout.
+        zero_experts: N to add to every layer (``zero_experts``), whose choice is an empty slot; 0 adds none.
+        zero_share, zero_balance: w and the weight of the balance of zero experts against the others, for a model that has some; it
+            takes the place of ``balance``.
+        seed: of the order of the data, of the adapters, of the zero experts and of dropout.
         checkpoint_every: steps between checkpoints; 0 writes only the last.
     """
 
@@ -76,22 +80,25 @@ class FinetuneConfig:
     ce: float | None = None
     lora_rank: int = 0
     lora_alpha: float | None = None
+    zero_experts: int = 0
+    zero_share: float = 2.0
+    zero_balance: float = 0.1
     seed: int = 0
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
         plain_numbers(self)
-        for name in ("steps", "checkpoint_every", "lora_rank"):
+        for name in ("steps", "checkpoint_every", "lora_rank", "zero_experts"):
             value = getattr(self, name)
             require(is_integer(value) and value >= 0, name, value, "an integer of at least 0")
         require(is_integer(self.batch_size) and self.batch_size >= 1, "batch_size", self.batch_size, "an integer of at least 1")
         micro = self.micro_batch_size
         fits = micro is None or (is_integer(micro) and 1 <= micro <= self.batch_size)
         require(fits, "micro_batch_size", micro, f"1 to batch_size = {self.batch_size}")
-        for name in ("lr", "clip"):
+        for name in ("lr", "clip", "zero_share"):
             value = getattr(self, name)
             require(is_number(value) and 0 < value < math.inf, name, value, "a positive number")
-        for name in ("weight_decay", "z", "balance", "kl", "ce"):
+        for name in ("weight_decay", "z", "balance", "kl", "ce", "zero_balance"):
             value = getattr(self, name)
             fits = (value is None and name in _TAUGHT) or (is_number(value) and 0 <= value < math.inf)
             require(fits, name, value, "a number of at least 0")
@@ -113,13 +120,17 @@ def _with_weights(options: FinetuneConfig, taught: bool) -> FinetuneConfig:
 
 
 @contextmanager
-def _router_losses(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Inside, every pass appends (z, balance) of each router to the list."""
-    found: list[tuple[Tensor, Tensor]] = []
+def _router_losses(model: nn.Module, zero_share: float = 2.0) -> Iterator[list[dict[str, Tensor]]]:
+    """Inside, every pass appends z and balance of each router to the list, and the share of its slots that zero experts got."""
+    found: list[dict[str, Tensor]] = []
 
     def hook(gate: DotMoeRouter, args: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        routing = route_top_k(output[0], gate.top_k) if gate.soft is None else route_soft(output[0], gate.soft)
-        found.append((routing.z_loss, routing.balance_loss))
+        if gate.soft is None:
+            routing = route_top_k(output[0], gate.top_k, num_zero_experts=gate.num_zero_experts, zero_share=zero_share)
+        else:
+            routing = route_soft(output[0], gate.soft)
+        terms = {"z": routing.z_loss, "balance": routing.balance_loss}
+        found.append(terms | ({"zero": routing.load[gate.num_experts :].sum()} if gate.num_zero_experts else {}))
 
     handles = [block.gate.register_forward_hook(hook) for block in moe_blocks(model).values()]
     try:
@@ -211,8 +222,9 @@ def finetune(
         data: [N, S] int64 packed token sequences, or an iterable of [S].
         config: the options. None: FinetuneConfig().
         teacher: a causal LM of the same vocabulary, whose distribution is learned: ``model`` itself with every expert on, which is
-            the dense model that it was made from (with adapters no second copy, else one of what trains); another one, as it is; or
-            its folder or name, read in the dtype of ``model``. None: the text alone.
+            the dense model that it was made from, or while zero experts are added as it was before (with adapters no second copy,
+            else one of what trains); another one, as it is; or its folder or name, read in the dtype of ``model``. None: the text
+            alone.
         held_out: [M, S] token sequences to measure the perplexity on, before and after.
         folder: where checkpoints (``checkpoints/``) and the log (``log.jsonl``, a line a step) go. None: nowhere.
         resume: continue from the newest checkpoint in ``folder``, bit for bit on CPU.
@@ -221,7 +233,7 @@ def finetune(
 
     Returns:
         The model, in eval mode, with the figures after those of earlier runs in ``config.stages["finetune"]``. With every expert
-        on it is no longer the dense model it was made from. Without a step nothing changes.
+        on it is no longer the dense model it was made from. Without a step nothing trains.
 
     Raises:
         ValueError: another kind of model, data of a wrong shape or with token ids outside the vocabulary, a checkpoint of another
@@ -247,14 +259,11 @@ def finetune(
     log_path = None if folder is None else Path(folder) / "log.jsonl"
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
     weights = {"kl": options.kl or 0.0, "ce": options.ce or 0.0}
-    with teaching(teacher, model, tokens, **weights, adapters=bool(options.lora_rank), half=half) as guide:
-        marks = {
-            **dataclasses.asdict(options),
-            "data": list(tokens.shape),
-            "weights": weights_checksum(model.parameters()),
-            "tokens": tokens_checksum(tokens),
-            "teacher": None if guide is None else weights_checksum(guide.model.parameters()),
-        }
+    taught: dict[str, Any] = {**weights, "adapters": bool(options.lora_rank), "half": half, "static": bool(options.zero_experts)}
+    with teaching(teacher, model, tokens, **taught) as guide:
+        if options.zero_experts:
+            add_zero_experts(model, options.zero_experts, seed=options.seed)
+        marks = _marks(model, guide, tokens, options)
         if guide is not None:
             figures["teacher"] = guide.name
         with _adapters(model, options):
@@ -270,8 +279,7 @@ def finetune(
     entries = log if log_path is None else read_log(log_path)
     if len(entries) == options.steps:  # otherwise the log was removed before the run was resumed, and the beginning with it
         figures["loss"] = ends([entry["ce"] for entry in entries])
-        if teacher is not None:
-            figures["kl"] = ends([entry["kl"] for entry in entries])
+        figures |= {name: ends([entry[name] for entry in entries]) for name in ("kl", "zero") if name in entries[0]}
     if held_out is not None:
         figures["perplexity"] = [before, perplexity(model, held_out, batch_size=1)]
     runs = model.config.finetune_runs
@@ -279,6 +287,18 @@ def finetune(
         runs.append(figures)
     model.config.stages = {**(model.config.stages or {}), "finetune": runs}
     return model
+
+
+def _marks(model: DotMoeForCausalLM, teacher: Teacher | None, tokens: Tensor, options: FinetuneConfig) -> dict[str, Any]:
+    """What must agree with a run that is resumed; without zero experts that of the time before there were any."""
+    zeros = model.config.num_zero_experts
+    return {
+        **{name: value for name, value in dataclasses.asdict(options).items() if zeros or not name.startswith("zero_")},
+        "data": list(tokens.shape),
+        "weights": weights_checksum(model.parameters()),
+        "tokens": tokens_checksum(tokens),
+        "teacher": None if teacher is None else weights_checksum(teacher.model.parameters()),
+    }
 
 
 def _text_loss(model: DotMoeForCausalLM, teacher: Teacher | None, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -327,7 +347,8 @@ def _train(
     begin, log = time.monotonic(), []
     bar = tqdm(total=config.steps, initial=first, desc="finetune", disable=not progress, dynamic_ncols=True)
     devices = [device] if device.type == "cuda" else []
-    with bar, _router_losses(model) as routers, torch.random.fork_rng(devices):
+    balanced = config.zero_balance if model.config.num_zero_experts else config.balance
+    with bar, _router_losses(model, config.zero_share) as routers, torch.random.fork_rng(devices):
         for step in range(first, config.steps):
             torch.manual_seed(config.seed * 1_000_003 + step)  # of dropout, where the model has it
             share = learning_rate(step, config.steps, config.warmup)
@@ -340,10 +361,10 @@ def _train(
                 routers.clear()
                 with torch.autocast(device.type, torch.bfloat16, enabled=half):
                     text, terms = _text_loss(model, teacher, micro)
-                z, balance = (torch.stack(losses).mean() for losses in zip(*routers, strict=True))
-                total, weight = text + config.z * z + config.balance * balance, len(micro) / len(batch)
+                terms |= {name: torch.stack([losses[name] for losses in routers]).mean() for name in routers[0]}
+                total, weight = text + config.z * terms["z"] + balanced * terms["balance"], len(micro) / len(batch)
                 (total * weight).backward()
-                for name, term in {"loss": total, **terms, "z": z, "balance": balance}.items():
+                for name, term in {"loss": total, **terms}.items():
                     sums[name] = sums.get(name, torch.zeros((), device=device)) + term.detach().float() * weight
             norm = nn.utils.clip_grad_norm_(trained, config.clip)
             values = dict(zip(sums, torch.stack([*sums.values()]).tolist(), strict=True)) | {"grad_norm": float(norm)}

@@ -30,7 +30,7 @@ from ..models.inspect import is_converted
 from ..models.modeling import DotMoeForCausalLM
 from .sources import read_dense
 
-ITSELF = "the model itself, every expert on"
+ITSELF, BEFORE = "the model itself, every expert on", "the model itself, before its zero experts"
 _PROBE = 16  # tokens on which a head is compared with the model's logits
 
 
@@ -77,13 +77,14 @@ class Teacher(NamedTuple):
         return self.heads[which]._replace(weight=embeddings.weight, bias=getattr(embeddings, "bias", None))
 
 
-def _own(model: DotMoeForCausalLM, adapters: bool) -> DotMoeForCausalLM:
-    """``model`` as it is now, with every expert on; shares what will not train, and the routers, which then choose nothing."""
+def _own(model: DotMoeForCausalLM, adapters: bool, static: bool) -> DotMoeForCausalLM:
+    """``model`` as it is now, with every expert on unless ``static``; shares what will not train, and the routers: either they
+    choose nothing here, or those of ``model`` will be new parameters."""
     gates = {id(block.gate.weight) for block in moe_blocks(model).values()}
     shared = [p for p in model.parameters() if adapters or not p.requires_grad or id(p) in gates]
     teacher = copy.deepcopy(model, {id(t): t for t in (*shared, *model.buffers())})
     for block in moe_blocks(teacher).values():
-        block.gate.bypass = True
+        block.gate.bypass = not static
     return teacher
 
 
@@ -98,10 +99,10 @@ def _read(name: str | os.PathLike[str], model: DotMoeForCausalLM) -> PreTrainedM
         refuse("teacher", f"{place}, which cannot be read ({error})", "the folder of a causal LM, or a name")
 
 
-def _find(teacher: Any, model: DotMoeForCausalLM, adapters: bool) -> tuple[PreTrainedModel, str]:
+def _find(teacher: Any, model: DotMoeForCausalLM, adapters: bool, static: bool) -> tuple[PreTrainedModel, str]:
     """The model that teaches, and what figures call it."""
     if teacher is model:
-        return _own(model, adapters), ITSELF
+        return _own(model, adapters, static), BEFORE if static else ITSELF
     if isinstance(teacher, str | os.PathLike):
         return _read(teacher, model), os.fspath(teacher)
     kinds = "a causal LM of transformers, a folder or a name"
@@ -126,7 +127,15 @@ def _probe(model: PreTrainedModel, tokens: Tensor) -> Head | None:
 
 @contextmanager
 def teaching(
-    teacher: Any, model: DotMoeForCausalLM, tokens: Tensor, *, kl: float, ce: float, adapters: bool, half: bool
+    teacher: Any,
+    model: DotMoeForCausalLM,
+    tokens: Tensor,
+    *,
+    kl: float,
+    ce: float,
+    adapters: bool,
+    half: bool,
+    static: bool = False,
 ) -> Iterator[Teacher | None]:
     """``teacher`` made ready, in eval mode meanwhile; None if it is None.
 
@@ -136,6 +145,7 @@ def teaching(
         kl, ce: weights of the two terms.
         adapters: these and the routers alone train.
         half: the student computes in bfloat16.
+        static: ``model`` itself teaches with its own routing; its routers will be replaced.
 
     Raises:
         ValueError: no causal LM, another vocabulary or device, a folder that cannot be read.
@@ -143,7 +153,7 @@ def teaching(
     if teacher is None:
         yield None
         return
-    found, name = _find(teacher, model, adapters)
+    found, name = _find(teacher, model, adapters, static)
     theirs, ours = _vocabulary(found), _vocabulary(model)
     require(theirs == ours, "teacher", f"{name}, of {theirs} tokens", f"a causal LM of the same vocabulary, {ours} tokens")
     heads = (_probe(model, tokens), _probe(found, tokens))
