@@ -66,7 +66,7 @@ def test_the_balance_of_two_groups_is_that_of_the_formula():
     mean = logits.softmax(-1).mean(0)
     p = torch.stack([mean[:E].sum(), mean[E:].sum()])
     expected = (E + w * N) / K * (f[0] * p[0] / E + f[1] * p[1] / (w * N))
-    assert float(found) == pytest.approx(float(expected), rel=1e-12)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
     assert error(gradient, torch.autograd.grad(expected, logits)[0]) < 1e-12
     assert torch.autograd.gradcheck(lambda z: dk.route_top_k(z, K, num_zero_experts=N).balance_loss, logits)
 
@@ -85,7 +85,7 @@ def test_the_share_settles_where_the_formula_says(share):
         optimizer.step()
     settled = share * N / (share * N + E)
     assert float(routing.load[E:].sum()) == pytest.approx(settled, abs=0.08)
-    assert float(routing.balance_loss) == pytest.approx(1, abs=0.02)
+    assert routing.balance_loss.item() == pytest.approx(1, abs=0.02)
 
 
 def test_no_zero_experts_is_the_op_as_it_was():
