@@ -185,8 +185,11 @@ def _eval_converted(args: argparse.Namespace, tasks: Any) -> int:
     else:
         print(f"perplexity: dense {dense:.3f}, sparse {sparse:.3f} ({report['retention']:.1%} retained)")
     print(f"parameters: {total:,}, active a token {active:,} ({active / total:.1%}) at {mean:.2f} experts a token")
+    if model.config.num_zero_experts:
+        empty = 1 - mean / model.config.num_experts_per_tok
+        print(f"zero experts: {empty:.1%} of the K {model.config.num_experts_per_tok} slots of a token are empty in the mean")
     print("load of the experts, in multiples of the even share, and I, the mutual information between token and expert in nats")
-    print(f"(0 = pruning; at most log(E / K), {math.log(max(len(next(iter(loads.values()))) / mean, 1)):.3f} here):")
+    print(f"(0 = pruning; at most log(E / K), {math.log(max(len(next(iter(loads.values()))) / max(mean, 1e-9), 1)):.3f} here):")
     print(f"  {'layer':<28}{'min':>8}{'median':>8}{'max':>8}{'unused':>8}{'I':>8}")
     for name, load in loads.items():
         s = load_summary(load)

@@ -144,11 +144,26 @@ def _add_stages(convert: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME",
         help="reconstruct (each FFN alone against its dense output, a cheap start), align (all together), finetune (weights, by "
-        "next-token loss); several times or a comma list; a converted MODEL takes finetune alone (default: align)",
+        "distillation or next-token loss); several times or a comma list; a converted MODEL takes finetune alone (default: align)",
     )
     stages.add_argument("--reconstruct-steps", type=int, metavar="N", help="of each layer (default: 100)")
     stages.add_argument("--finetune-steps", type=int, metavar="N", help="(default: 300)")
     stages.add_argument("--finetune-lr", type=float, metavar="X", help="peak learning rate (default: 0.0001)")
+    stages.add_argument(
+        "--zero-experts",
+        metavar="N",
+        type=int,
+        help="add N router rows to every layer whose choice is nothing, so that a token takes K experts at the most; the model as "
+        "it was before teaches",
+    )
+    teacher = stages.add_mutually_exclusive_group()
+    teacher.add_argument(
+        "--teacher",
+        metavar="DIR",
+        help="fine-tune towards the distribution of this model, a folder or a name (default: the dense model inside MODEL, unless "
+        "that was fine-tuned before)",
+    )
+    teacher.add_argument("--no-teacher", action="store_const", const=True, help="fine-tune by the next-token loss alone")
     stages.add_argument(
         "--lora-rank",
         type=int,
