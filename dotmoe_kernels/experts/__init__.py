@@ -25,6 +25,11 @@ __all__ = ["expert_ffn", "grouped_mm", "masked_ffn"]
 _PATHS: dict[str, Callable[..., Tensor]] = {"grouped": grouped_ffn, "decode": decode_ffn, "masked": masked_view_ffn}
 
 
+def check_path(path: object) -> None:
+    """A name that ``expert_ffn`` takes."""
+    require(path in ("auto", *_PATHS), "path", repr(path), "auto | " + " | ".join(_PATHS))
+
+
 def expert_ffn(
     x: Tensor,
     gate_up_proj: Tensor,
@@ -96,7 +101,7 @@ def expert_ffn(
         require_shape(weights, "weights", tuple(indices.shape), "[T, K]")
         require_same(weights, "weights", x, "x", dtype=False)
     find_activation(activation)
-    require(path in ("auto", *_PATHS), "path", repr(path), "auto | " + " | ".join(_PATHS))
+    check_path(path)
     fits = workspace is None or (is_integer(workspace) and workspace >= 1)
     require(fits, "workspace", repr(workspace), "None, or bytes as an integer of at least 1")
     workspace = None if workspace is None else int(workspace)

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import compute_dtype, require
-from ..experts import expert_ffn
+from .._checks import compute_dtype, require, require_same
+from ..experts import check_path, routed_ffn
+from ..experts.activations import find_activation
 from ..permutation import neuron_order, pack_experts, unpack_experts
-from ..routing import route_any
+from ..routing import choose
 from ..routing.budgets import SoftRouter
 from .surgery import DenseFFN
 
@@ -52,8 +53,7 @@ class DotMoeRouter(nn.Module):
             if self.bypass:
                 everyone = torch.arange(self.num_experts, device=x.device).expand(len(logits), self.num_experts)
                 return logits, torch.ones_like(everyone, dtype=dtype), everyone
-            routing = route_any(logits, self.top_k, self.soft, self.num_zero_experts)
-        return logits, routing.weights, routing.indices
+            return logits, *choose(logits, self.top_k, self.soft, self.num_zero_experts)
 
     @property
     def mean_active(self) -> float:
@@ -82,6 +82,8 @@ class DotMoeExperts(nn.Module):
 
     def __init__(self, num_experts: int, hidden_size: int, expert_size: int, activation: str, *, path: str = "auto") -> None:
         super().__init__()
+        check_path(path)
+        find_activation(activation)
         self.num_experts, self.hidden_size, self.expert_size = num_experts, hidden_size, expert_size
         self.activation, self.path = activation, path
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
@@ -99,8 +101,9 @@ class DotMoeExperts(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # as nn.Linear; .to keeps the strides of down_proj
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
+        require_same(x, "hidden_states", gate_up, "the experts' weights")  # a kernel would read what is not there
         with torch.autocast(x.device.type, enabled=False):
-            return expert_ffn(x, gate_up, down, indices, weights, activation=self.activation, path=self.path)
+            return routed_ffn(x, gate_up, down, indices, weights, self.activation, self.path)
 
     def interleave_storage(self) -> None:
         """Make both parameters contiguous; keeps the Parameter objects, and does nothing where they are."""
@@ -160,6 +163,7 @@ class DotMoeBlock(nn.Module):
 
     @path.setter
     def path(self, path: str) -> None:
+        check_path(path)
         self.experts.path = path
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -21,9 +21,11 @@ from math import inf
 import torch
 from torch import Tensor
 
+from .._autograd import wants_gradient
 from .._backend import use_triton
 from .._checks import (
     compute_dtype,
+    has_values,
     is_integer,
     is_number,
     refuse,
@@ -225,10 +227,20 @@ def route_soft(logits: Tensor, router: SoftRouter, *, mask: Tensor | None = None
     return route_soft_top_k(logits, k, temperature=temperature, threshold=threshold, max_active=max_active, mask=mask)
 
 
-def route_any(logits: Tensor, top_k: int, soft: SoftRouter | None, num_zero_experts: int = 0) -> Routing:
-    """``route_soft``, or ``route_top_k`` with unit weights without a soft router, of logits that may be NaN: a model's router. Such
-    a token gets some experts, whose outputs are then NaN for it alone, as in a dense model."""
-    if soft is None:
-        routing = _route_top_k(logits, top_k, "unit", None, finite=False)
-        return _with_zero_experts(routing, num_zero_experts, 1.0, None) if num_zero_experts else routing
-    return _route_soft_top_k(logits, *soft, None, finite=False)
+def choose(logits: Tensor, top_k: int, soft: SoftRouter | None, num_zero_experts: int = 0) -> tuple[Tensor, Tensor]:
+    """A model's router: (weights [T, K], indices [T, K]) as ``route_soft``, or as ``route_top_k`` with unit weights without a soft
+    router, of logits that may be NaN. Such a token gets some experts, whose outputs are then NaN for it alone, as in a dense model.
+
+    On a CPU probabilities, load and losses are not computed where nobody can ask for a gradient."""
+    if soft is not None:
+        routing = _route_soft_top_k(logits, *soft, None, finite=False)
+        return routing.weights, routing.indices
+    if has_values(logits) and not wants_gradient(logits) and not use_triton(logits):
+        indices = top_indices(logits, top_k)
+        weights = logits.new_ones(indices.shape)
+        E = logits.shape[1] - num_zero_experts
+        return (weights.masked_fill_(indices >= E, 0), indices.clamp_(max=E)) if num_zero_experts else (weights, indices)
+    routing = _route_top_k(logits, top_k, "unit", None, finite=False)
+    if num_zero_experts:
+        routing = _with_zero_experts(routing, num_zero_experts, 1.0, None)
+    return routing.weights, routing.indices
