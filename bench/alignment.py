@@ -311,7 +311,7 @@ class Step:
             self.transport = LoopTransport(layers, self.split.mark, batched=impl == "autograd")
         routers, affinities = [f.router_weight for f in layers], [f.affinity for f in layers]
         self.trained: list[nn.Parameter] = [*routers, *affinities]  # type: ignore[list-item]
-        rates = {"lr": self.config.router_lr}, {"lr": self.config.affinity_lr}
+        rates = {"lr": self.config.router_rate}, {"lr": self.config.affinity_lr}
         groups = [{"params": p, **rate} for p, rate in zip((routers, affinities), rates, strict=True)]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=self.config.weight_decay)
         self.tokens = torch.randint(size.vocabulary, (4 * size.batch, size.length), generator=generator(1)).to(device)

@@ -104,7 +104,7 @@ class _Run:
         layers, c = self.layers.values(), self.config
         routers = [layer.router_weight.requires_grad_() for layer in layers]
         affinities = [layer.affinity.requires_grad_() for layer in layers if layer.affinity is not None]
-        groups: list[dict[str, Any]] = [{"params": routers, "lr": 0.0, "peak": c.router_lr}]
+        groups: list[dict[str, Any]] = [{"params": routers, "lr": 0.0, "peak": c.router_rate}]
         if affinities:
             groups.append({"params": affinities, "lr": 0.0, "peak": c.affinity_lr})
         if self.soft is not None:
@@ -208,7 +208,7 @@ class _Run:
         entry = {"step": step + 1, "tau": tau, **values, **({} if budget is None else budget.log())}
         if "sinkhorn_iters" in entry:
             entry["sinkhorn_iters"] = int(entry["sinkhorn_iters"])
-        return entry | {"lr": rate * c.router_lr, "seconds": time.monotonic() - self.begin}
+        return entry | {"lr": rate * c.router_rate, "seconds": time.monotonic() - self.begin}
 
     def _require_finite(self, step: int, values: dict[str, float]) -> None:
         if all(math.isfinite(values[name]) for name in self.terms):

@@ -77,7 +77,7 @@ def _fit(
     alone = {name: layer}
     transport = Transport(alone, config)
     soft = SoftRouting(alone, config) if layer.router == "soft" else None  # one layer's share of the budget is all of it: k = K
-    groups = [{"params": [layer.router_weight.requires_grad_()], "lr": 0.0, "peak": config.router_lr}]
+    groups = [{"params": [layer.router_weight.requires_grad_()], "lr": 0.0, "peak": config.router_rate}]
     if layer.affinity is not None:
         groups.append({"params": [layer.affinity.requires_grad_()], "lr": 0.0, "peak": config.affinity_lr})
     trained = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]

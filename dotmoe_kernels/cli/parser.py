@@ -99,6 +99,14 @@ def _add_topology(convert: argparse.ArgumentParser) -> None:
     topology.add_argument("--router", choices=_ROUTERS, help="soft: weights that sum to K in the mean (default: top_k)")
 
 
+# what a default of None means
+_OPEN = {
+    "micro-batch-size": "the batch size",
+    "shared": "half of K",
+    "router-lr": "0.0005; 0.002 where the router starts from noise",
+}
+
+
 def _add_alignment(convert: argparse.ArgumentParser) -> None:
     train = convert.add_argument_group("alignment")
     train.add_argument(
@@ -133,7 +141,7 @@ def _add_alignment(convert: argparse.ArgumentParser) -> None:
         ("checkpoint-every", int, "steps between checkpoints; 0 writes only the last"),
     ):
         default = getattr(AlignmentConfig, name.replace("-", "_"))
-        shown = {"micro_batch_size": "the batch size", "shared": "half of K"}.get(name.replace("-", "_"), default)
+        shown = _OPEN.get(name, default)
         train.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=f"{meaning} (default: {shown})")
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .._checks import is_integer, require, require_range
 from ..alignment.checkpoints import read_log, tokens_checksum, weights_checksum
-from ..alignment.config import AlignmentConfig
+from ..alignment.config import INITS, AlignmentConfig
 from ..alignment.loop import align
 from ..alignment.module import AlignmentFFN, collect_inputs
 from ..alignment.reconstruction import reconstruct
@@ -68,11 +68,15 @@ def _soft_options(options: AlignmentConfig, config: DotMoeConfig) -> AlignmentCo
     return dataclasses.replace(options, **{name: value for name, value in fields.items() if value is not None})
 
 
-def find_start(options: AlignmentConfig, calibrated: bool) -> AlignmentConfig:
-    """``options`` with the start that "auto" means, with text to calibrate on or without."""
-    if options.init != "auto":
-        return options
-    return dataclasses.replace(options, init="shared" if calibrated else "noise")
+def find_start(options: AlignmentConfig, method: str, calibrated: bool) -> AlignmentConfig:
+    """``options`` with the start that ``method`` has: what ``init`` says for "dot", where "auto" depends on whether there is text to
+    calibrate on, and its own for a fixed one."""
+    start = options.init
+    if method != "dot":
+        start = method if method in INITS else "noise"  # random
+    elif start == "auto":
+        start = "shared" if calibrated else "noise"
+    return dataclasses.replace(options, init=start)
 
 
 def _partition(
@@ -112,6 +116,7 @@ def _build_layers(
     E, K = config.num_experts, config.num_experts_per_tok
     shared = K // 2 if options.shared is None else options.shared
     require(shared <= min(K, E - 1), "shared", shared, f"at most K = {K}" + (f" and E - 1 = {E - 1}" if K == E else ""))
+    options = find_start(options, method, data is not None)
     kind = options.init if method == "dot" else method
     generator = torch.Generator().manual_seed(options.seed) if generator is None else generator
     layers = {}
@@ -318,7 +323,7 @@ def convert(
     whole = is_integer(reconstruct_steps) and reconstruct_steps >= 0
     require(whole, "reconstruct_steps", reconstruct_steps, "an integer of at least 0")
     tokens = _check_data(model, data, method, options)
-    options = find_start(options, tokens is not None)
+    options = find_start(options, method, tokens is not None)
     figures: dict[str, Any] = {}
     budgets = None
     with _frozen(model, ffns):

@@ -138,10 +138,11 @@ def convert_folder(
         ValueError: see ``convert`` and ``save``; "activation" or "shared", which need data; a checkpoint whose tensors have other
             names than in the model; a layer whose error is above the tolerance.
     """
-    options = find_start(AlignmentConfig() if alignment is None else alignment, False)
+    given = AlignmentConfig() if alignment is None else alignment
     require(method in METHODS, "method", repr(method), " | ".join(METHODS))
-    for name, kind in (("method", method), ("init", options.init if method == "dot" else None)):
+    for name, kind in (("method", method), ("init", given.init if method == "dot" else None)):
         require(kind not in CALIBRATED, name, kind, "one that needs no text, or data to calibrate on")
+    options = find_start(given, method, False)
     path = check_target(output, "output", overwrite)
     require_apart(path, "output", f"{path}, which", {"source": source})
     config, dense = copy.deepcopy(config), AutoConfig.from_pretrained(source)
