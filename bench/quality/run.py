@@ -1,0 +1,265 @@
+"""Arms of a preset, one JSON each: `python -m bench.quality run`.
+
+    <out>/<setting>/<method>.<seed>.json        the result
+    <data>/models/<setting>-<hash>/             a dense model trained here
+    <data>/runs/<fingerprint>/                  checkpoints of an arm under way
+
+A result bears the fingerprint of all it depends on: the dense model, the tokens, the documents, the method's options, the seed. One
+that is there with that fingerprint is not made again; one that cannot be read, or has another, is.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dotmoe_kernels._checks import require
+from dotmoe_kernels._files import write_file
+from dotmoe_kernels.alignment.config import AlignmentConfig
+from dotmoe_kernels.alignment.loop import align
+from dotmoe_kernels.alignment.module import AlignmentFFN
+
+from ..machine import RESULTS, commit, describe
+from .ablations import ablations
+from .measuring import measure
+from .methods import METHODS, Job, Made, Method
+from .settings import CI, DEMO, SEVEN, SMOLLM2, Plan, Setting, make_setting
+
+OUT = RESULTS / "quality"
+FORMAT = 1  # of a result; counts in the fingerprint
+_POINTS = 40  # of a curve
+
+
+@dataclass(frozen=True)
+class Part:
+    """One setting of a preset."""
+
+    plan: Plan
+    seeds: tuple[int, ...]
+    methods: tuple[str, ...] | None = None  # None: all
+    ablations: bool = False
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def arms(self) -> list[Method]:
+        base = AlignmentConfig(**(self.plan.options | self.options))
+        arms = [m for m in METHODS if self.methods is None or m.name in self.methods]
+        return arms + (ablations(base) if self.ablations else []) + longer(self.plan, base)
+
+
+def longer(plan: Plan, base: AlignmentConfig) -> list[Method]:
+    """dot on eight times the tokens, where the setting is a real model."""
+    if plan.shape is not None:
+        return []
+    dot = next(m for m in METHODS if m.name == "dot")
+    about = "dot on eight times the tokens"
+    return [dataclasses.replace(dot, name="dot-long", kind="ablation", about=about, options={"steps": 8 * base.steps})]
+
+
+_REAL = ("dense", "dot", "activation", "shared-rate", "gate", "prune-magnitude", "prune-wanda", "prune-layers", "2to4-wanda")
+PRESETS: dict[str, tuple[Part, ...]] = {
+    "ci": (Part(CI, (0,), ablations=True),),
+    "cpu": (Part(DEMO, (0, 1, 2), ablations=True), Part(SEVEN, (0,), methods=_REAL)),
+    "real": (Part(SMOLLM2, (0,), methods=_REAL),),
+    "gpu": (Part(SMOLLM2, (0, 1, 2), ablations=True, options={"steps": 2048, "batch_size": 16}),),
+}
+
+
+class Task(NamedTuple):
+    """One result to be made."""
+
+    arm: Method
+    seed: int
+    options: AlignmentConfig
+    path: Path
+    fingerprint: str
+
+
+def fingerprint(setting: Setting, arm: Method, options: AlignmentConfig, seed: int) -> str:
+    marks = {
+        "format": FORMAT,
+        **setting.marks(),
+        "arm": arm.name,
+        "options": dataclasses.asdict(options) if arm.trained else None,
+        "seed": seed,
+    }
+    return hashlib.sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Raises:
+    ValueError: it is no result; names the file.
+    """
+    try:
+        found = json.loads(path.read_text())
+        lacking = {"fingerprint", "arm", "kind", "setting", "seed", "nll", "tokens", "perplexity"} - set(found)
+    except (ValueError, TypeError) as error:  # a UnicodeDecodeError is a ValueError
+        raise ValueError(f"{path} cannot be read as a result: {error}") from None
+    if lacking:
+        raise ValueError(f"{path} cannot be read as a result: without {', '.join(sorted(lacking))}")
+    return found
+
+
+def is_done(task: Task, say: Callable[[str], None]) -> bool:
+    if not task.path.exists():
+        return False
+    try:
+        found = read_result(task.path)
+    except ValueError as error:
+        say(f"{error}; it is made again")
+        return False
+    if found["fingerprint"] != task.fingerprint:
+        say(f"{task.path} is of other options, text or model; it is made again")
+        return False
+    return True
+
+
+def tasks_of(part: Part, setting: Setting, out: Path, seeds: Sequence[int], only: Iterable[str] = ()) -> list[Task]:
+    """All arms of the first seed, then of the next; an arm without randomness once."""
+    found, wanted = [], set(only)
+    for number, seed in enumerate(seeds):
+        for arm in part.arms():
+            if (wanted and arm.name not in wanted) or (number and not arm.seeded):
+                continue
+            options = AlignmentConfig(**(part.plan.options | part.options | arm.options | {"seed": seed}))
+            path = out / part.plan.name / f"{arm.name}.{seed}.json"
+            found.append(Task(arm, seed, options, path, fingerprint(setting, arm, options, seed)))
+    return found
+
+
+def curve(log: list[dict[str, float]], tokens: int) -> list[tuple[int, float]]:
+    """(tokens, KL) of a log whose steps have ``tokens`` each: means over equal parts of it."""
+    size = max(1, -(-len(log) // _POINTS))
+    parts = [log[n : n + size] for n in range(0, len(log), size)]
+    return [(int(part[-1]["step"]) * tokens, round(sum(e["kl"] for e in part) / len(part), 5)) for part in parts]
+
+
+def _train(setting: Setting, job: Job, made: Made, task: Task, folder: Path, progress: bool) -> list[tuple[int, float]]:
+    """Aligns the layers; the curve. With ``checkpoint_every`` it goes on where an interrupted run of the arm stopped."""
+    resumable = task.options.checkpoint_every > 0 and "checkpoint_every" in setting.plan.options
+    log: list[dict[str, float]] = []
+    result = align(
+        job.model,
+        made.layers,
+        job.train,
+        task.options,
+        folder=folder if resumable else None,
+        resume=resumable,
+        progress=progress,
+        label=task.arm.name,
+        fingerprint={"arm": task.fingerprint},
+        transport=task.arm.transport,
+    )
+    log = result.log
+    if resumable:
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return curve(log, task.options.batch_size * job.train.shape[1])
+
+
+def run_arm(setting: Setting, task: Task, data: Path, *, documents: int = 0, progress: bool = False) -> dict[str, Any]:
+    """The result of an arm, written."""
+    begin, arm, folder = time.monotonic(), task.arm, data / "runs" / task.fingerprint
+    model = copy.deepcopy(setting.dense)
+    job = Job(model, setting.plan.topology, setting.train, task.options)
+    total = sum(p.numel() for p in model.parameters())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* leave experts without a token")
+        made = arm.make(job)
+        built = time.monotonic() - begin
+        points = _train(setting, job, made, task, folder, progress) if arm.trained else []
+    trained = time.monotonic() - begin
+    layers: dict[str, AlignmentFFN] = made.layers
+    found = {
+        "setting": setting.plan.name,
+        "arm": arm.name,
+        "kind": arm.kind,
+        "source": arm.source,
+        "about": arm.about,
+        "seed": task.seed,
+        "fingerprint": task.fingerprint,
+        **measure(model, layers, made.zeroed, setting.held),
+        "total_parameters": total,
+        "trained_tokens": task.options.steps * task.options.batch_size * setting.train.shape[1] if arm.trained else 0,
+        "curve": points,
+        "seconds": {"start": built, "in all": trained},
+        "options": dataclasses.asdict(task.options) if arm.trained else None,
+        "commit": commit(),
+        "machine": describe(),
+    }
+    if documents:
+        found["tasks"] = score_tasks(model, setting, data, documents)
+    task.path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(found, indent=None if len(found["nll"]) > 4096 else 1) + "\n"
+    write_file(task.path, lambda file: file.write(text.encode()))
+    shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def score_tasks(model: torch.nn.Module, setting: Setting, data: Path, documents: int) -> Any:
+    """The six tasks of ``fetch``, so many documents of each."""
+    from .tasks import score
+
+    return score(model, setting.tokenizer, data / "tasks", documents=documents)
+
+
+def run(
+    preset: str,
+    out: Path,
+    data: Path,
+    *,
+    only: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    settings: Sequence[str] = (),
+    documents: int = 0,
+    progress: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Makes the results of a preset that are not there yet.
+
+    Args:
+        preset: "ci", "cpu", "real" or "gpu".
+        out: where the results go.
+        data: where models are kept, and what ``fetch`` made.
+        only: names of arms; all if empty.
+        seeds: instead of the preset's.
+        settings: names of settings; all of the preset if empty.
+        documents: of each of the six tasks; 0: the tasks are not scored.
+
+    Raises:
+        ValueError: an unknown preset, arm or setting; the data of ``fetch`` are needed and not there.
+    """
+    require(preset in PRESETS, "--preset", repr(preset), " | ".join(PRESETS))
+    parts = PRESETS[preset]
+    require(set(settings) <= {p.plan.name for p in parts}, "--setting", " ".join(settings), " | ".join(p.plan.name for p in parts))
+    parts = tuple(p for p in parts if not settings or p.plan.name in settings)
+    known = list(dict.fromkeys(arm.name for part in parts for arm in part.arms()))
+    unknown = [name for name in only if name not in known]
+    require(not unknown, "--only", " ".join(unknown), " ".join(known))
+    for part in parts:
+        options = [AlignmentConfig(**(part.plan.options | part.options | arm.options)) for arm in part.arms()]
+        tokens = max(c.steps * c.batch_size for c in options) * part.plan.sequence
+        setting = make_setting(part.plan, data, tokens=tokens, progress=progress)
+        tasks = tasks_of(part, setting, out, tuple(seeds) or part.seeds, only)
+        left = [task for task in tasks if not is_done(task, say)]
+        held = int(setting.held.valid.sum())
+        say(
+            f"{part.plan.name}: {setting.train.numel():,} tokens to train on, {len(setting.held.names)} held-out documents with "
+            f"{held:,} tokens; {len(tasks) - len(left)} of {len(tasks)} results are there"
+        )
+        for number, task in enumerate(left, 1):
+            found = run_arm(setting, task, data, documents=documents, progress=progress)
+            spent = found["seconds"]["in all"]
+            value = found["perplexity"]
+            shown = f"{value:.2f}" if math.isfinite(value) else "infinite"
+            say(f"{part.plan.name} {number}/{len(left)} {task.arm.name}, seed {task.seed}: perplexity {shown}, {spent:.0f} s")
