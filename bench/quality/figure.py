@@ -37,7 +37,8 @@ def _forest(axes: Any, rows: Sequence[dict[str, Any]], pick: Any, dot: float | N
 def _draw(axes: Any, found: dict[str, Any]) -> None:
     left, middle, right = axes
     methods = [row for row in found["rows"] if row["kind"] not in ("ablation", "dense")]
-    changed = [row for row in found["rows"] if row["kind"] == "ablation" and "ratio_to_dot" in row]
+    ablated = [row for row in found["rows"] if row["kind"] in ("ablation", "dot") or row["arm"] == "dot-frozen"]
+    changed = [row for row in ablated if "ratio_to_dot" in row]
     dot = next((row for row in found["rows"] if row["arm"] == "dot"), None)
     _forest(left, methods, lambda row: row["excess"], None if dot is None else dot["excess"].value)
     values = sorted(row["excess"].value for row in methods)
@@ -55,12 +56,12 @@ def _draw(axes: Any, found: dict[str, Any]) -> None:
         middle.set(xlabel="perplexity / dot's", title="dot with one thing changed")
     else:
         middle.set_axis_off()
-    right.set_prop_cycle(color=["C0", "C1", "C2", "C4", "C5", "C6", "C7"])  # all but dot's
+    colours = iter(f"C{n}" for n in (0, 1, 2, 4, 5, 6, 7, 8))  # all but dot's
     for row in found["rows"]:
         if row["arm"] in _LINES and row["curve"]:
             tokens, kl = zip(*row["curve"], strict=True)
-            own = {"color": "C3", "linewidth": 2, "zorder": 3} if row["arm"] == "dot" else {"linewidth": 1}
-            right.plot(tokens, kl, label=row["arm"], **own)
+            own = row["arm"] == "dot"
+            right.plot(tokens, kl, label=row["arm"], color="C3" if own else next(colours), linewidth=2 if own else 1)
     right.set(xlabel="training tokens", ylabel="KL(dense || sparse), nats", title="alignment, first seed", yscale="log")
     right.legend(frameon=False, fontsize=7)
     right.spines[["top", "right"]].set_visible(False)

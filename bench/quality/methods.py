@@ -109,6 +109,22 @@ def frozen(job: Job) -> Made:
     return Made(layers, [])
 
 
+def adopt(job: Job, name: str, layer: AlignmentFFN, kind: type[VariantFFN]) -> VariantFFN:
+    """``layer`` as another kind of it, in its place."""
+    new = kind(
+        layer.gate_proj,
+        layer.up_proj,
+        layer.down_proj,
+        router_weight=layer.router_weight.detach(),
+        top_k=layer.top_k,
+        activation=layer.activation,
+        affinity=None if layer.affinity is None else layer.affinity.detach(),
+        expert_of=layer.expert_of,
+    )
+    swap_ffn(job.model, name, new)
+    return new
+
+
 def swap_in(job: Job, kind: type[VariantFFN] = VariantFFN, *, num_experts: int = 0, top_k: int = 0) -> dict[str, VariantFFN]:
     """A layer for every FFN, its router drawn as noise."""
     E, K = num_experts or job.topology.num_experts, top_k or job.topology.top_k
@@ -203,7 +219,7 @@ METHODS: tuple[Method, ...] = (
         for init in INITS
         if init != _DEFAULT
     ),
-    Method("dot-frozen", "moe", DOT, "dot's first assignment kept, the router learned", frozen),
+    Method("dot-frozen", "moe", DOT, "dot's first assignment kept, the router learned: transport cost off", frozen),
     Method("random", "moe", "LLaMA-MoE, arXiv 2406.16554", "random equal experts", package("random")),
     Method("kmeans", "moe", "MoEfication, arXiv 2110.01786", "balanced k-means on the neurons' weights", package("kmeans")),
     Method(

@@ -21,7 +21,7 @@ from dotmoe_kernels._files import write_file
 
 from .figure import write_figure
 from .intervals import Estimate, draw_documents, estimate, mean_ratio, perplexities, reduction
-from .run import read_result
+from .run import PRESETS, read_result
 
 _RIVALS = {"moe": "routed, same tokens", "pruned": "structured pruning"}
 
@@ -44,11 +44,15 @@ class Row:
 def read_results(out: Path, say: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
     """By setting; what cannot be read is named and left out."""
     found: dict[str, list[dict[str, Any]]] = {}
+    known = {arm.name for parts in PRESETS.values() for part in parts for arm in part.arms()}
     for path in sorted(out.glob("*/*.json")):
         try:
             result = read_result(path)
         except ValueError as error:
             say(f"left out: {error}")
+            continue
+        if result["arm"] not in known:
+            say(f"left out: {path}, of {result['arm']}, which is in no registry")
             continue
         found.setdefault(result["setting"], []).append(result)
     return found
@@ -62,8 +66,9 @@ def rows_of(results: Sequence[dict[str, Any]], say: Callable[[str], None]) -> li
     tokens = np.asarray(dense["tokens"], dtype=float)
     rows: dict[str, Row] = {}
     for result in sorted(results, key=lambda r: (r["arm"], r["seed"])):
-        if result["tokens"] != dense["tokens"]:
-            say(f"left out: {result['arm']}, seed {result['seed']}, was measured on other documents than the dense model")
+        other = [name for name, mark in dense["marks"].items() if result["marks"].get(name) != mark]
+        if other or result["tokens"] != dense["tokens"]:
+            say(f"left out: {result['arm']}, seed {result['seed']}: not of the dense result's {', '.join(other) or 'documents'}")
             continue
         rows.setdefault(result["arm"], Row(result["arm"], result["kind"], [])).results.append(result)
     weights = draw_documents(len(tokens))
@@ -160,8 +165,8 @@ def _section(found: dict[str, Any]) -> str:
     ]
     parts += ["\n".join(said)] if said else []
     if changed:
-        own = [row for row in methods if row["arm"] == "dot"]
-        parts += ["### dot with one thing changed", _table([*own, *changed])]
+        own = [row for row in methods if row["kind"] == "dot" or row["arm"] == "dot-frozen"]
+        parts += ["### dot with one thing changed", _table(sorted([*own, *changed], key=lambda row: row["excess"].value))]
         parts.append("\n".join(f"- {row['arm']}: {row['about']}" for row in changed))
     return "\n\n".join(parts)
 

@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,7 +104,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text())
-        lacking = {"fingerprint", "arm", "kind", "setting", "seed", "nll", "tokens", "perplexity"} - set(found)
+        lacking = {"fingerprint", "marks", "arm", "kind", "setting", "seed", "nll", "tokens", "perplexity"} - set(found)
     except (ValueError, TypeError) as error:  # a UnicodeDecodeError is a ValueError
         raise ValueError(f"{path} cannot be read as a result: {error}") from None
     if lacking:
@@ -126,11 +127,11 @@ def is_done(task: Task, say: Callable[[str], None]) -> bool:
 
 
 def tasks_of(part: Part, setting: Setting, out: Path, seeds: Sequence[int], only: Iterable[str] = ()) -> list[Task]:
-    """All arms of the first seed, then of the next; an arm without randomness once."""
-    found, wanted = [], set(only)
-    for number, seed in enumerate(seeds):
-        for arm in part.arms():
-            if (wanted and arm.name not in wanted) or (number and not arm.seeded):
+    """The methods of the first seed, then of the next; then the ablations. An arm without randomness comes once."""
+    found, arms = [], [arm for arm in part.arms() if not only or arm.name in set(only)]
+    for ablation, (number, seed) in product((False, True), enumerate(seeds)):
+        for arm in arms:
+            if (arm.kind == "ablation") != ablation or (number and not arm.seeded):
                 continue
             options = AlignmentConfig(**(part.plan.options | part.options | arm.options | {"seed": seed}))
             path = out / part.plan.name / f"{arm.name}.{seed}.json"
@@ -188,6 +189,7 @@ def run_arm(setting: Setting, task: Task, data: Path, *, documents: int = 0, pro
         "about": arm.about,
         "seed": task.seed,
         "fingerprint": task.fingerprint,
+        "marks": setting.marks(),
         **measure(model, layers, made.zeroed, setting.held),
         "total_parameters": total,
         "trained_tokens": task.options.steps * task.options.batch_size * setting.train.shape[1] if arm.trained else 0,
