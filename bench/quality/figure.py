@@ -62,8 +62,10 @@ def _draw(axes: Any, found: dict[str, Any]) -> None:
             tokens, kl = zip(*row["curve"], strict=True)
             own = row["arm"] == "dot"
             right.plot(tokens, kl, label=row["arm"], color="C3" if own else next(colours), linewidth=2 if own else 1)
-    right.set(xlabel="training tokens", ylabel="KL(dense || sparse), nats", title="alignment, first seed", yscale="log")
-    right.legend(frameon=False, fontsize=7)
+    right.set(xlabel="training tokens", ylabel="KL(dense || sparse), nats", title="alignment, first seed")
+    if right.lines:
+        right.set_yscale("log" if min(min(line.get_ydata()) for line in right.lines) > 0 else "linear")
+        right.legend(frameon=False, fontsize=7)
     right.spines[["top", "right"]].set_visible(False)
 
 

@@ -11,7 +11,7 @@ common, an easy one or a hard one, then leaves the ratio of two arms alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,7 +19,8 @@ DRAWS = 2000
 _LOW, _HIGH = 2.5, 97.5  # percentiles of a 95 % interval
 
 
-class Estimate(NamedTuple):
+@dataclass(frozen=True)
+class Estimate:
     """A figure over all documents, and its 95 % interval."""
 
     value: float

@@ -115,6 +115,10 @@ def drop_blocks(model: PreTrainedModel, influence: Tensor, budget: int) -> None:
     kept = sorted(influence.topk(count).indices.tolist())
     model.base_model.layers = nn.ModuleList(blocks[n] for n in kept)
     model.config.num_hidden_layers = count
+    for n, block in enumerate(model.base_model.layers):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):  # its place in a cache
+                module.layer_idx = n  # type: ignore[assignment]
 
 
 def two_to_four(weight: Tensor, score: Tensor) -> Tensor:

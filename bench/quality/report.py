@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,7 @@ def report(out: Path, say: Callable[[str], None] = print) -> str:
         f"| {' | '.join(cells)} |" for cells in told.values()
     )
     text = "\n\n".join([_INTRODUCTION, *map(_section, found), registry]) + "\n"
-    written = json.dumps(found, indent=1, default=lambda value: value._asdict())
+    written = json.dumps(found, indent=1, default=asdict)
     write_file(out / "report.json", lambda file: file.write(written.encode()))
     write_file(out / "report.md", lambda file: file.write(text.encode()))
     if not write_figure(out / "report.png", found):

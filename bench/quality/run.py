@@ -244,7 +244,30 @@ def run(
     require(preset in PRESETS, "--preset", repr(preset), " | ".join(PRESETS))
     parts = PRESETS[preset]
     require(set(settings) <= {p.plan.name for p in parts}, "--setting", " ".join(settings), " | ".join(p.plan.name for p in parts))
-    parts = tuple(p for p in parts if not settings or p.plan.name in settings)
+    run_parts(
+        [p for p in parts if not settings or p.plan.name in settings],
+        out,
+        data,
+        only=only,
+        seeds=seeds,
+        documents=documents,
+        progress=progress,
+        say=say,
+    )
+
+
+def run_parts(
+    parts: Sequence[Part],
+    out: Path,
+    data: Path,
+    *,
+    only: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    documents: int = 0,
+    progress: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """``run`` of these parts."""
     known = list(dict.fromkeys(arm.name for part in parts for arm in part.arms()))
     unknown = [name for name in only if name not in known]
     require(not unknown, "--only", " ".join(unknown), " ".join(known))

@@ -26,6 +26,8 @@ from dotmoe_kernels.conversion.demo import SHAPE, split_documents, standard_libr
 
 from .fetch import CORPUS, MODEL
 
+_SHORTEST = 2000  # characters
+
 
 class Held(NamedTuple):
     """Held-out documents in windows: every one on its own, what is beyond a document's end is not counted."""
@@ -52,6 +54,7 @@ class Plan:
         sequence: tokens of a sequence and of a window.
         windows: of a held-out document, at most.
         documents: held out, at most.
+        texts: of the standard library, the shortest that are no mere stubs; None: all.
         options: of AlignmentConfig, for every method alike.
     """
 
@@ -63,7 +66,7 @@ class Plan:
     sequence: int = 128
     windows: int = 8
     documents: int = 256
-    texts: int | None = None  # of the standard library, short ones; None: all
+    texts: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -139,7 +142,7 @@ def _own(plan: Plan, data: Path, progress: bool) -> tuple[PreTrainedModel, Any, 
     assert plan.shape is not None
     texts = standard_library()
     if plan.texts is not None:
-        texts = sorted(texts, key=lambda text: (len(text), text))[-400:][: plan.texts]
+        texts = sorted((t for t in texts if len(t) >= _SHORTEST), key=lambda text: (len(text), text))[: plan.texts]
     train_texts, held_texts = split_documents(texts, 0)
     recipe = [plan.shape, plan.dense_steps, plan.vocabulary, plan.sequence, [hashlib.sha256(t.encode()).hexdigest() for t in texts]]
     mark = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
