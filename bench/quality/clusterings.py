@@ -52,20 +52,22 @@ def inside(weights: Tensor, cluster_of: Tensor) -> float:
 
 
 def refine(weights: Tensor, cluster_of: Tensor, num_clusters: int, *, swaps: int) -> Tensor:
-    """Kernighan and Lin's exchange: the pair of neurons whose swap keeps most weight inside clusters, until none gains."""
+    """Exchanges in the manner of Kernighan and Lin, of equal clusters: of every two clusters the neuron of each that is drawn most
+    to the other; the pair whose swap gains most weight inside clusters is taken, until none gains."""
+    F, E = len(weights), num_clusters
     cluster_of = cluster_of.clone()
-    member = nn.functional.one_hot(cluster_of, num_clusters).to(weights.dtype)  # [F, E]
-    to = weights @ member  # [F, E] weight from a neuron to a cluster
+    to = weights @ nn.functional.one_hot(cluster_of, E).to(weights.dtype)  # [F, E] weight from a neuron to a cluster
+    least = 1e-6 * float(to.max())
     for _ in range(swaps):
-        other = to[:, cluster_of]  # [F, F] from i to the cluster of j
-        own = other.diagonal()
-        gain = other + other.T - own[:, None] - own[None] - 2 * weights
-        gain.masked_fill_(cluster_of[:, None] == cluster_of[None], 0)
-        best = int(gain.argmax())
-        i, j = divmod(best, len(weights))
-        if float(gain.flatten()[best]) <= 1e-6 * float(own.abs().max()):
+        members = cluster_of.argsort(stable=True).view(E, F // E)
+        drawn = (to - to.gather(1, cluster_of[:, None]))[members]  # [E, s, E]
+        best, place = drawn.max(1)  # [E, E] of a cluster to another
+        who = members.gather(1, place)  # [E, E]
+        gain = (best + best.T - 2 * weights[who, who.T]).fill_diagonal_(0)
+        a, b = divmod(int(gain.argmax()), E)
+        if float(gain[a, b]) <= least:
             break
-        a, b = int(cluster_of[i]), int(cluster_of[j])
+        i, j = int(who[a, b]), int(who[b, a])
         step = weights[:, j] - weights[:, i]
         to[:, a] += step
         to[:, b] -= step
@@ -82,7 +84,7 @@ def balanced_cut(weights: Tensor, num_clusters: int, generator: torch.Generator)
     vectors = torch.linalg.eigh(scale[:, None] * weights * scale[None]).eigenvectors[:, -num_clusters:]
     points = nn.functional.normalize(vectors, dim=1)
     start = balanced_kmeans(points, num_clusters, generator)
-    return refine(weights, start, num_clusters, swaps=len(weights) // 4)
+    return refine(weights, start, num_clusters, swaps=len(weights))
 
 
 def coactivation(layer: VariantFFN, x: Tensor, generator: torch.Generator) -> None:
