@@ -28,6 +28,7 @@ def _add_run(commands: Any) -> None:
     make.add_argument("--setting", nargs="+", default=[], metavar="NAME", help="these models of the preset alone")
     make.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="instead of the preset's")
     make.add_argument("--tasks", type=int, default=0, metavar="N", help="documents of each of the six tasks (default: none)")
+    make.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, which share the cores (default: %(default)s)")
     make.add_argument("--quiet", action="store_true", help="no bars")
 
 
@@ -42,7 +43,7 @@ def _call(args: argparse.Namespace) -> None:
     if args.command == "report":
         print(report(out))
         return
-    named = {"only": args.only, "settings": args.setting, "seeds": args.seeds, "documents": args.tasks}
+    named = {"only": args.only, "settings": args.setting, "seeds": args.seeds, "documents": args.tasks, "jobs": args.jobs}
     run(args.preset, out, args.data, **named, progress=not args.quiet, say=partial(print, flush=True))
 
 

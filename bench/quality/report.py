@@ -21,7 +21,8 @@ from dotmoe_kernels._files import write_file
 
 from .figure import write_figure
 from .intervals import Estimate, draw_documents, estimate, mean_ratio, perplexities, reduction
-from .run import PRESETS, read_result
+from .presets import PRESETS
+from .run import read_result
 
 _RIVALS = {"moe": "routed, same tokens", "pruned": "structured pruning"}
 

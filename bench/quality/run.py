@@ -18,9 +18,10 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,48 +34,14 @@ from dotmoe_kernels.alignment.loop import align
 from dotmoe_kernels.alignment.module import AlignmentFFN
 
 from ..machine import RESULTS, commit, describe
-from .ablations import ablations
 from .measuring import measure
-from .methods import METHODS, Job, Made, Method
-from .settings import CI, DEMO, SEVEN, SMOLLM2, Plan, Setting, make_setting
+from .methods import Job, Made, Method
+from .presets import PRESETS, Part
+from .settings import Setting, make_setting
 
 OUT = RESULTS / "quality"
 FORMAT = 1  # of a result; counts in the fingerprint
 _POINTS = 40  # of a curve
-
-
-@dataclass(frozen=True)
-class Part:
-    """One setting of a preset."""
-
-    plan: Plan
-    seeds: tuple[int, ...]
-    methods: tuple[str, ...] | None = None  # None: all
-    ablations: bool = False
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def arms(self) -> list[Method]:
-        base = AlignmentConfig(**(self.plan.options | self.options))
-        arms = [m for m in METHODS if self.methods is None or m.name in self.methods]
-        return arms + (ablations(base) if self.ablations else []) + longer(self.plan, base)
-
-
-def longer(plan: Plan, base: AlignmentConfig) -> list[Method]:
-    """dot on eight times the tokens, where the setting is a real model."""
-    if plan.shape is not None:
-        return []
-    dot = next(m for m in METHODS if m.name == "dot")
-    about = "dot on eight times the tokens"
-    return [dataclasses.replace(dot, name="dot-long", kind="ablation", about=about, options={"steps": 8 * base.steps})]
-
-
-_REAL = ("dense", "dot", "activation", "shared-rate", "gate", "prune-magnitude", "prune-wanda", "prune-layers", "2to4-wanda")
-PRESETS: dict[str, tuple[Part, ...]] = {
-    "ci": (Part(CI, (0,), ablations=True),),
-    "cpu": (Part(DEMO, (0, 1, 2), ablations=True), Part(SEVEN, (0,), methods=_REAL)),
-    "real": (Part(SMOLLM2, (0,), methods=_REAL),),
-    "gpu": (Part(SMOLLM2, (0, 1, 2), ablations=True, options={"steps": 2048, "batch_size": 16}),),
-}
 
 
 class Task(NamedTuple):
@@ -220,12 +187,8 @@ def run(
     out: Path,
     data: Path,
     *,
-    only: Sequence[str] = (),
-    seeds: Sequence[int] = (),
     settings: Sequence[str] = (),
-    documents: int = 0,
-    progress: bool = False,
-    say: Callable[[str], None] = print,
+    **options: Any,
 ) -> None:
     """Makes the results of a preset that are not there yet.
 
@@ -233,10 +196,8 @@ def run(
         preset: "ci", "cpu", "real" or "gpu".
         out: where the results go.
         data: where models are kept, and what ``fetch`` made.
-        only: names of arms; all if empty.
-        seeds: instead of the preset's.
         settings: names of settings; all of the preset if empty.
-        documents: of each of the six tasks; 0: the tasks are not scored.
+        options: of ``run_parts``.
 
     Raises:
         ValueError: an unknown preset, arm or setting; the data of ``fetch`` are needed and not there.
@@ -244,16 +205,7 @@ def run(
     require(preset in PRESETS, "--preset", repr(preset), " | ".join(PRESETS))
     parts = PRESETS[preset]
     require(set(settings) <= {p.plan.name for p in parts}, "--setting", " ".join(settings), " | ".join(p.plan.name for p in parts))
-    run_parts(
-        [p for p in parts if not settings or p.plan.name in settings],
-        out,
-        data,
-        only=only,
-        seeds=seeds,
-        documents=documents,
-        progress=progress,
-        say=say,
-    )
+    run_parts([p for p in parts if not settings or p.plan.name in settings], out, data, **options)
 
 
 def run_parts(
@@ -264,27 +216,68 @@ def run_parts(
     only: Sequence[str] = (),
     seeds: Sequence[int] = (),
     documents: int = 0,
+    jobs: int = 1,
     progress: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
-    """``run`` of these parts."""
+    """``run`` of these parts.
+
+    Args:
+        only: names of arms; all if empty.
+        seeds: instead of the parts'.
+        documents: of each of the six tasks; 0: the tasks are not scored.
+        jobs: processes, which share the cores: a small model gains nothing from a second thread.
+        progress: show bars.
+        say: where the lines go.
+    """
     known = list(dict.fromkeys(arm.name for part in parts for arm in part.arms()))
     unknown = [name for name in only if name not in known]
     require(not unknown, "--only", " ".join(unknown), " ".join(known))
+    require(jobs >= 1, "--jobs", jobs, "an integer of at least 1")
     for part in parts:
-        options = [AlignmentConfig(**(part.plan.options | part.options | arm.options)) for arm in part.arms()]
-        tokens = max(c.steps * c.batch_size for c in options) * part.plan.sequence
-        setting = make_setting(part.plan, data, tokens=tokens, progress=progress)
+        name = part.plan.name
+        setting = make_setting(part.plan, data, tokens=part.tokens(), progress=progress)
         tasks = tasks_of(part, setting, out, tuple(seeds) or part.seeds, only)
         left = [task for task in tasks if not is_done(task, say)]
-        held = int(setting.held.valid.sum())
         say(
-            f"{part.plan.name}: {setting.train.numel():,} tokens to train on, {len(setting.held.names)} held-out documents with "
-            f"{held:,} tokens; {len(tasks) - len(left)} of {len(tasks)} results are there"
+            f"{name}: {setting.train.numel():,} tokens to train on, {len(setting.held.names)} held-out documents with "
+            f"{int(setting.held.valid.sum()):,} tokens; {len(tasks) - len(left)} of {len(tasks)} results are there"
         )
-        for number, task in enumerate(left, 1):
-            found = run_arm(setting, task, data, documents=documents, progress=progress)
-            spent = found["seconds"]["in all"]
-            value = found["perplexity"]
+        done: Iterator[dict[str, Any]]
+        if jobs == 1:
+            done = (run_arm(setting, task, data, documents=documents, progress=progress) for task in left)
+        else:
+            del setting
+            done = _side_by_side(part, out, data, left, documents, jobs)
+        for number, found in enumerate(done, 1):
+            value, spent = found["perplexity"], found["seconds"]["in all"]
             shown = f"{value:.2f}" if math.isfinite(value) else "infinite"
-            say(f"{part.plan.name} {number}/{len(left)} {task.arm.name}, seed {task.seed}: perplexity {shown}, {spent:.0f} s")
+            say(f"{name} {number}/{len(left)} {found['arm']}, seed {found['seed']}: perplexity {shown}, {spent:.0f} s")
+
+
+# --- several processes: each makes the setting for itself, out of what the first has left in the data folder ------------------
+
+_at_hand: list[Setting] = []  # of a worker
+
+
+def _begin(part: Part, data: Path, threads: int) -> None:
+    torch.set_num_threads(threads)
+    _at_hand[:] = [make_setting(part.plan, data, tokens=part.tokens())]
+
+
+def _work(part: Part, out: Path, data: Path, arm: str, seed: int, documents: int) -> dict[str, Any]:
+    (task,) = tasks_of(part, _at_hand[0], out, (seed,), (arm,))  # built here: an arm's functions cannot be sent
+    return run_arm(_at_hand[0], task, data, documents=documents)
+
+
+def _side_by_side(part: Part, out: Path, data: Path, tasks: Sequence[Task], documents: int, jobs: int) -> Iterator[dict[str, Any]]:
+    """The results in the order in which they come. After an error no further arm is begun."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (part, data, threads)) as pool:
+        futures = [pool.submit(_work, part, out, data, task.arm.name, task.seed, documents) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
