@@ -10,8 +10,9 @@ from bench.quality import __main__ as command
 from bench.quality import intervals
 from bench.quality.presets import Part
 from bench.quality.report import report
-from bench.quality.run import read_result, run_parts
+from bench.quality.run import Task, is_done, read_result, run_parts
 from bench.quality.settings import Plan, Topology
+from dotmoe_kernels.alignment.config import AlignmentConfig
 
 SMALL = Plan(
     "small",
@@ -137,6 +138,24 @@ def test_a_broken_result_is_named_and_made_again(results):
     run_parts([part], place / "out", place / "data", only=["dot"], say=said.append)
     assert any(str(broken) in line and "made again" in line for line in said)
     assert json.loads(broken.read_text())["nll"] == json.loads(whole)["nll"]
+
+
+def test_tasks_that_were_not_scored_are_asked_for(results, tmp_path):
+    place, part, _ = results
+    path, said = place / "out" / "small" / "dot.0.json", []
+    found = read_result(path)
+    options = AlignmentConfig(**(SMALL.options | {"seed": 0}))
+    task = Task(next(arm for arm in part.arms() if arm.name == "dot"), 0, options, path, found["fingerprint"])
+    assert is_done(task, said.append)
+    assert not is_done(task, said.append, 60)
+    assert said == [f"{path} is without 60 documents of each task; it is made again"]
+    scores = {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "log_likelihood": -1.0, "log_likelihood_interval": [-1.2, -0.8]}
+    task = task._replace(path=tmp_path / "small" / "dot.0.json")
+    task.path.parent.mkdir()
+    task.path.write_text(json.dumps(found | {"tasks": {"documents": 60, "mean": scores}}))
+    assert is_done(task, said.append, 60)
+    (task.path.parent / "dense.0.json").write_text((path.parent / "dense.0.json").read_text())
+    assert "| dot | 50.0% [40.0%, 60.0%] | -1.000 [-1.200, -0.800] |" in report(tmp_path, said.append)
 
 
 def test_other_options_are_made_again(results):

@@ -107,6 +107,7 @@ def figures(setting: str, rows: Sequence[Row]) -> dict[str, Any]:
                 key: row.mean(key)
                 for key in ("active_parameters", "unused", "experts_in_use", "mutual_information", "most_information")
             },
+            "tasks": [r["tasks"]["mean"] for r in row.results if "tasks" in r],
             "curve": row.results[0]["curve"],
         }
         if dot is not None and row is not dot and row.kind != "dense":
@@ -156,6 +157,19 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(_cells(row))} |" for row in rows)])
 
 
+def _tasks_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Means over the tasks, and over the seeds; the intervals are over documents."""
+    lines = ["| arm | accuracy [95 %] | log-likelihood a character, nats [95 %] |", "|---|---|---|"]
+    for row in rows:
+        cells = [row["arm"]]
+        for key, shown in (("accuracy", ".1%"), ("log_likelihood", ".3f")):
+            ends = [[one[key], *one[f"{key}_interval"]] for one in row["tasks"]]
+            value, low, high = (sum(part) / len(ends) for part in zip(*ends, strict=True))
+            cells.append(f"{value:{shown}} [{low:{shown}}, {high:{shown}}]")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _section(found: dict[str, Any]) -> str:
     methods = [row for row in found["rows"] if row["kind"] != "ablation"]
     changed = [row for row in found["rows"] if row["kind"] == "ablation"]
@@ -165,6 +179,8 @@ def _section(found: dict[str, Any]) -> str:
         for one in found["reductions"]
     ]
     parts += ["\n".join(said)] if said else []
+    scored = [row for row in found["rows"] if row["tasks"]]
+    parts += ["### The six tasks, zero-shot", _tasks_table(scored)] if scored else []
     if changed:
         own = [row for row in methods if row["kind"] == "dot" or row["arm"] == "dot-frozen"]
         parts += ["### dot with one thing changed", _table(sorted([*own, *changed], key=lambda row: row["excess"].value))]

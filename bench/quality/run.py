@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
 import shutil
@@ -34,6 +35,7 @@ from dotmoe_kernels.alignment.loop import align
 from dotmoe_kernels.alignment.module import AlignmentFFN
 
 from ..machine import RESULTS, commit, describe
+from .fetch import TASKS
 from .measuring import measure
 from .methods import Job, Made, Method
 from .presets import PRESETS, Part
@@ -79,7 +81,7 @@ def read_result(path: Path) -> dict[str, Any]:
     return found
 
 
-def is_done(task: Task, say: Callable[[str], None]) -> bool:
+def is_done(task: Task, say: Callable[[str], None], documents: int = 0) -> bool:
     if not task.path.exists():
         return False
     try:
@@ -89,6 +91,9 @@ def is_done(task: Task, say: Callable[[str], None]) -> bool:
         return False
     if found["fingerprint"] != task.fingerprint:
         say(f"{task.path} is of other options, text or model; it is made again")
+        return False
+    if documents and found.get("tasks", {}).get("documents") != documents:
+        say(f"{task.path} is without {documents} documents of each task; it is made again")
         return False
     return True
 
@@ -176,10 +181,14 @@ def run_arm(setting: Setting, task: Task, data: Path, *, documents: int = 0, pro
 
 
 def score_tasks(model: torch.nn.Module, setting: Setting, data: Path, documents: int) -> Any:
-    """The six tasks of ``fetch``, so many documents of each."""
-    from .tasks import score
+    """The six tasks of ``fetch``, so many documents of each.
 
-    return score(model, setting.tokenizer, data / "tasks", documents=documents)
+    Raises:
+        ImportError: this version cannot score tasks.
+    """
+    from .tasks import score, summary
+
+    return {"documents": documents, **summary(score(model, setting.tokenizer, data / TASKS, documents=documents))}
 
 
 def run(
@@ -234,11 +243,13 @@ def run_parts(
     unknown = [name for name in only if name not in known]
     require(not unknown, "--only", " ".join(unknown), " ".join(known))
     require(jobs >= 1, "--jobs", jobs, "an integer of at least 1")
+    if documents:
+        importlib.import_module(".tasks", __package__)  # before hours are spent
     for part in parts:
         name = part.plan.name
         setting = make_setting(part.plan, data, tokens=part.tokens(), progress=progress)
         tasks = tasks_of(part, setting, out, tuple(seeds) or part.seeds, only)
-        left = [task for task in tasks if not is_done(task, say)]
+        left = [task for task in tasks if not is_done(task, say, documents)]
         say(
             f"{name}: {setting.train.numel():,} tokens to train on, {len(setting.held.names)} held-out documents with "
             f"{int(setting.held.valid.sum()):,} tokens; {len(tasks) - len(left)} of {len(tasks)} results are there"
