@@ -20,7 +20,7 @@ from dotmoe_kernels.alignment.transport import Transport
 from dotmoe_kernels.conversion.pipeline import _build_layers
 from dotmoe_kernels.models.config import DotMoeConfig
 from dotmoe_kernels.models.surgery import DenseFFN, find_ffns, swap_ffn
-from dotmoe_kernels.partitions import noise_router
+from dotmoe_kernels.partitions import PARTITIONS, noise_router
 
 from . import clusterings, pruning
 from .layers import MaskedFFN, VariantFFN
@@ -235,6 +235,11 @@ METHODS: tuple[Method, ...] = (
         "in the manner of CMoE, arXiv 2502.04416",
         "balanced k-means on the neurons' contributions by token; router by least squares",
         package("activation"),
+    ),
+    *(
+        Method(name, "moe", "dotmoe_kernels.partitions", f"the start of dot-{name}, its assignment kept", package(name))
+        for name in PARTITIONS
+        if name not in ("random", "kmeans", "activation")
     ),
     Method(
         "shared-rate",
