@@ -10,7 +10,7 @@ from bench.quality import __main__ as command
 from bench.quality import intervals
 from bench.quality.presets import Part
 from bench.quality.report import report
-from bench.quality.run import Task, is_done, read_result, run_parts
+from bench.quality.run import Task, differing, is_done, read_result, run_parts
 from bench.quality.settings import Plan, Topology
 from dotmoe_kernels.alignment.config import AlignmentConfig
 
@@ -118,7 +118,7 @@ def test_two_processes_find_what_one_does(results, tmp_path):
     for name in ("dot.0.json", "dot.1.json", "shared-rate.1.json"):
         ours, theirs = (json.loads((folder / "small" / name).read_text()) for folder in (tmp_path, place / "out"))
         assert ours["nll"] == theirs["nll"]
-        assert ours["fingerprint"] == theirs["fingerprint"]
+        assert ours["depends"] == theirs["depends"]
 
 
 @pytest.mark.parametrize("text", ['{"arm": "dot", ', "[]", "{}", "", "\udcff", "3"])
@@ -145,7 +145,7 @@ def test_tasks_that_were_not_scored_are_asked_for(results, tmp_path):
     path, said = place / "out" / "small" / "dot.0.json", []
     found = read_result(path)
     options = AlignmentConfig(**(SMALL.options | {"seed": 0}))
-    task = Task(next(arm for arm in part.arms() if arm.name == "dot"), 0, options, path, found["fingerprint"])
+    task = Task(next(arm for arm in part.arms() if arm.name == "dot"), 0, options, path, found["depends"])
     assert is_done(task, said.append)
     assert not is_done(task, said.append, 60)
     assert said == [f"{path} is without 60 documents of each task; it is made again"]
@@ -164,10 +164,17 @@ def test_other_options_are_made_again(results):
     changed = Part(SMALL, (0,), ablations=True, options={"router_lr": 1e-3})
     run_parts([changed], place / "out", place / "data", only=["dot", "dense"], say=said.append)
     assert [line for line in said if "made again" in line] == [
-        f"{place / 'out' / 'small' / 'dot.0.json'} is of other options, text or model; it is made again"
+        f"{place / 'out' / 'small' / 'dot.0.json'} was made with another router_lr; it is made again"
     ]
     assert times(place)["dense.0.json"] == before["dense.0.json"], "which trains nothing"
     run_parts([part], place / "out", place / "data", only=["dot"], say=lambda line: None)
+
+
+def test_an_option_newer_than_a_result_is_alike_at_its_default():
+    ours = {"seed": 0, "options": {"steps": 2, "hidden": 0.0}}
+    assert differing({"seed": 0, "options": {"steps": 2}}, ours) == []
+    assert differing({"seed": 0, "options": {"steps": 2}}, {"seed": 0, "options": {"steps": 2, "hidden": 1.0}}) == ["hidden"]
+    assert differing({"seed": 1, "options": {"steps": 3, "gone": 1}}, ours) == ["seed", "steps", "gone"]
 
 
 def test_an_arm_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
@@ -222,7 +229,7 @@ def test_results_of_another_model_are_left_out(results, tmp_path):
     for name in ("dense.0.json", "dot.0.json", "dot.1.json"):
         found = json.loads((place / "out" / "small" / name).read_text())
         if name == "dot.1.json":
-            found["marks"]["weights"] += 1
+            found["depends"]["weights"] += 1
         (tmp_path / "small" / name).write_text(json.dumps(found))
     said = []
     report(tmp_path, said.append)

@@ -65,7 +65,6 @@ def _options(base: AlignmentConfig) -> list[tuple[str, str, dict[str, Any]]]:
         ("unrolled", "the unrolled steps instead of the implicit gradient", {"backward": "unroll"}),
         ("sinkhorn-1", "one Sinkhorn step", {"num_iters": 1, "tol": 0.0}),
         ("sinkhorn-5", "5 Sinkhorn steps", {"num_iters": 5, "tol": 0.0}),
-        ("sinkhorn-200", "200 Sinkhorn steps", {"num_iters": 200, "tol": 0.0}),
         ("tolerance-0.1", "steps until every column is within a tenth of its capacity", {"tol": 0.1}),
         ("tolerance-1e-6", "200 steps or a tolerance of 1e-6", {"num_iters": 200, "tol": 1e-6}),
         ("tau-1", "temperature 1 throughout", {"tau_start": 1.0, "tau_end": 1.0}),

@@ -48,10 +48,14 @@ def longer(plan: Plan, base: AlignmentConfig) -> list[Method]:
     return [replace(dot, name="dot-long", kind="ablation", about=about, options={"steps": 8 * base.steps})]
 
 
-_REAL = ("dense", "dot", "activation", "shared-rate", "gate", "prune-magnitude", "prune-wanda", "prune-layers", "2to4-wanda")
+# what is named here and in no registry is left out
+_PRUNED = ("prune-magnitude", "prune-wanda", "prune-layers", "2to4-wanda")
+_RIVALS = ("random", "kmeans", "coactivation", "activation", "shared-rate", "shared-importance", "gate", "masks")
+_SEVEN = ("dense", "dot", "dot-shared", *_RIVALS, *_PRUNED)
+_REAL = ("dense", "dot", "dot-shared", "shared-rate", "shared-importance", "gate", *_PRUNED)
 PRESETS: dict[str, tuple[Part, ...]] = {
     "ci": (Part(CI, (0,), ablations=True),),
-    "cpu": (Part(DEMO, (0, 1, 2), ablations=True), Part(SEVEN, (0,), methods=_REAL)),
+    "cpu": (Part(DEMO, (0, 1, 2), ablations=True), Part(SEVEN, (0,), methods=_SEVEN)),
     "real": (Part(SMOLLM2, (0,), methods=_REAL),),
-    "gpu": (Part(SMOLLM2, (0, 1, 2), ablations=True, options={"steps": 2048, "batch_size": 16}),),
+    "gpu": (Part(replace(SMOLLM2, name="smollm2-gpu"), (0, 1, 2), ablations=True, options={"steps": 2048, "batch_size": 16}),),
 }

@@ -24,6 +24,7 @@ from .intervals import Estimate, draw_documents, estimate, mean_ratio, perplexit
 from .presets import PRESETS
 from .run import read_result
 
+_SHARED = ("weights", "train", "held", "topology")  # what makes results comparable
 _RIVALS = {"moe": "routed, same tokens", "pruned": "structured pruning"}
 
 
@@ -67,7 +68,7 @@ def rows_of(results: Sequence[dict[str, Any]], say: Callable[[str], None]) -> li
     tokens = np.asarray(dense["tokens"], dtype=float)
     rows: dict[str, Row] = {}
     for result in sorted(results, key=lambda r: (r["arm"], r["seed"])):
-        other = [name for name, mark in dense["marks"].items() if result["marks"].get(name) != mark]
+        other = [name for name in _SHARED if result["depends"].get(name) != dense["depends"].get(name)]
         if other or result["tokens"] != dense["tokens"]:
             say(f"left out: {result['arm']}, seed {result['seed']}: not of the dense result's {', '.join(other) or 'documents'}")
             continue

@@ -4,8 +4,8 @@
     <data>/models/<setting>-<hash>/             a dense model trained here
     <data>/runs/<fingerprint>/                  checkpoints of an arm under way
 
-A result bears the fingerprint of all it depends on: the dense model, the tokens, the documents, the method's options, the seed. One
-that is there with that fingerprint is not made again; one that cannot be read, or has another, is.
+A result says what it depends on: the dense model, the tokens, the documents, the method's options, the seed. One that is there and
+depends on the same is not made again; one that cannot be read, or was made with something else, is.
 """
 
 from __future__ import annotations
@@ -53,18 +53,27 @@ class Task(NamedTuple):
     seed: int
     options: AlignmentConfig
     path: Path
-    fingerprint: str
+    depends: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.depends, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def fingerprint(setting: Setting, arm: Method, options: AlignmentConfig, seed: int) -> str:
-    marks = {
-        "format": FORMAT,
-        **setting.marks(),
-        "arm": arm.name,
-        "options": dataclasses.asdict(options) if arm.trained else None,
-        "seed": seed,
-    }
-    return hashlib.sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()[:16]
+def depends_on(setting: Setting, arm: Method, options: AlignmentConfig, seed: int) -> dict[str, Any]:
+    """All that a result follows from, the code apart, as JSON gives it back."""
+    taken = dataclasses.asdict(options) if arm.trained else {}
+    taken.pop("checkpoint_every", None)
+    return json.loads(json.dumps({"format": FORMAT, **setting.marks(), "arm": arm.name, "seed": seed, "options": taken}))
+
+
+def differing(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """The names of what is not alike. An option that is newer than a result is alike where it has its default."""
+    names = [name for name in ours if name != "options" and theirs.get(name) != ours[name]]
+    old, new = theirs.get("options", {}), ours["options"]
+    defaults = dataclasses.asdict(AlignmentConfig())
+    names += [name for name in new if old.get(name, defaults[name]) != new[name]]
+    return names + [name for name in old if name not in new]
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -73,7 +82,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text())
-        lacking = {"fingerprint", "marks", "arm", "kind", "setting", "seed", "nll", "tokens", "perplexity"} - set(found)
+        lacking = {"depends", "arm", "kind", "setting", "seed", "nll", "tokens", "perplexity"} - set(found)
     except (ValueError, TypeError) as error:  # a UnicodeDecodeError is a ValueError
         raise ValueError(f"{path} cannot be read as a result: {error}") from None
     if lacking:
@@ -89,8 +98,9 @@ def is_done(task: Task, say: Callable[[str], None], documents: int = 0) -> bool:
     except ValueError as error:
         say(f"{error}; it is made again")
         return False
-    if found["fingerprint"] != task.fingerprint:
-        say(f"{task.path} is of other options, text or model; it is made again")
+    names = differing(found["depends"], task.depends)
+    if names:
+        say(f"{task.path} was made with another {', '.join(names)}; it is made again")
         return False
     if documents and found.get("tasks", {}).get("documents") != documents:
         say(f"{task.path} is without {documents} documents of each task; it is made again")
@@ -107,7 +117,7 @@ def tasks_of(part: Part, setting: Setting, out: Path, seeds: Sequence[int], only
                 continue
             options = AlignmentConfig(**(part.plan.options | part.options | arm.options | {"seed": seed}))
             path = out / part.plan.name / f"{arm.name}.{seed}.json"
-            found.append(Task(arm, seed, options, path, fingerprint(setting, arm, options, seed)))
+            found.append(Task(arm, seed, options, path, depends_on(setting, arm, options, seed)))
     return found
 
 
@@ -160,14 +170,12 @@ def run_arm(setting: Setting, task: Task, data: Path, *, documents: int = 0, pro
         "source": arm.source,
         "about": arm.about,
         "seed": task.seed,
-        "fingerprint": task.fingerprint,
-        "marks": setting.marks(),
+        "depends": task.depends,
         **measure(model, layers, made.zeroed, setting.held),
         "total_parameters": total,
         "trained_tokens": task.options.steps * task.options.batch_size * setting.train.shape[1] if arm.trained else 0,
         "curve": points,
         "seconds": {"start": built, "in all": trained},
-        "options": dataclasses.asdict(task.options) if arm.trained else None,
         "commit": commit(),
         "machine": describe(),
     }
