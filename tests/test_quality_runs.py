@@ -210,8 +210,8 @@ def test_the_report_has_every_arm_and_a_figure(results):
     text = report(place / "out", lambda line: None)
     for name in QUICK:
         assert f"\n| {name} | " in text
-    assert "below the best of routed, same tokens" in text
-    assert "below the best of structured pruning" in text
+    assert "lower than that of the best of routed, same tokens (" in text
+    assert "lower than that of the best of structured pruning (" in text
     found = json.loads((place / "out" / "report.json").read_text())[0]
     rows = {row["arm"]: row for row in found["rows"]}
     assert rows["dot"]["seeds"] == [0, 1]

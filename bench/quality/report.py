@@ -138,7 +138,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['active_parameters'] / row['total_parameters']:.1%}",
         f"{row['perplexity']:.2f}",
         spread,
-        "-" if row["kind"] == "dense" else _percent(row["excess"]),
+        "-" if row["kind"] == "dense" else str(row["excess"]),
         "-" if ratio is None else f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]",
         "-" if used is None else f"{used:.0%}",
         "-" if told is None else f"{told:.2f} of {row['most_information']:.2f}",
@@ -176,7 +176,8 @@ def _section(found: dict[str, Any]) -> str:
     changed = [row for row in found["rows"] if row["kind"] == "ablation"]
     parts = [f"## {found['setting']}: {found['documents']} held-out documents", _table(methods)]
     said = [
-        f"- {one['arm']}: excess {_percent(one['reduction'])} below the best of {_RIVALS[one['against']]} ({one['best']})"
+        f"- {one['arm']}: excess lower than that of the best of {_RIVALS[one['against']]} ({one['best']}) by "
+        f"{_percent(one['reduction'])}"
         for one in found["reductions"]
     ]
     parts += ["\n".join(said)] if said else []

@@ -82,6 +82,7 @@ class Setting:
         """What a result depends on besides its arm."""
         return {
             "setting": self.plan.name,
+            "dtype": str(self.dense.dtype).removeprefix("torch."),
             "weights": weights_checksum(self.dense.parameters()),
             "train": [list(self.train.shape), tokens_checksum(self.train)],
             "held": [list(self.held.tokens.shape), tokens_checksum(self.held.tokens), int(self.held.valid.sum())],
