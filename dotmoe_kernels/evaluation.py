@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,14 +145,14 @@ class RoutingCounts:
 def collect_load(model: nn.Module) -> Iterator[RoutingCounts]:
     """Inside, counts the slots of every expert and the active experts of every token; see ``RoutingCounts``, which it yields.
 
-    The layers are the modules whose child ``gate`` returns (logits [T, E], weights, indices [T, K]), as a converted model's do.
+    The layers are the modules whose child ``gate`` has ``num_experts`` and returns (logits, weights, indices [T, K]), as a
+    converted model's do.
     """
     counts, handles = RoutingCounts(), []
 
     def hook(name: str) -> Callable[..., None]:
-        def count(module: nn.Module, args: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            logits, _, indices = output
-            counts.add(name, indices, logits.shape[-1])
+        def count(module: Any, args: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            counts.add(name, output[2], module.num_experts)
 
         return count
 

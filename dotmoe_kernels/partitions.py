@@ -3,6 +3,8 @@
     random       a random permutation (LLaMA-MoE, arXiv 2406.16554)
     kmeans       balanced k-means on the neurons' gate and up weights (MoEfication, arXiv 2110.01786)
     activation   balanced k-means on when the neurons fire, router by least squares (in the manner of CMoE, arXiv 2502.04416)
+    shared       the neurons that matter to every token in experts that every token visits, the rest as in activation (in the
+                 manner of CMoE and LLaMA-MoE-v2, arXiv 2411.15708)
 
 A partition is (expert_of [F], router_weight [E, H]); random and kmeans have no router of their own and start from noise.
 """
@@ -18,7 +20,9 @@ from ._checks import require
 from .experts.activations import find_activation
 from .rounding import balanced_assignment
 
-PARTITIONS = ("random", "kmeans", "activation")
+PARTITIONS = ("random", "kmeans", "activation", "shared")
+CALIBRATED = ("activation", "shared")  # those that need inputs of the FFN
+_ALWAYS = 4.0  # logit of the experts that every token visits, where those of the others have variance 1
 
 
 class Partition(NamedTuple):
@@ -61,12 +65,16 @@ def balanced_kmeans(points: Tensor, num_clusters: int, generator: torch.Generato
     return best
 
 
+def _sizes(num_neurons: int, num_experts: int) -> list[int]:
+    """F / E neurons an expert, the first F % E one more."""
+    return [num_neurons // num_experts + (e < num_neurons % num_experts) for e in range(num_experts)]
+
+
 def random_partition(num_neurons: int, num_experts: int, hidden_size: int, generator: torch.Generator) -> Partition:
     """Every expert a random draw of F / E neurons."""
     order = torch.randperm(num_neurons, generator=generator)
     expert_of = torch.empty_like(order)
-    sizes = torch.tensor([num_neurons // num_experts + (e < num_neurons % num_experts) for e in range(num_experts)])
-    expert_of[order] = torch.repeat_interleave(sizes)
+    expert_of[order] = torch.repeat_interleave(torch.tensor(_sizes(num_neurons, num_experts)))
     return Partition(expert_of, noise_router(num_experts, hidden_size, generator))
 
 
@@ -89,6 +97,27 @@ def least_squares_router(x: Tensor, targets: Tensor, *, ridge: float = 1e-3) -> 
     return (weight / (x @ weight.T).std().clamp(min=1e-12)).float()
 
 
+def constant_direction(x: Tensor, *, ridge: float = 1e-3) -> Tensor:
+    """c [H] in float64 with x c as near to 1 for all inputs x [T, H] as a ridge of the size of ``least_squares_router``'s allows.
+
+    The inputs of a trained model's FFN share a large part: along c a router without a bias has one."""
+    x = x.double()
+    gram = x.T @ x
+    gram += torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (ridge * gram.diagonal().mean())
+    return torch.linalg.solve(gram, x.sum(0))
+
+
+def _contributions(x: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, activation: str) -> Tensor:
+    """|U_tf| |Wd_f| [T, F]: a neuron's part of the output's length for a token."""
+    hidden = find_activation(activation).forward(x @ gate_proj.T) * (x @ up_proj.T)
+    return hidden.abs().float() * down_proj.float().norm(dim=0)
+
+
+def _energy(size: Tensor, expert_of: Tensor, num_experts: int) -> Tensor:
+    """[T, E]: the squared contributions [T, F] summed by expert."""
+    return torch.zeros(len(size), num_experts, device=size.device).index_add_(1, expert_of, size.square())
+
+
 def activation_partition(
     x: Tensor,
     gate_proj: Tensor,
@@ -101,12 +130,47 @@ def activation_partition(
     """Balanced k-means on the neurons' contributions over calibration tokens; the router regresses each expert's share.
 
     A neuron's contribution to a token is |U_tf| |Wd_f|, its part of the output's length. x [T, H] are inputs of the FFN."""
-    hidden = find_activation(activation).forward(x @ gate_proj.T) * (x @ up_proj.T)  # [T, F]
-    size = hidden.abs().float() * down_proj.float().norm(dim=0)
+    size = _contributions(x, gate_proj, up_proj, down_proj, activation)
     points = torch.nn.functional.normalize(size.T, dim=1)  # [F, T]
     expert_of = balanced_kmeans(points, num_experts, generator)
-    energy = torch.zeros(len(x), num_experts, device=x.device).index_add_(1, expert_of, size.square())  # [T, E]
-    return Partition(expert_of, least_squares_router(x, energy.sqrt()))
+    return Partition(expert_of, least_squares_router(x, _energy(size, expert_of, num_experts).sqrt()))
+
+
+def shared_partition(
+    x: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    num_experts: int,
+    activation: str,
+    generator: torch.Generator,
+    *,
+    shared: int,
+) -> Partition:
+    """``activation_partition`` of all neurons but those of the largest mean square contribution, which fill the first ``shared``
+    experts; for these the router has a logit near 4 whatever the token, above the others' of variance 1.
+
+    Nothing marks an expert as shared: its row of the router is an ordinary one, and may be trained to choose.
+
+    Raises:
+        ValueError: ``shared`` outside [0, E - 1].
+    """
+    F, E = gate_proj.shape[0], num_experts
+    require(0 <= shared < E, "shared", shared, f"0 to E - 1 = {E - 1}")
+    size = _contributions(x, gate_proj, up_proj, down_proj, activation)
+    filled = torch.repeat_interleave(torch.tensor(_sizes(F, E)[:shared], dtype=torch.int64)).to(gate_proj.device)
+    first = len(filled)
+    order = size.square().mean(0).argsort(descending=True, stable=True)  # [F]
+    rest = order[first:].sort().values
+    expert_of = torch.empty_like(order)
+    expert_of[order[:first]] = filled
+    points = torch.nn.functional.normalize(size[:, rest].T, dim=1)
+    expert_of[rest] = shared + balanced_kmeans(points, E - shared, generator)
+    router = least_squares_router(x, _energy(size, expert_of, E).sqrt())  # [E, H]
+    constant = constant_direction(x).float()
+    noise = noise_router(shared, len(constant), generator).to(router.device)  # no two rows alike, which could never part
+    router[:shared] = _ALWAYS * constant + noise / x.float().norm(dim=1).mean().clamp(min=1e-12)
+    return Partition(expert_of, router)
 
 
 def start_affinity(

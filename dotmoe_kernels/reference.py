@@ -136,8 +136,18 @@ def _routing(logits: Tensor, q: Tensor, probs: Tensor, indices: Tensor, weights:
     return Routing(indices, weights, probs, load, balance, z)
 
 
-def route_top_k(router_logits: Tensor, top_k: int, *, weights: str = "unit", mask: Tensor | None = None) -> Routing:
-    """The K largest logits of each token, ties to the lower index. Unit weights: forward 1, backward softmax (eq. 3)."""
+def route_top_k(
+    router_logits: Tensor,
+    top_k: int,
+    *,
+    weights: str = "unit",
+    mask: Tensor | None = None,
+    num_zero_experts: int = 0,
+    zero_share: float = 2.0,
+) -> Routing:
+    """The K largest logits of each token, ties to the lower index. Unit weights: forward 1, backward softmax (eq. 3).
+
+    The last columns may be of zero experts: choosing one is an empty slot. The balance is then that of the two groups (ZEDA)."""
     q = torch.softmax(router_logits, -1)  # [T, E]
     indices = torch.sort(router_logits, dim=-1, descending=True, stable=True).indices[:, :top_k]
     chosen = q.gather(1, indices)  # [T, K]
@@ -146,7 +156,17 @@ def route_top_k(router_logits: Tensor, top_k: int, *, weights: str = "unit", mas
     elif weights == "renormalized":
         chosen = chosen / chosen.sum(-1, keepdim=True)
     valid = torch.ones_like(indices[:, 0], dtype=torch.bool) if mask is None else mask.bool()
-    return _routing(router_logits, q, q, indices, chosen, valid)
+    routing = _routing(router_logits, q, q, indices, chosen, valid)
+    if not num_zero_experts:
+        return routing
+    E, Z = router_logits.shape[-1] - num_zero_experts, zero_share * num_zero_experts
+    mean = torch.where(valid[:, None], q, 0).sum(0) / valid.sum().clamp(min=1)
+    of_experts, of_zeros = (routing.load[part].sum() * mean[part].sum() for part in (slice(E), slice(E, None)))
+    return routing._replace(
+        indices=routing.indices.clamp(max=E),
+        weights=torch.where(routing.indices < E, routing.weights, 0),
+        balance_loss=(E + Z) * (of_experts / E + of_zeros / Z),
+    )
 
 
 # --- soft_topk: p = LapSum(r, k) in (0, 1)^E with sum exactly k --------------------------------------------------------

@@ -211,8 +211,8 @@ def test_no_dense_config(saved):
 
 
 def test_newer_format(saved):
-    edit_config(saved, format_version=3)
-    with pytest.raises(ValueError, match=r"format_version is 3; allowed: at most 2.*upgrade"):
+    edit_config(saved, format_version=4)
+    with pytest.raises(ValueError, match=r"format_version is 4; allowed: at most 3.*upgrade"):
         dk.load(saved)
 
 

@@ -202,7 +202,9 @@ def test_convert_measures_on_text_it_does_not_train_on(capsys, here, tmp_path, m
         (("--method", "random"), "random", "random"),
         (("--method", "kmeans"), "kmeans", "kmeans"),
         (("--method", "activation"), "activation", "activation"),
+        (("--method", "shared", "--shared", "1"), "shared", "shared"),
         (("--init", "kmeans"), "dot", "kmeans"),
+        (("--init", "shared"), "dot", "shared"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -1119,7 +1121,7 @@ def test_the_demo_end_to_end(here, tmp_path, tiny_demo, monkeypatch, matplotlib)
     folder = tmp_path / "demo"
     report = run_demo(folder, data=[str(tmp_path / "text.txt")], quick=matplotlib, progress=False, say=said.append)
     text = "\n".join(said)
-    assert [row["method"] for row in report["rows"]] == ["dense", "dot", "random", "kmeans", "activation"]
+    assert [row["method"] for row in report["rows"]] == ["dense", "dot", "random", "kmeans", "activation", "shared"]
     dense, *rest = report["rows"]
     assert dense["retention"] == 1
     assert all(row["retention"] == pytest.approx(dense["perplexity"] / row["perplexity"]) for row in rest)
@@ -1136,7 +1138,7 @@ def test_the_demo_end_to_end(here, tmp_path, tiny_demo, monkeypatch, matplotlib)
     assert "the reloaded model writes:\n" + prose(1200)[:16] in text
     assert dk.load(folder / "dotmoe").config.num_experts_per_tok == 8
     assert AutoModelForCausalLM.from_pretrained(folder / "dense").num_parameters() == dense["total_parameters"]
-    for method in ("dot", "random", "kmeans", "activation"):
+    for method in ("dot", "random", "kmeans", "activation", "shared"):
         assert len((folder / "logs" / method / "log.jsonl").read_text().splitlines()) == 2
 
 

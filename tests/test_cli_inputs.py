@@ -409,6 +409,20 @@ def test_a_flag_of_dot_beside_another_method(capsys, here, tmp_path, flag, metho
     assert_one_line(status, err, "convert", "together with --method dot")
 
 
+@pytest.mark.parametrize("flags", [(), ("--init", "kmeans"), ("--method", "activation")], ids=" ".join)
+def test_shared_experts_of_another_start(capsys, here, tmp_path, flags):
+    status, _, err = call(capsys, *convert_arguments(here, tmp_path / "moe", "--shared", "1", *flags))
+    wanted = ": error: --shared is 1; allowed: together with --init shared or --method shared"
+    assert_one_line(status, err, "convert", wanted)
+
+
+@pytest.mark.parametrize(("shared", "allowed"), [("-1", "an integer of at least 0, or None"), ("9", "at most K = 2")])
+def test_a_number_of_shared_experts_out_of_range(capsys, here, tmp_path, shared, allowed):
+    arguments = convert_arguments(here, tmp_path / "moe", "--init", "shared", "--shared", shared, "--top-k", "2")
+    status, _, err = call(capsys, *arguments)
+    assert_one_line(status, err, "convert", f"--shared is {shared}; allowed: {allowed}")
+
+
 def test_the_same_flags_together(capsys, here, tmp_path):
     soft = [part for pair in SOFT.items() for part in pair]
     dot = [part for pair in DOT.items() for part in pair]

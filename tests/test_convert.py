@@ -67,7 +67,7 @@ def test_conversion_end_to_end(method):
         assert torch.equal(sparse.state_dict()[name], value), name
     assert sparse.config.assignment == {
         "method": method,
-        "init": "noise" if method == "dot" else method,
+        "init": "shared" if method == "dot" else method,
         "steps": 3,
         "seed": 0,
         "tokens": 3 * 2 * 12,
@@ -91,7 +91,7 @@ def test_the_seed_fixes_everything(method):
     assert not any(same(routers(first), routers(other)).values())
 
 
-@pytest.mark.parametrize("method", ["random", "kmeans", "activation"])
+@pytest.mark.parametrize("method", ["random", "kmeans", "activation", "shared"])
 def test_a_fixed_method_trains_its_router_alone(method):
     before, after = (convert(method=method, alignment=options(steps=steps)) for steps in (0, 5))
     assert all(same(assignment(before), assignment(after)).values())
@@ -105,15 +105,23 @@ def test_dot_changes_its_assignment():
     assert not any(same(routers(before), routers(after)).values())
 
 
-@pytest.mark.parametrize("init", ["kmeans", "activation"])
+@pytest.mark.parametrize("init", ["kmeans", "activation", "shared"])
 def test_dot_starts_from_a_partition(init):
     partition = convert(method=init, alignment=options(steps=0))
     begun = convert(alignment=options(steps=0, init=init))
     first = "model.layers.0.mlp"  # the layers draw from one generator: only the first sees the same numbers
     assert torch.equal(assignment(begun)[first], assignment(partition)[first])
     assert torch.equal(routers(begun)[first], routers(partition)[first])
-    assert not any(same(assignment(begun), assignment(convert(alignment=options(steps=0)))).values())
+    assert not any(same(assignment(begun), assignment(convert(alignment=options(steps=0, init="noise")))).values())
     assert begun.config.assignment["init"] == init
+
+
+def test_dot_starts_from_the_shared_partition_where_there_is_text():
+    found = [convert(alignment=options(steps=0, **init)) for init in ({}, {"init": "auto"}, {"init": "shared"})]
+    assert {model.config.assignment["init"] for model in found} == {"shared"}
+    assert all(all(same(routers(found[0]), routers(other)).values()) for other in found[1:])
+    with pytest.warns(UserWarning, match="the router is random"):
+        assert convert(data=None).config.assignment["init"] == "noise"
 
 
 def test_dot_from_a_partition_may_leave_it():
@@ -150,7 +158,8 @@ def test_rows_may_come_one_by_one():
 
 
 def test_training_lowers_the_loss():
-    before, after = (convert(alignment=options(steps=steps, affinity_lr=0.1, router_lr=0.02, batch_size=6)) for steps in (0, 40))
+    fields = {"affinity_lr": 0.1, "router_lr": 0.02, "batch_size": 6, "init": "noise"}
+    before, after = (convert(alignment=options(steps=steps, **fields)) for steps in (0, 40))
     dense = logits(dense_model(), DATA).log_softmax(-1)
 
     def kl(model):
@@ -298,7 +307,10 @@ def test_non_finite_attention_is_named_by_the_layer_it_enters():
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match=r"at step 1 in layer model\.layers\.1\.mlp "):
-        convert(model)
+        convert(model, alignment=options(init="noise"))
+    for init in ("auto", "activation"):
+        with pytest.raises(FloatingPointError, match=r"what enters layer model\.layers\.1\.mlp of the dense model is not finite"):
+            convert(model, alignment=options(init=init))
 
 
 @METHOD
@@ -400,9 +412,16 @@ def test_bad_data(data, message):
     rejected(message, data=data)
 
 
-@pytest.mark.parametrize("kwargs", [{"method": "activation"}, {"alignment": options(init="activation")}], ids=["method", "init"])
-def test_activation_without_data(kwargs):
-    rejected('data is None; allowed: token sequences to calibrate on, for "activation"', data=None, **kwargs)
+@pytest.mark.parametrize("kind", ["activation", "shared"])
+@pytest.mark.parametrize("where", ["method", "init"])
+def test_a_start_that_needs_data_without_data(kind, where):
+    kwargs = {"method": kind} if where == "method" else {"alignment": options(init=kind)}
+    rejected(f'data is None; allowed: token sequences to calibrate on, for "{kind}"', data=None, **kwargs)
+
+
+def test_as_many_shared_experts_as_a_token_has():
+    rejected(f"shared is {K + 1}; allowed: at most K = {K}", alignment=options(init="shared", shared=K + 1))
+    assert convert(alignment=options(init="shared", shared=K, steps=0)).config.assignment["init"] == "shared"
 
 
 def test_a_config_of_another_kind():

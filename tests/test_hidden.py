@@ -472,7 +472,7 @@ def test_the_bar_shows_the_use(capsys):
 
 
 def test_a_conversion_that_collapses_says_so(recwarn):
-    options = AlignmentConfig(steps=2, batch_size=4, checkpoint_every=0)
+    options = AlignmentConfig(steps=2, batch_size=4, checkpoint_every=0, init="noise")
     data = torch.randint(3, 256, (8, 64), generator=torch.Generator().manual_seed(1))
     message = r"2 of 2 layers leave experts without a token \(the most in model\.layers\.\d\.mlp, \d+ of 24\) in the last step of "
     with pytest.warns(UserWarning, match=message) as found:

@@ -13,10 +13,12 @@ from dotmoe_kernels.partitions import (
     Partition,
     activation_partition,
     balanced_kmeans,
+    constant_direction,
     kmeans_partition,
     least_squares_router,
     noise_router,
     random_partition,
+    shared_partition,
     start_affinity,
 )
 
@@ -58,10 +60,12 @@ def parts(kind, F, E, seed=0):
         return random_partition(F, E, H, draw)
     if kind == "kmeans":
         return kmeans_partition(*weights, E, draw)
+    if kind == "shared":
+        return shared_partition(x, *weights, down, E, "silu", draw, shared=E // 2)
     return activation_partition(x, *weights, down, E, "silu", draw)
 
 
-KINDS = pytest.mark.parametrize("kind", ["random", "kmeans", "activation"])
+KINDS = pytest.mark.parametrize("kind", ["random", "kmeans", "activation", "shared"])
 
 
 @KINDS
@@ -168,6 +172,59 @@ def test_the_activation_of_the_model_is_the_one_that_counts(activation):
     x, gate, up, down, group, _ = co_firing()
     shares = [agreement(activation_partition(x, gate, up, down, E, activation, generator(s)).expert_of, group, E) for s in range(4)]
     assert max(shares) > 0.9
+
+
+def with_a_constant(seed=0):
+    """As ``co_firing``, with one vector in every input, a third of it by size, and 16 neurons that matter to every token."""
+    x, gate, up, down, _, _ = co_firing(seed)
+    x[:, E:] += 0.2
+    important = torch.randperm(F, generator=generator(seed + 9))[: F // E]
+    gate[important, E:] += 4
+    down[:, important] *= 10
+    return x, gate, up, down, important
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_shared_expert_holds_what_matters_to_every_token_and_every_token_visits_it(seed):
+    x, gate, up, down, important = with_a_constant(seed)
+    partition = shared_partition(x, gate, up, down, E, "silu", generator(seed), shared=1)
+    assert set((partition.expert_of == 0).nonzero()[:, 0].tolist()) == set(important.tolist())
+    logits = x @ partition.router_weight.T
+    assert bool((logits.argmax(1) == 0).all())
+    assert float(logits[:, 0].mean()) == pytest.approx(4, rel=0.02)
+    assert float(logits[:, 0].std()) < 0.4
+    others = shared_partition(x, gate, up, down, E, "silu", generator(seed), shared=0)
+    assert len(set((x @ others.router_weight.T).argmax(1).tolist())) > 1
+
+
+def test_two_shared_experts_are_not_alike():
+    x, gate, up, down, _ = with_a_constant()
+    first, second = shared_partition(x, gate, up, down, E, "silu", generator(0), shared=2).router_weight[:2]
+    assert 1e-4 < float((x @ (first - second)).abs().max()) < 0.2
+
+
+def test_without_shared_experts_it_is_the_activation_partition():
+    x, gate, up, down, _ = with_a_constant()
+    sample = (x, gate, up, down, E, "silu")
+    ours, plain = shared_partition(*sample, generator(0), shared=0), activation_partition(*sample, generator(0))
+    assert torch.equal(ours.expert_of, plain.expert_of)
+    assert torch.equal(ours.router_weight, plain.router_weight)
+
+
+@pytest.mark.parametrize("shared", [-1, E])
+def test_more_shared_experts_than_there_are(shared):
+    x, gate, up, down, _ = with_a_constant()
+    with pytest.raises(ValueError, match=rf"shared is {shared}; allowed: 0 to E - 1 = 3"):
+        shared_partition(x, gate, up, down, E, "silu", generator(0), shared=shared)
+
+
+def test_the_constant_direction_makes_one_of_every_token():
+    """Inputs m + noise off m: x c = 1 exactly; without a common part there is no such direction."""
+    m = normal(H, seed=1)
+    noise = normal(T, H, seed=2)
+    x = m + noise - torch.outer(noise @ m, m) / m.dot(m)
+    torch.testing.assert_close(x @ constant_direction(x, ridge=1e-9), torch.ones(T, dtype=x.dtype), rtol=1e-5, atol=0)
+    assert float((noise @ constant_direction(noise)).mean()) < 0.5
 
 
 # --- routers --------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ OTHERS = {
 }
 
 
-def predict_all(name, stages, *, tuning=None, reconstruct_steps=100, learned=True, router="top_k", **changes):
+def predict_all(name, stages, *, tuning=None, reconstruct_steps=100, learned=True, router="top_k", teacher=None, **changes):
     recipe = load_recipe(name)
     dense = dense_config(None, recipe)
     return predict_run(
@@ -52,6 +52,7 @@ def predict_all(name, stages, *, tuning=None, reconstruct_steps=100, learned=Tru
         stages=stages,
         tuning=tuning,
         reconstruct_steps=reconstruct_steps,
+        teacher=teacher,
     )
 
 
@@ -292,7 +293,7 @@ def test_flops_of_the_fine_tuning_are_those_of_autograd(monkeypatch):
     with FlopCounterMode(display=False) as counter, finetuning._router_losses(model) as losses:
         ids = torch.randint(3, 64, (2, S))
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        (loss + sum(z + balance for z, balance in losses)).backward()
+        (loss + sum(terms["z"] + terms["balance"] for terms in losses)).backward()
     config = model.config
     report = predict_run(
         config.dense_config, config, AlignmentConfig(), sequence_length=S, stages=["finetune"], tuning=FinetuneConfig(steps=1)
@@ -327,6 +328,24 @@ def test_fine_tuning_by_hand():
     memory = lora["predicted_memory_gb"]
     assert memory["weights"] == round(2 * (n - routers) / 1e9, 3)
     assert memory["trained"] == round(16 * (routers + adapters) / 1e9, 3)
+
+
+def test_a_teacher_by_hand():
+    """SmolLM2-135M: a pass of the dense model more, and a copy of it where every weight trains; chunks instead of whole logits."""
+    L, H, F, V, S, q, v, N = 30, 576, 1536, 49152, 1024, 576, 192, 134_515_008
+    dense = 2 * (L * (2 * H * (q + v) + 3 * F * H) + H * V) + L * 2 * S * q
+    for rank, teacher, copies, head in ((0, "itself", 1, H), (8, "itself", 0, 0), (8, "another", 1, 0)):
+        tuning = FinetuneConfig(steps=10, batch_size=4, lora_rank=rank)
+        plain = predict_stage("smollm2-135m", "finetune", tuning=tuning)
+        taught = predict_stage("smollm2-135m", "finetune", tuning=tuning, teacher=teacher)
+        assert (taught["flops"] - plain["flops"]) / taught["tokens"] == pytest.approx(dense, rel=1e-9)
+        memory, before = taught["predicted_memory_gb"], plain["predicted_memory_gb"]
+        rows = max((1 << 28) // (4 * V), head // 4)
+        assert memory["teacher"] == round(copies * 2 * N / 1e9, 3)
+        assert memory["loss"] == round((12 * 4 * S * H + 16 * rows * V + 8 * V * head) / 1e9, 3)
+        assert {name: memory[name] for name in ("weights", "trained", "activations")} == {
+            name: before[name] for name in ("weights", "trained", "activations")
+        }
 
 
 def test_reconstruction_by_hand():
@@ -520,7 +539,10 @@ def test_dry_run_of_every_stage_takes_their_flags(capsys, monkeypatch):
     assert [(name, figures["steps"]) for name, figures in stages.items()] == [("reconstruct", 7), ("align", 3), ("finetune", 5)]
     assert stages["finetune"]["tokens"] == 5 * 2 * 1024
     tuning = FinetuneConfig(steps=5, batch_size=2, micro_batch_size=1, lora_rank=4)
-    assert stages["finetune"] == predict_stage("smollm2-135m", "finetune", tuning=tuning)
+    assert stages["finetune"] == predict_stage("smollm2-135m", "finetune", tuning=tuning, teacher="itself")
+    for given, teacher in ((("--no-teacher",), None), (("--teacher", "x"), "another")):
+        stages = json.loads(call(capsys, *arguments, *given, "--json")[1])["stages"]
+        assert stages["finetune"] == predict_stage("smollm2-135m", "finetune", tuning=tuning, teacher=teacher)
     status, out, err = call(capsys, *arguments)
     assert (status, err) == (0, "")
     assert out.count("predicted time: ") == 3

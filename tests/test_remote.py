@@ -13,10 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 
 import dotmoe_kernels as dk
 from dotmoe_kernels.conversion import DotMoeConfig, materialize
+from dotmoe_kernels.conversion.zero_experts import add_zero_experts
 from dotmoe_kernels.models.config import MODELING
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CASES = [(kind, dtype) for kind in ("llama", "qwen3", "gemma3_text", "phi3", "soft") for dtype in DTYPES]
+CASES = [(kind, dtype) for kind in ("llama", "qwen3", "gemma3_text", "phi3", "soft", "zeros") for dtype in DTYPES]
 NEW = 6
 
 # One process for all cases: what it prints is a JSON dictionary by case.
@@ -98,6 +99,10 @@ def load_alone(folders, tmp_path, mode="alone"):
 
 
 def converted(kind, dtype):
+    if kind == "zeros":
+        model = sparse_model(dtype=dtype)
+        add_zero_experts(model, 3)
+        return model
     if kind != "soft":
         return sparse_model(kind, dtype=dtype)
     model = dense_model(dtype=dtype)
@@ -147,7 +152,7 @@ def test_form_for_engines(found, kind, dtype, engine):
     assert served["compatible"]
     assert served["decoder"]
     assert served["plan"] == ["embed_tokens", "layers", "norm"]
-    fusible = engine == "vllm" and kind not in ("gemma3_text", "soft")
+    fusible = engine == "vllm" and kind not in ("gemma3_text", "soft", "zeros")
     assert served["dimensions"] == ([3, 3] if fusible else [])
 
 

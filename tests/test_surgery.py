@@ -48,7 +48,7 @@ BAD_CONFIGS = {
     "top_k_high": ({"top_k": 17}, r"top_k is 17; allowed"),
     "top_k_fraction": ({"top_k": 2.5}, r"top_k is 2.5; allowed: an integer"),
     "router": ({"router": "hard"}, r"router is 'hard'; allowed: top_k \| soft"),
-    "version": ({"format_version": 99}, r"format_version is 99; allowed: at most 2"),
+    "version": ({"format_version": 99}, r"format_version is 99; allowed: at most 3"),
     "divisor": ({"num_experts": 7, "dense_config": LlamaConfig(intermediate_size=64)}, r"num_experts is 7.*F = 64, such as 8"),
     "expert_size": (
         {"num_experts": 8, "moe_intermediate_size": 4, "dense_config": LlamaConfig(intermediate_size=64)},

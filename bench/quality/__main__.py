@@ -1,4 +1,4 @@
-"""`python -m bench.quality fetch | run | report`."""
+"""`python -m bench.quality fetch | tasks | run | report`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dotmoe_kernels._checks import require
 from dotmoe_kernels.conversion.sources import quieten
 
 from .fetch import DATA, fetch
+
+
+def _add_tasks(commands: Any) -> None:
+    tasks = commands.add_parser(
+        "tasks",
+        help="score a model on the paper's six tasks, which fetch has made",
+        description="Zero-shot, without network: accuracy, and the log-likelihood a character of the right answer, with intervals.",
+    )
+    tasks.add_argument("model", metavar="MODEL", help="a converted or a dense model folder")
+    tasks.add_argument("--documents", type=int, default=60, metavar="N", help="of each task; 0: all of them (default: %(default)s)")
+    tasks.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as saved)")
+    tasks.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="of fetch (default: %(default)s)")
+    tasks.add_argument("--json", type=Path, metavar="OUT", help="a file for all of it, by document too")
+
+
+def _tasks(args: argparse.Namespace) -> None:
+    from .tasks import run_tasks
+
+    require(args.documents == 0 or args.documents >= 2, "--documents", args.documents, "at least 2, or 0 for all")
+    run_tasks(args.model, args.data, documents=args.documents or None, dtype=args.dtype, out=args.json)
 
 
 def _add_run(commands: Any) -> None:
@@ -35,6 +56,9 @@ def _add_run(commands: Any) -> None:
 def _call(args: argparse.Namespace) -> None:
     if args.command == "fetch":
         fetch(args.output, wikitext=args.wikitext)
+        return
+    if args.command == "tasks":
+        _tasks(args)
         return
     from .report import report
     from .run import OUT, run
@@ -61,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     make.add_argument(
         "--wikitext", type=Path, metavar="DIR", help="a folder with wikitext2-valid.txt and wikitext2-test.txt, for the corpus"
     )
+    _add_tasks(commands)
     _add_run(commands)
     show = commands.add_parser("report", help="table and figure of the results there are")
     show.add_argument("--out", type=Path, metavar="DIR", help="(default: bench/results/quality)")

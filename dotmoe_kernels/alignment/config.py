@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .._checks import is_integer, is_number, plain_numbers, require
 
-INITS = ("noise", "kmeans", "activation")
+INITS = ("auto", "noise", "kmeans", "activation", "shared")
 SOFT_OPTIONS = ("router_temperature_start", "router_temperature_end", "threshold", "cap", "budget_lr")
 
 
@@ -33,7 +33,9 @@ class AlignmentConfig:
         hidden: weight of a fifth, the distillation of every block's output (see ``hidden``; paper: none). 0: not computed.
         centre: the routers do not see the direction of their FFN's mean input, which in a trained model is much of every input
             and sends all tokens to the same experts (paper: no). It is projected out of their weights, also of those exported.
-        init: what A and the router start from: "noise", or the partition "kmeans" or "activation".
+        init: what A and the router start from: "noise" (paper), or the partition "kmeans", "activation" or "shared". "auto":
+            "shared" where there is text to calibrate on, else "noise".
+        shared: of the start "shared": the experts that every token visits at first. None: half of K.
         init_std: standard deviation of the noise.
         init_strength: affinity of a neuron to its expert of the partition, in the units of tau.
         seed: of the noise and of the order of the data.
@@ -66,9 +68,10 @@ class AlignmentConfig:
     balance: float = 1e-2
     hidden: float = 0.0
     centre: bool = False
-    init: str = "noise"
+    init: str = "auto"
     init_std: float = 0.01
     init_strength: float = 0.5
+    shared: int | None = None
     seed: int = 0
     checkpoint_every: int = 100
 
@@ -80,6 +83,8 @@ class AlignmentConfig:
         for name in ("batch_size", "num_iters", "refresh_every"):
             value = getattr(self, name)
             require(is_integer(value) and value >= 1, name, value, "an integer of at least 1")
+        shared = self.shared
+        require(shared is None or (is_integer(shared) and shared >= 0), "shared", shared, "an integer of at least 0, or None")
         micro = self.micro_batch_size
         fits = micro is None or (is_integer(micro) and 1 <= micro <= self.batch_size)
         require(fits, "micro_batch_size", micro, f"1 to batch_size = {self.batch_size}")

@@ -13,8 +13,10 @@ from .convert import run_convert
 from .export import run_export
 from .folders import demo_folder
 from .inputs import DATA, find_device, find_tokenizer, named, reading, require_model_folder, require_seed, require_vocabulary
+from .parser import EVAL_LENGTH
 from .plan import run_plan
 from .report import run_report
+from .tasks import measure_tasks, require_tasks, task_lines
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -66,7 +68,7 @@ def _read_tokens(args: argparse.Namespace, model: Any) -> Any:
         tokens = load_tokens(
             args.data,
             tokenizer,
-            sequence_length=args.sequence_length,
+            sequence_length=EVAL_LENGTH if args.sequence_length is None else args.sequence_length,
             max_tokens=args.max_tokens,
             text_field=args.text_field,
         )
@@ -78,13 +80,28 @@ def _eval(args: argparse.Namespace) -> int:
     from ..models.inspect import is_converted, model_type
 
     require(args.batch_size >= 1, "--batch-size", args.batch_size, "at least 1")
-    require(args.sequence_length >= 2, "--sequence-length", args.sequence_length, "at least 2")
+    if args.data is None:
+        require(args.tasks is not None, "--data", "not given", "text to measure on, or --tasks")
+        for name in ("sequence_length", "max_tokens"):
+            require(getattr(args, name) is None, DATA[name], getattr(args, name), "together with --data")
+    length = EVAL_LENGTH if args.sequence_length is None else args.sequence_length
+    require(length >= 2, "--sequence-length", length, "at least 2")
+    if args.tasks is not None:
+        require_model_folder(args.model)
+    tasks = require_tasks(args)
     if model_type(args.model) is not None and not is_converted(args.model):
-        return _eval_dense(args)
-    return _eval_converted(args)
+        return _eval_dense(args, tasks)
+    return _eval_converted(args, tasks)
 
 
-def _eval_dense(args: argparse.Namespace) -> int:
+def _eval_tasks_alone(args: argparse.Namespace, kind: str, tasks: Any, model: Any) -> int:
+    report = {"model": args.model, "kind": kind, **measure_tasks(args, tasks, model)}
+    lines = [f"{args.model}: a {'dense' if kind == 'dense' else 'converted'} model", *task_lines(report)]
+    print(json.dumps(report, indent=2) if args.json else "\n".join(lines))
+    return 0
+
+
+def _eval_dense(args: argparse.Namespace, tasks: Any) -> int:
     """Of any dense causal LM, whether it could be converted or not."""
     require(args.path is None, "--path", args.path, "none: MODEL is dense, and has no experts")
     import torch
@@ -99,6 +116,8 @@ def _eval_dense(args: argparse.Namespace) -> int:
         model: Any = read_dense(args.model, getattr(torch, args.dtype) if args.dtype else "auto")
         refuse_sparse(model)
     model = model.to(device).eval()
+    if not args.data:
+        return _eval_tasks_alone(args, "dense", tasks, model)
     tokens = _read_tokens(args, model)
     value, total = perplexity(model, tokens, batch_size=args.batch_size), model.num_parameters()
     report = {
@@ -109,17 +128,18 @@ def _eval_dense(args: argparse.Namespace) -> int:
         "perplexity_dense": value,
         "total_parameters": total,
         "active_parameters": total,
+        **measure_tasks(args, tasks, model),
     }
     if args.json:
         print(json.dumps(report, indent=2))
         return 0
     print(f"{args.model} on {tokens.numel():,} tokens: a dense model")
     print(f"perplexity: {value:.3f}")
-    print(f"parameters: {total:,}, all of them active")
+    print("\n".join([f"parameters: {total:,}, all of them active", *task_lines(report)]))
     return 0
 
 
-def _eval_converted(args: argparse.Namespace) -> int:
+def _eval_converted(args: argparse.Namespace, tasks: Any) -> int:
     from ..conversion import all_experts, count_parameters, moe_blocks
     from ..evaluation import active_summary, collect_load, load_summary, perplexity, retention
 
@@ -127,6 +147,8 @@ def _eval_converted(args: argparse.Namespace) -> int:
     path = args.path or "auto"
     for block in moe_blocks(model).values():
         block.path = path
+    if not args.data:
+        return _eval_tasks_alone(args, "dotmoe", tasks, model)
     tokens = _read_tokens(args, model)
     with all_experts(model):
         dense = perplexity(model, tokens, batch_size=args.batch_size)
@@ -152,6 +174,7 @@ def _eval_converted(args: argparse.Namespace) -> int:
         "load": {name: {**load_summary(load), "share": load.tolist()} for name, load in loads.items()},
         "mutual_information": information,
         "active_experts": {name: {**active_summary(n), "tokens": n.tolist()} for name, n in counts.active.items()},
+        **measure_tasks(args, tasks, model),
     }
     if args.json:
         print(json.dumps(report, indent=2))
@@ -162,8 +185,11 @@ def _eval_converted(args: argparse.Namespace) -> int:
     else:
         print(f"perplexity: dense {dense:.3f}, sparse {sparse:.3f} ({report['retention']:.1%} retained)")
     print(f"parameters: {total:,}, active a token {active:,} ({active / total:.1%}) at {mean:.2f} experts a token")
+    if model.config.num_zero_experts:
+        empty = 1 - mean / model.config.num_experts_per_tok
+        print(f"zero experts: {empty:.1%} of the K {model.config.num_experts_per_tok} slots of a token are empty in the mean")
     print("load of the experts, in multiples of the even share, and I, the mutual information between token and expert in nats")
-    print(f"(0 = pruning; at most log(E / K), {math.log(max(len(next(iter(loads.values()))) / mean, 1)):.3f} here):")
+    print(f"(0 = pruning; at most log(E / K), {math.log(max(len(next(iter(loads.values()))) / max(mean, 1e-9), 1)):.3f} here):")
     print(f"  {'layer':<28}{'min':>8}{'median':>8}{'max':>8}{'unused':>8}{'I':>8}")
     for name, load in loads.items():
         s = load_summary(load)
@@ -175,6 +201,8 @@ def _eval_converted(args: argparse.Namespace) -> int:
         s = active_summary(tokens_by_count)
         bars = _bars(tokens_by_count.tolist()[int(s["min"]) : int(s["max"]) + 1])
         print(f"  {name:<28}{s['mean']:>8.2f}{s['min']:>8d}{s['median']:>8d}{s['max']:>8d}  {bars}")
+    for line in task_lines(report):
+        print(line)
     return 0
 
 

@@ -28,9 +28,9 @@ _BOTH = "reconstruct or align"
 _OF_STAGE = {  # flags that no other stage reads
     "reconstruct": ("reconstruct_steps",),
     "align": ("steps", "hidden", "budget_lr"),
-    "finetune": ("finetune_steps", "finetune_lr", "lora_rank"),
+    "finetune": ("finetune_steps", "finetune_lr", "lora_rank", "zero_experts", "teacher", "no_teacher"),
     _BOTH: (
-        *("method", "init", "centre", "affinity_lr", "router_lr", "tau_start", "tau_end", "refresh_every"),
+        *("method", "init", "shared", "centre", "affinity_lr", "router_lr", "tau_start", "tau_end", "refresh_every"),
         *("router_temperature_start", "router_temperature_end", "threshold", "cap"),
     ),
 }
@@ -91,8 +91,9 @@ def _dry_run(
             _refuse_topology(args)
             sparse = DotMoeConfig.from_pretrained(args.model)
             dense = sparse.dense_config
+            itself = bool(args.zero_experts) or not sparse.finetune_runs
         else:
-            dense = dense_config(args.model, recipe)
+            dense, itself = dense_config(args.model, recipe), True
             require(stages != ["finetune"], "--stage", *_ALONE)
             sparse = DotMoeConfig.for_dense(dense.get_text_config(), **topology)
         report = predict_run(
@@ -104,6 +105,7 @@ def _dry_run(
             learned=args.method == "dot",
             stages=stages,
             tuning=tuning,
+            teacher="another" if args.teacher else "itself" if itself and not args.no_teacher else None,
             **({} if args.reconstruct_steps is None else {"reconstruct_steps": args.reconstruct_steps}),
         )
     if args.json:
@@ -143,6 +145,9 @@ def _refuse_unread(args: argparse.Namespace, recipe: Recipe, router: str) -> Non
         if value is None and name == "init":
             value = recipe.alignment.get(name)
         require(value is None or args.method == "dot", name, value, "together with --method dot")
+    if args.shared is not None:
+        start = args.init or recipe.alignment.get("init", AlignmentConfig.init) if args.method == "dot" else args.method
+        require(start in ("auto", "shared"), "shared", args.shared, "together with --init shared or --method shared")
 
 
 def _finetune_options(args: argparse.Namespace, options: AlignmentConfig) -> FinetuneConfig:
@@ -150,8 +155,8 @@ def _finetune_options(args: argparse.Namespace, options: AlignmentConfig) -> Fin
 
     shared = ("batch_size", "micro_batch_size", "clip", "z", "balance", "seed", "checkpoint_every")
     fields = {name: getattr(options, name) for name in shared}
-    flags = {"steps": args.finetune_steps, "lr": args.finetune_lr, "lora_rank": args.lora_rank}
-    with named(steps="--finetune-steps", lr="--finetune-lr", lora_rank="--lora-rank"):
+    flags = {"steps": args.finetune_steps, "lr": args.finetune_lr, "lora_rank": args.lora_rank, "zero_experts": args.zero_experts}
+    with named(steps="--finetune-steps", lr="--finetune-lr", lora_rank="--lora-rank", zero_experts="--zero-experts"):
         return FinetuneConfig(**fields, **{name: value for name, value in flags.items() if value is not None})
 
 
@@ -192,6 +197,30 @@ def _load_converted(args: argparse.Namespace, device: str) -> Any:
     _refuse_topology(args)
     with reading(args.model):
         return load(args.model, dtype=getattr(torch, args.dtype) if args.dtype else None, device=device)
+
+
+def _check_teacher(args: argparse.Namespace, tokenizer: Any) -> None:
+    """What would be refused of --teacher once its weights are read, before anything is trained."""
+    from ..conversion.sources import read_tokenizer
+
+    if args.teacher is None:
+        return
+    with named(MODEL="--teacher"):
+        require_model_folder(args.teacher, gguf=True)
+    try:
+        theirs = read_tokenizer(args.teacher)
+    except ValueError:  # it has none; the vocabularies' sizes are compared in any case
+        return
+    same = theirs.get_vocab() == tokenizer.get_vocab()
+    require(same, "--teacher", f"{args.teacher}, of another tokenizer", "a model of the same tokens")
+
+
+def _teacher(args: argparse.Namespace, model: Any) -> Any:
+    """Of the fine-tuning: that of --teacher, else ``model`` while the dense model is in it, or before it gets zero experts."""
+    runs = [] if args.zero_experts else model.config.finetune_runs
+    if args.teacher is None and not args.no_teacher and runs:
+        print("teacher: none, since MODEL was fine-tuned before: its weights are no longer the dense model's; --teacher names one")
+    return None if args.no_teacher else args.teacher or (None if runs else model)
 
 
 def _read_data(args: argparse.Namespace, tokenizer: Any, vocabulary: int) -> tuple[Any, Any]:
@@ -268,6 +297,7 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
     text = model.config.get_text_config()
     config = None if started_sparse else DotMoeConfig.for_dense(text, **topology)
     tokenizer = find_tokenizer(args)
+    _check_teacher(args, tokenizer)
     train, held = _read_data(args, tokenizer, text.vocab_size)
     figures: dict[str, Any] = {"base_model": args.model, "data": " ".join(args.data), "held-out tokens": held.numel()}
     rerun: dict[str, Any] = {"resume": args.resume, "progress": not args.no_progress}
@@ -297,7 +327,9 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
             checks = self_check(model, dense_logits, held[:1])
             if not checks["passed"]:
                 return _failed(checks)
-        model, dense_logits = finetune(model, train, tuning, held_out=held, folder=run / "finetune", **rerun), None
+        with named(teacher="--teacher", zero_experts="--zero-experts"):
+            rerun |= {"teacher": _teacher(args, model), "held_out": held, "folder": run / "finetune"}
+            model, dense_logits = finetune(model, train, tuning, **rerun), None
     with collect_load(model) as counts:
         value = perplexity(model, held, batch_size=1)
     means, unused = counts.mean_active(), unused_experts(counts.slots)
@@ -334,5 +366,6 @@ def _stage_lines(config: DotMoeConfig) -> list[str]:
         lines += [f"  {name:<28}{before:>8.3f} -> {after:.3f}" for name, (before, after) in errors.items()]
     for n, figures in enumerate(config.finetune_runs, 1):
         pairs = [f"{key} {ends[0]:.3f} -> {ends[1]:.3f}" for key, ends in figures.items() if isinstance(ends, list)]
-        lines.append(f"finetune, run {n}: {', '.join(pairs)}")
+        taught = [f"teacher {figures['teacher']}"] if "teacher" in figures else []
+        lines.append(f"finetune, run {n}: {', '.join(pairs + taught)}")
     return lines

@@ -25,7 +25,8 @@ def _probe(path: Path, argument: str, given: str, *, file: bool = False, allowed
 
 def _read(args: argparse.Namespace) -> dict[str, str]:
     """What the command reads and where it runs, by what errors call it."""
-    named = {"MODEL": getattr(args, "model", None), "--tokenizer": getattr(args, "tokenizer", None)}
+    named = {"MODEL": getattr(args, "model", None)}
+    named |= {f"--{name}": getattr(args, name, None) for name in ("tokenizer", "teacher")}
     given = {argument: source for argument, source in named.items() if source}
     return given | {f"{source} of --data": source for source in args.data or ()} | {"the current folder": os.curdir}
 

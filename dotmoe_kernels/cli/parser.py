@@ -17,7 +17,7 @@ STAGES = ("reconstruct", "align", "finetune")
 _ARCHITECTURES = ("auto", "mixtral", "qwen2_moe", "qwen3_moe", "granite_moe", "glm4_moe", "dense")
 EXPORT_LENGTH = 256  # and of export
 SEQUENCE_LENGTH = 2048  # tokens a sequence of convert, where neither a flag nor a recipe says it
-REPORT_LENGTH = 1024
+EVAL_LENGTH = REPORT_LENGTH = 1024
 
 
 class _Parser(argparse.ArgumentParser):
@@ -103,7 +103,7 @@ def _add_alignment(convert: argparse.ArgumentParser) -> None:
     train = convert.add_argument_group("alignment")
     train.add_argument(
         "--method",
-        choices=("dot", "random", "kmeans", "activation"),
+        choices=("dot", "random", "kmeans", "activation", "shared"),
         help="what finds the expert of a neuron; all but dot keep their assignment and train the router (default: dot)",
     )
     train.add_argument("--init", choices=INITS, help=f'what "dot" starts from (default: {AlignmentConfig.init})')
@@ -117,6 +117,7 @@ def _add_alignment(convert: argparse.ArgumentParser) -> None:
         ("steps", int, "optimizer steps"),
         ("batch-size", int, "sequences a step"),
         ("micro-batch-size", int, "sequences a pass, whose gradients add up; the fewer, the less memory"),
+        ("shared", int, "of the start shared: experts that every token visits at first"),
         ("affinity-lr", float, "peak learning rate of A, the affinity of neurons to experts"),
         ("router-lr", float, "peak learning rate of the routers"),
         ("hidden", float, "weight of the distillation of every block's output, beside that of the logits; 0 is without"),
@@ -132,7 +133,7 @@ def _add_alignment(convert: argparse.ArgumentParser) -> None:
         ("checkpoint-every", int, "steps between checkpoints; 0 writes only the last"),
     ):
         default = getattr(AlignmentConfig, name.replace("-", "_"))
-        shown = "the batch size" if default is None else default
+        shown = {"micro_batch_size": "the batch size", "shared": "half of K"}.get(name.replace("-", "_"), default)
         train.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=f"{meaning} (default: {shown})")
 
 
@@ -143,11 +144,26 @@ def _add_stages(convert: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME",
         help="reconstruct (each FFN alone against its dense output, a cheap start), align (all together), finetune (weights, by "
-        "next-token loss); several times or a comma list; a converted MODEL takes finetune alone (default: align)",
+        "distillation or next-token loss); several times or a comma list; a converted MODEL takes finetune alone (default: align)",
     )
     stages.add_argument("--reconstruct-steps", type=int, metavar="N", help="of each layer (default: 100)")
     stages.add_argument("--finetune-steps", type=int, metavar="N", help="(default: 300)")
     stages.add_argument("--finetune-lr", type=float, metavar="X", help="peak learning rate (default: 0.0001)")
+    stages.add_argument(
+        "--zero-experts",
+        metavar="N",
+        type=int,
+        help="add N router rows to every layer whose choice is nothing, so that a token takes K experts at the most; the model as "
+        "it was before teaches",
+    )
+    teacher = stages.add_mutually_exclusive_group()
+    teacher.add_argument(
+        "--teacher",
+        metavar="DIR",
+        help="fine-tune towards the distribution of this model, a folder or a name (default: the dense model inside MODEL, unless "
+        "that was fine-tuned before)",
+    )
+    teacher.add_argument("--no-teacher", action="store_const", const=True, help="fine-tune by the next-token loss alone")
     stages.add_argument(
         "--lora-rank",
         type=int,
@@ -205,14 +221,25 @@ def _add_eval(commands: Any) -> None:
         commands,
         "eval",
         "Measure a converted model: perplexity dense and sparse, active parameters, load of the experts, active experts a token; "
-        "of a dense one the perplexity.",
+        "of a dense one the perplexity; of both the accuracy on tasks.",
         "dotmoe eval ./llama-moe --data held-out.txt\ndotmoe eval ./llama --data held-out.txt\n"
+        "dotmoe eval ./llama-moe --tasks paper\n"
+        "dotmoe eval ./llama --data held-out.txt --tasks arc_easy,my_task --include-path ./my-tasks --limit 200\n"
         "dotmoe eval ./llama-moe --data held-out.txt --path masked\n"
         "dotmoe eval ./llama-moe --data held-out.jsonl --sequence-length 1024 --json",
     )
     evaluate.add_argument("model", metavar="MODEL", help="a converted or a dense model folder")
-    _add_data(evaluate, required=True, sequence_length=1024)
+    _add_data(evaluate, required=False, sequence_length=EVAL_LENGTH)
     _add_tokenizer(evaluate)
+    evaluate.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="NAME",
+        help="paper (BoolQ, SciQ, PIQA, WinoGrande, ARC-Challenge, HellaSwag, zero-shot, and their mean), or tasks of "
+        "lm-evaluation-harness, also as a comma list; needs lm-eval, and network for their data",
+    )
+    evaluate.add_argument("--include-path", metavar="DIR", help="a folder with further tasks as YAML files")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="no more than so many documents of each task")
     evaluate.add_argument("--batch-size", type=int, default=4, help="sequences a pass (default: %(default)s)")
     evaluate.add_argument("--path", choices=_PATHS, help="how the experts run (default: auto)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")

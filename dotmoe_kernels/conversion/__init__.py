@@ -1,7 +1,8 @@
 """A dense model into a sparse one: transformers is imported once one of these names is touched.
 
 pipeline.py    convert: the FFNs found, aligned or partitioned, made sparse
-finetuning.py  the sparse model trained on text
+finetuning.py  the sparse model trained on text       teacher.py            whose distribution it then learns
+zero_experts.py  router rows whose choice is nothing
 checks.py      what every conversion checks of itself
 data.py        text -> packed token sequences         readers.py             kinds of files -> their documents
 recipes.py     topologies and options by name         dryrun.py, costs.py    what a run would take

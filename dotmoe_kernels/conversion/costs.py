@@ -51,9 +51,14 @@ finetune, of P' = P - 3 L F H + 3 L K s H parameters in products, in bytes:
                                                 2. The soft router 44 E, and its most experts for K. With adapters the same:
                                                 frozen weights need less, the adapters' inputs more [estimate]
     loss         12 T V                         log-probabilities and two gradients in float32: a CPU takes as much
+                 or 12 T H + 16 C V             with a teacher: both last hidden states and a gradient; four [C, V] of a chunk
+                    + 8 V H                     of a head that trains: its gradient, and once more while it is scaled
+    teacher      w N                            of what trains with every weight; nothing with adapters; another model counts as
+                                                large as the dense one. Its pass comes before the sparse one and keeps nothing
 
-and in flops a token 3 (2 P') + 3.5 a + 6 L E H; with adapters 2 (2 P') + 3.5 a + 6 L E H + 6 A. A step of AdamW moves 84 bytes a
-trained parameter: 21 reads and writes of float32 by the kernels of its multi-tensor form and of the clipping [estimate].
+and in flops a token 3 (2 P') + 3.5 a + 6 L E H; with adapters 2 (2 P') + 3.5 a + 6 L E H + 6 A; with a teacher 2 P + a
+more. A step of AdamW moves 84 bytes a trained parameter: 21 reads and writes of float32 by the kernels of its multi-tensor form and
+of the clipping [estimate].
 
 What is not in it: the context of the driver and the allocator's gaps; padding of the grouped products; what is measured before,
 between and after the stages. The backward pass of Sinkhorn, rounding and AdamW come when the activations are gone, and take less.
@@ -192,7 +197,14 @@ def reconstruct_cost(z: Sizes, options: AlignmentConfig, steps: int) -> Cost:
     return Cost(steps, sample, B, B, memory, float(flops), seconds)
 
 
-def finetune_cost(z: Sizes, options: FinetuneConfig, dtype: torch.dtype) -> Cost:
+def _taught_loss(z: Sizes, T: int, trains: bool) -> int:
+    """Bytes of the loss against a teacher."""
+    head = z.H if trains else 0
+    return 12 * T * z.H + 16 * min(chunk_rows(z.V, torch.device("cuda"), head), T) * z.V + 8 * z.V * head
+
+
+def finetune_cost(z: Sizes, options: FinetuneConfig, dtype: torch.dtype, teacher: str | None = None) -> Cost:
+    """``teacher``: "itself", the model with every expert on, or "another"."""
     T, half = (options.micro_batch_size or options.batch_size) * z.S, dtype == torch.bfloat16
     routers, adapters = z.L * z.E * z.H, options.lora_rank * z.adapters
     trained = routers + adapters if options.lora_rank else z.n
@@ -208,8 +220,12 @@ def finetune_cost(z: Sizes, options: FinetuneConfig, dtype: torch.dtype) -> Cost
     else:
         weights, moments = 4 * z.n + (2 * z.P if half else 0), 12 * z.n
     memory: dict[str, float] = {"weights": weights, "trained": moments, "activations": T * z.L * kept, "loss": 12 * T * z.V}
+    if teacher is not None:
+        memory["loss"] = _taught_loss(z, T, not options.lora_rank)
+        memory["teacher"] = 0 if options.lora_rank and teacher == "itself" else z.w * z.N
     active = z.P - 3 * z.L * z.F * z.H + 3 * z.L * z.K * (z.F // z.E) * z.H
     a_token = (4 if options.lora_rank else 6) * active + 3.5 * z.attention + 6 * routers + 6 * adapters
+    a_token += 0 if teacher is None else 2 * z.P + z.attention
     a_step = options.batch_size * z.S
     tokens = options.steps * a_step
     seconds = tokens * a_token / (SHARE * H200_BF16) + options.steps * _ADAM_BYTES * trained / H200_BANDWIDTH

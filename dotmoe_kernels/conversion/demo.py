@@ -136,7 +136,7 @@ def _write_figure(
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     bars, curves = figure.subplots(1, 2)
-    colours = {"dense": "0.55", "dot": "C3", "random": "C0", "kmeans": "C1", "activation": "C2"}
+    colours = {"dense": "0.55", "dot": "C3", "random": "C0", "kmeans": "C1", "activation": "C2", "shared": "C4"}
     shown = sorted(rows, key=lambda row: row["perplexity"])
     names = [row["method"] for row in shown]
     values = [row["perplexity"] for row in shown]

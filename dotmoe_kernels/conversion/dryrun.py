@@ -104,6 +104,7 @@ def predict_run(
     stages: Sequence[str] = ("align",),
     reconstruct_steps: int = 100,
     tuning: FinetuneConfig | None = None,
+    teacher: str | None = None,
 ) -> dict[str, Any]:
     """The figures of ``costs``.
 
@@ -117,6 +118,7 @@ def predict_run(
         stages: those of the run, of reconstruct, align and finetune.
         reconstruct_steps: of each layer.
         tuning: options of the stage finetune. None: FinetuneConfig().
+        teacher: of that stage: "itself", the model with every expert on, or "another". None: the text alone.
 
     Returns:
         topology, parameters; ``stages``: of each its steps, tokens, predicted memory in GB by part, flops and predicted seconds;
@@ -135,7 +137,7 @@ def predict_run(
         elif stage == "align":
             costs[stage] = align_cost(z, options)
         else:
-            costs[stage] = finetune_cost(z, tuning or FinetuneConfig(), kind)
+            costs[stage] = finetune_cost(z, tuning or FinetuneConfig(), kind, teacher)
     rests_on = f"one H200 at {SHARE:.0%} [estimate] of {H200_BF16 / 1e12:.0f} TFLOP/s in bfloat16; nobody measured it"
     if kind == torch.float32 or (kind == torch.float16 and "finetune" in costs):
         rests_on += "; products in float32, which this run has, are slower"

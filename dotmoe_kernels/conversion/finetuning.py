@@ -1,4 +1,5 @@
-"""Fine-tuning of a converted model: next-token cross-entropy and the routers' two losses, in a plain loop that can be resumed.
+"""Fine-tuning of a converted model: next-token cross-entropy, or the distribution of a teacher (``teacher``), and the routers' two
+losses, in a plain loop that can be resumed.
 
 All weights train, or with ``lora_rank`` adapters on the attention's projections (by peft) and the routers.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from .._checks import is_integer, is_number, plain_numbers, require, require_range
 from ..alignment.checkpoints import (
@@ -36,6 +38,10 @@ from ..models.folder import check_state
 from ..models.modeling import DotMoeForCausalLM
 from ..routing import route_soft, route_top_k
 from .data import as_tokens
+from .teacher import Teacher, teaching
+from .zero_experts import add_zero_experts
+
+_TAUGHT = {"kl": 1.0, "ce": 0.0}  # weights where there is a teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +55,15 @@ class FinetuneConfig:
         lr: peak learning rate of AdamW.
         weight_decay, clip: of AdamW (matrices alone decay), and the largest gradient norm.
         warmup: share of the steps over which the learning rate rises; then it falls as a cosine to zero.
-        z, balance: weights of the routers' losses, beside 1 for the cross-entropy.
+        z, balance: weights of the routers' losses.
+        kl, ce: weights of KL(teacher || sparse) and of the cross-entropy, with a teacher alone (None: 1 and 0); without one the
+            cross-entropy counts 1.
         lora_rank: rank of the adapters on the attention's projections; 0 trains every weight.
         lora_alpha: their scale, times 1 / rank; None: twice the rank.
-        seed: of the order of the data, of the adapters and of dropout.
+        zero_experts: N to add to every layer (``zero_experts``), whose choice is an empty slot; 0 adds none.
+        zero_share, zero_balance: w and the weight of the balance of zero experts against the others, for a model that has some; it
+            takes the place of ``balance``.
+        seed: of the order of the data, of the adapters, of the zero experts and of dropout.
         checkpoint_every: steps between checkpoints; 0 writes only the last.
     """
 
@@ -65,39 +76,61 @@ class FinetuneConfig:
     warmup: float = 0.05
     z: float = 1e-3
     balance: float = 1e-2
+    kl: float | None = None
+    ce: float | None = None
     lora_rank: int = 0
     lora_alpha: float | None = None
+    zero_experts: int = 0
+    zero_share: float = 2.0
+    zero_balance: float = 0.1
     seed: int = 0
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
         plain_numbers(self)
-        for name in ("steps", "checkpoint_every", "lora_rank"):
+        for name in ("steps", "checkpoint_every", "lora_rank", "zero_experts"):
             value = getattr(self, name)
             require(is_integer(value) and value >= 0, name, value, "an integer of at least 0")
         require(is_integer(self.batch_size) and self.batch_size >= 1, "batch_size", self.batch_size, "an integer of at least 1")
         micro = self.micro_batch_size
         fits = micro is None or (is_integer(micro) and 1 <= micro <= self.batch_size)
         require(fits, "micro_batch_size", micro, f"1 to batch_size = {self.batch_size}")
-        for name in ("lr", "clip"):
+        for name in ("lr", "clip", "zero_share"):
             value = getattr(self, name)
             require(is_number(value) and 0 < value < math.inf, name, value, "a positive number")
-        for name in ("weight_decay", "z", "balance"):
+        for name in ("weight_decay", "z", "balance", "kl", "ce", "zero_balance"):
             value = getattr(self, name)
-            require(is_number(value) and 0 <= value < math.inf, name, value, "a number of at least 0")
+            fits = (value is None and name in _TAUGHT) or (is_number(value) and 0 <= value < math.inf)
+            require(fits, name, value, "a number of at least 0")
         require(is_number(self.warmup) and 0 <= self.warmup <= 1, "warmup", self.warmup, "a share from 0 to 1")
         alpha = self.lora_alpha
         require(alpha is None or (is_number(alpha) and 0 < alpha < math.inf), "lora_alpha", alpha, "a positive number, or None")
 
 
+def _with_weights(options: FinetuneConfig, taught: bool) -> FinetuneConfig:
+    """``options`` with the weights of the teacher's terms, if there is one."""
+    given = {name: getattr(options, name) for name in _TAUGHT}
+    if not taught:
+        for name, value in given.items():
+            require(value is None, name, value, "together with a teacher")
+        return options
+    given = {name: _TAUGHT[name] if value is None else value for name, value in given.items()}
+    require(any(given.values()), "kl", given["kl"], f"a positive number where ce is {given['ce']}")
+    return dataclasses.replace(options, **given)
+
+
 @contextmanager
-def _router_losses(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Inside, every pass appends (z, balance) of each router to the list."""
-    found: list[tuple[Tensor, Tensor]] = []
+def _router_losses(model: nn.Module, zero_share: float = 2.0) -> Iterator[list[dict[str, Tensor]]]:
+    """Inside, every pass appends z and balance of each router to the list, and the share of its slots that zero experts got."""
+    found: list[dict[str, Tensor]] = []
 
     def hook(gate: DotMoeRouter, args: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        routing = route_top_k(output[0], gate.top_k) if gate.soft is None else route_soft(output[0], gate.soft)
-        found.append((routing.z_loss, routing.balance_loss))
+        if gate.soft is None:
+            routing = route_top_k(output[0], gate.top_k, num_zero_experts=gate.num_zero_experts, zero_share=zero_share)
+        else:
+            routing = route_soft(output[0], gate.soft)
+        terms = {"z": routing.z_loss, "balance": routing.balance_loss}
+        found.append(terms | ({"zero": routing.load[gate.num_experts :].sum()} if gate.num_zero_experts else {}))
 
     handles = [block.gate.register_forward_hook(hook) for block in moe_blocks(model).values()]
     try:
@@ -172,13 +205,15 @@ def finetune(
     data: Tensor | Iterable[Tensor],
     config: FinetuneConfig | None = None,
     *,
+    teacher: PreTrainedModel | str | Path | None = None,
     held_out: Tensor | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
     progress: bool = False,
     on_step: Callable[[int], None] | None = None,
 ) -> DotMoeForCausalLM:
-    """Train a converted model on text: CE(next token) + z mean(logsumexp(Z)^2) + balance E <load, mean Q>.
+    """Train a converted model on text: CE(next token) + z mean(logsumexp(Z)^2) + balance E <load, mean Q>; with a teacher
+    kl KL(teacher || sparse) + ce CE(next token) in the place of the first.
 
     Args:
         model: as ``convert`` or ``load`` gives it, on any device; trained in place (after an error, load it again). Parameters that
@@ -186,6 +221,10 @@ def finetune(
             bfloat16. Gradient checkpointing works, once the model has it enabled.
         data: [N, S] int64 packed token sequences, or an iterable of [S].
         config: the options. None: FinetuneConfig().
+        teacher: a causal LM of the same vocabulary, whose distribution is learned: ``model`` itself with every expert on, which is
+            the dense model that it was made from, or while zero experts are added as it was before (with adapters no second copy,
+            else one of what trains); another one, as it is; or its folder or name, read in the dtype of ``model``. None: the text
+            alone.
         held_out: [M, S] token sequences to measure the perplexity on, before and after.
         folder: where checkpoints (``checkpoints/``) and the log (``log.jsonl``, a line a step) go. None: nowhere.
         resume: continue from the newest checkpoint in ``folder``, bit for bit on CPU.
@@ -194,17 +233,18 @@ def finetune(
 
     Returns:
         The model, in eval mode, with the figures after those of earlier runs in ``config.stages["finetune"]``. With every expert
-        on it is no longer the dense model it was made from. Without a step nothing changes.
+        on it is no longer the dense model it was made from. Without a step nothing trains.
 
     Raises:
         ValueError: another kind of model, data of a wrong shape or with token ids outside the vocabulary, a checkpoint of another
-            run, ``lora_rank`` without peft.
+            run, ``lora_rank`` without peft; a teacher of another vocabulary or on another device, or that cannot be read; ``kl`` or
+            ``ce`` without one.
         FloatingPointError: a non-finite loss or gradient; names the step and the last good checkpoint.
     """
     require(isinstance(model, DotMoeForCausalLM), "model", f"a {type(model).__name__}", "a DotMoeForCausalLM")
     with torch.device("meta"):
         check_state(model, DotMoeForCausalLM(copy.deepcopy(model.config)))  # or what is saved afterwards cannot be read back
-    options = FinetuneConfig() if config is None else config
+    options = _with_weights(FinetuneConfig() if config is None else config, teacher is not None)
     tokens = as_tokens(data)
     vocabulary = model.config.get_text_config().vocab_size
     require_range(tokens, "data", 0, vocabulary - 1)
@@ -216,27 +256,30 @@ def finetune(
         held_out = as_tokens(held_out, "held_out")
         require_range(held_out, "held_out", 0, vocabulary - 1)
         before = perplexity(model.eval(), held_out, batch_size=1)
-    marks = {
-        **dataclasses.asdict(options),
-        "data": list(tokens.shape),
-        "weights": weights_checksum(model.parameters()),
-        "tokens": tokens_checksum(tokens),
-    }
     log_path = None if folder is None else Path(folder) / "log.jsonl"
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
-    with _adapters(model, options):
-        trained = [p for p in model.parameters() if p.requires_grad]
-        require(bool(trained), "model", "without a parameter that requires a gradient", "at least one")
-        # float16 would need its loss scaled: all of it is float32 instead
-        wide = trained + [p for p in model.parameters() if p.dtype == torch.float16 and not p.requires_grad]
-        with _in_float32(wide):
-            log = _train(model.train(), trained, tokens, options, marks, log_path, half, resume, progress, on_step)
+    weights = {"kl": options.kl or 0.0, "ce": options.ce or 0.0}
+    taught: dict[str, Any] = {**weights, "adapters": bool(options.lora_rank), "half": half, "static": bool(options.zero_experts)}
+    with teaching(teacher, model, tokens, **taught) as guide:
+        if options.zero_experts:
+            add_zero_experts(model, options.zero_experts, seed=options.seed)
+        marks = _marks(model, guide, tokens, options)
+        if guide is not None:
+            figures["teacher"] = guide.name
+        with _adapters(model, options):
+            trained = [p for p in model.parameters() if p.requires_grad]
+            require(bool(trained), "model", "without a parameter that requires a gradient", "at least one")
+            # float16 would need its loss scaled: all of it is float32 instead
+            wide = trained + [p for p in model.parameters() if p.dtype == torch.float16 and not p.requires_grad]
+            with _in_float32(wide):
+                log = _train(model.train(), guide, trained, tokens, options, marks, log_path, half, resume, progress, on_step)
     model.eval()
     if not options.steps:
         return model
     entries = log if log_path is None else read_log(log_path)
     if len(entries) == options.steps:  # otherwise the log was removed before the run was resumed, and the beginning with it
         figures["loss"] = ends([entry["ce"] for entry in entries])
+        figures |= {name: ends([entry[name] for entry in entries]) for name in ("kl", "zero") if name in entries[0]}
     if held_out is not None:
         figures["perplexity"] = [before, perplexity(model, held_out, batch_size=1)]
     runs = model.config.finetune_runs
@@ -246,8 +289,29 @@ def finetune(
     return model
 
 
+def _marks(model: DotMoeForCausalLM, teacher: Teacher | None, tokens: Tensor, options: FinetuneConfig) -> dict[str, Any]:
+    """What must agree with a run that is resumed; without zero experts that of the time before there were any."""
+    zeros = model.config.num_zero_experts
+    return {
+        **{name: value for name, value in dataclasses.asdict(options).items() if zeros or not name.startswith("zero_")},
+        "data": list(tokens.shape),
+        "weights": weights_checksum(model.parameters()),
+        "tokens": tokens_checksum(tokens),
+        "teacher": None if teacher is None else weights_checksum(teacher.model.parameters()),
+    }
+
+
+def _text_loss(model: DotMoeForCausalLM, teacher: Teacher | None, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted terms that come of the text [B, N], and each by name."""
+    if teacher is not None:
+        return teacher.losses(model, tokens)
+    ce = model(input_ids=tokens, labels=tokens, use_cache=False).loss.float()
+    return ce, {"ce": ce}
+
+
 def _train(
     model: DotMoeForCausalLM,
+    teacher: Teacher | None,
     trained: list[nn.Parameter],
     data: Tensor,
     config: FinetuneConfig,
@@ -283,7 +347,8 @@ def _train(
     begin, log = time.monotonic(), []
     bar = tqdm(total=config.steps, initial=first, desc="finetune", disable=not progress, dynamic_ncols=True)
     devices = [device] if device.type == "cuda" else []
-    with bar, _router_losses(model) as routers, torch.random.fork_rng(devices):
+    balanced = config.zero_balance if model.config.num_zero_experts else config.balance
+    with bar, _router_losses(model, config.zero_share) as routers, torch.random.fork_rng(devices):
         for step in range(first, config.steps):
             torch.manual_seed(config.seed * 1_000_003 + step)  # of dropout, where the model has it
             share = learning_rate(step, config.steps, config.warmup)
@@ -291,21 +356,22 @@ def _train(
                 group["lr"] = share * config.lr
             optimizer.zero_grad(set_to_none=True)
             batch = shuffled_rows(data, step, config.batch_size, config.seed).to(device)
-            sums = torch.zeros(4, device=device)
+            sums: dict[str, Tensor] = {}
             for micro in batch.split(config.micro_batch_size or config.batch_size):
                 routers.clear()
                 with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                    ce = model(input_ids=micro, labels=micro, use_cache=False).loss.float()
-                z, balance = (torch.stack(terms).mean() for terms in zip(*routers, strict=True))
-                total, weight = ce + config.z * z + config.balance * balance, len(micro) / len(batch)
+                    text, terms = _text_loss(model, teacher, micro)
+                terms |= {name: torch.stack([losses[name] for losses in routers]).mean() for name in routers[0]}
+                total, weight = text + config.z * terms["z"] + balanced * terms["balance"], len(micro) / len(batch)
                 (total * weight).backward()
-                sums += torch.stack([term.detach().float() for term in (total, ce, z, balance)]) * weight
+                for name, term in {"loss": total, **terms}.items():
+                    sums[name] = sums.get(name, torch.zeros((), device=device)) + term.detach().float() * weight
             norm = nn.utils.clip_grad_norm_(trained, config.clip)
-            values = dict(zip(("loss", "ce", "z", "balance", "grad_norm"), [*sums.tolist(), float(norm)], strict=True))
+            values = dict(zip(sums, torch.stack([*sums.values()]).tolist(), strict=True)) | {"grad_norm": float(norm)}
             if not all(map(math.isfinite, values.values())):
-                terms = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+                shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
                 raise FloatingPointError(
-                    f"non-finite loss or gradient at step {step + 1} of the fine-tuning ({terms}); "
+                    f"non-finite loss or gradient at step {step + 1} of the fine-tuning ({shown}); "
                     f"last good checkpoint: {last_good}"
                 )
             optimizer.step()
@@ -318,7 +384,7 @@ def _train(
                 if done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
                     state = {"step": done, "fingerprint": marks, "parameters": [p.detach() for p in trained]}
                     last_good = str(save_checkpoint(checkpoints, done, {**state, "optimizer": optimizer.state_dict()}))
-            bar.set_postfix(loss=f"{values['loss']:.3f}", ce=f"{values['ce']:.3f}", refresh=False)
+            bar.set_postfix({name: f"{values[name]:.3f}" for name in ("loss", "kl", "ce") if name in values}, refresh=False)
             bar.update()
             if on_step is not None:
                 on_step(done)

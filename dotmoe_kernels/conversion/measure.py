@@ -117,9 +117,9 @@ def measure(model: Any, tokens: Tensor, *, batch_size: int = 4) -> Measured:
     if model.config.router == "top_k":
         for k in _numbers_of_experts(E, K):
             if k != K:
-                with _top_k(model, k):
+                with _top_k(model, k), collect_load(model) as seen:
                     value = perplexity(model, tokens, batch_size=batch_size)
-                points.append(Point(f"K {k}", count_parameters(model, dict.fromkeys(pairs, float(k)))[1], value))
+                points.append(Point(f"K {k}", count_parameters(model, seen.mean_active())[1], value))
     else:
         points = [Point("soft router", active, own)]
     with all_experts(model):

@@ -29,12 +29,14 @@ from ..models.config import DotMoeConfig
 from ..models.modeling import DotMoeForCausalLM, check_return, materialize
 from ..models.surgery import DenseFFN, find_ffns, swap_ffn
 from ..partitions import (
+    CALIBRATED,
     PARTITIONS,
     Partition,
     activation_partition,
     kmeans_partition,
     noise_router,
     random_partition,
+    shared_partition,
     start_affinity,
 )
 from .data import as_tokens
@@ -66,16 +68,26 @@ def _soft_options(options: AlignmentConfig, config: DotMoeConfig) -> AlignmentCo
     return dataclasses.replace(options, **{name: value for name, value in fields.items() if value is not None})
 
 
-def _partition(kind: str, ffn: DenseFFN, inputs: Tensor | None, num_experts: int, generator: torch.Generator) -> Partition | None:
+def find_start(options: AlignmentConfig, calibrated: bool) -> AlignmentConfig:
+    """``options`` with the start that "auto" means, with text to calibrate on or without."""
+    if options.init != "auto":
+        return options
+    return dataclasses.replace(options, init="shared" if calibrated else "noise")
+
+
+def _partition(
+    kind: str, ffn: DenseFFN, inputs: Tensor | None, num_experts: int, shared: int, generator: torch.Generator
+) -> Partition | None:
     F, H = ffn.gate_proj.shape
     gate, up, down = (w.detach() for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
     if kind == "random":
         return random_partition(F, num_experts, H, generator)
     if kind == "kmeans":
         return kmeans_partition(gate, up, num_experts, generator)
-    if kind == "activation":
+    if kind in CALIBRATED:
         assert inputs is not None
-        return activation_partition(inputs, gate, up, down, num_experts, ffn.activation, generator)
+        sample = (inputs, gate, up, down, num_experts, ffn.activation, generator)
+        return activation_partition(*sample) if kind == "activation" else shared_partition(*sample, shared=shared)
     return None
 
 
@@ -98,6 +110,8 @@ def _build_layers(
 ) -> dict[str, AlignmentFFN]:
     """Every FFN of ``model`` swapped for an AlignmentFFN that starts as ``method`` and ``options.init`` say."""
     E, K = config.num_experts, config.num_experts_per_tok
+    shared = K // 2 if options.shared is None else options.shared
+    require(shared <= min(K, E - 1), "shared", shared, f"at most K = {K}" + (f" and E - 1 = {E - 1}" if K == E else ""))
     kind = options.init if method == "dot" else method
     generator = torch.Generator().manual_seed(options.seed) if generator is None else generator
     layers = {}
@@ -108,13 +122,16 @@ def _build_layers(
         layers[name] = layer
         swap_ffn(model, name, layer)
     inputs: dict[str, Tensor] = {}
-    if kind == "activation":
+    if kind in CALIBRATED:
         assert data is not None
         rows = -(-_CALIBRATION_TOKENS // data.shape[1])
         inputs = collect_inputs(model, layers, data[:rows].to(model.device))
+        broken = next((name for name, x in inputs.items() if not bool(torch.isfinite(x).all())), None)
+        if broken is not None:
+            raise FloatingPointError(f"what enters layer {broken} of the dense model is not finite")
     for name, ffn in ffns.items():
         layer, (F, H) = layers[name], ffn.gate_proj.shape
-        partition = _partition(kind, ffn, inputs.pop(name, None), E, generator)
+        partition = _partition(kind, ffn, inputs.pop(name, None), E, shared, generator)
         router = noise_router(E, H, generator, std=options.init_std) if partition is None else partition.router_weight
         device = ffn.gate_proj.device
         layer.router_weight = torch.nn.Parameter(router.float().to(device))
@@ -134,8 +151,8 @@ def _check_data(
         tokens = as_tokens(data)
         require_range(tokens, "data", 0, model.config.get_text_config().vocab_size - 1)
         return tokens
-    needed = "activation" in (method, options.init if method == "dot" else "")
-    require(not needed, "data", None, 'token sequences to calibrate on, for "activation"')
+    kind = options.init if method == "dot" else method
+    require(kind not in CALIBRATED, "data", None, f'token sequences to calibrate on, for "{kind}"')
     warnings.warn(
         f"data is None: nothing is trained, the router is random (N(0, {options.init_std})) and so the model is not usable "
         "as it is; give data to align it",
@@ -260,12 +277,12 @@ def convert(
             the sparse model takes over its tensors. After an error or an interruption of the training it is whole again.
         config: DotMoeConfig(num_experts=E, top_k=K); E must divide the FFN's width. With router="soft" its temperature, threshold
             and cap go before those of ``alignment``, and the budgets k_l of the layers are learned.
-        method: "dot" learns assignment and router together; "random", "kmeans" and "activation" keep their assignment fixed and
+        method: "dot" learns assignment and router together; "random", "kmeans", "activation" and "shared" keep theirs fixed and
             train the router the same way, for comparison.
         data: [N, S] int64 packed token sequences (see ``conversion.load_tokens``), or an iterable of [S]. None: nothing is
             trained, and a warning says so.
-        init: what "dot" starts A and the router from: "noise", or the partition "kmeans" or "activation". None: as ``alignment``
-            says.
+        init: what "dot" starts A and the router from: "noise", or the partition "kmeans", "activation" or "shared"; "auto" is
+            the last with data. None: as ``alignment`` says.
         alignment: the training options. None: AlignmentConfig().
         stages: "align" trains all layers together against the dense model's output; "reconstruct" trains one layer after the other
             against its dense FFN's, which is cheaper and, given first, is what "align" starts from.
@@ -281,8 +298,9 @@ def convert(
     Raises:
         ValueError: an unknown method or stage, a topology that does not fit, a model without recognisable FFNs, already sparse,
             wrapped, with adapters or otherwise not as its class makes it, or not in memory; data of a wrong shape or with token ids
-            outside the vocabulary, "activation" without data.
-        FloatingPointError: a non-finite loss; names the step, the layer and the last good checkpoint.
+            outside the vocabulary, "activation" or "shared" without data.
+        FloatingPointError: a non-finite loss, or in the calibration a non-finite state; names the step, the layer and the last good
+            checkpoint.
 
     Source: DOT-MoE (arXiv 2606.01666).
     """
@@ -300,6 +318,7 @@ def convert(
     whole = is_integer(reconstruct_steps) and reconstruct_steps >= 0
     require(whole, "reconstruct_steps", reconstruct_steps, "an integer of at least 0")
     tokens = _check_data(model, data, method, options)
+    options = find_start(options, tokens is not None)
     figures: dict[str, Any] = {}
     budgets = None
     with _frozen(model, ffns):

@@ -25,8 +25,9 @@ from ..models.modeling import DotMoeForCausalLM
 from ..models.shards import ShardReader, ShardWriter, Spec, file_layout, save_configs, writing
 from ..models.surgery import DenseFFN, find_ffns, recognise_ffn, swap_ffn
 from ..models.target import check_target, in_its_place, replaced_files, require_apart
+from ..partitions import CALIBRATED
 from .checks import TOLERANCES, relative_error
-from .pipeline import METHODS, _build_layers, _check_model, _describe
+from .pipeline import METHODS, _build_layers, _check_model, _describe, find_start
 
 _FILE_NAMES = {"experts.down_rows": "experts.down_proj"}
 
@@ -134,13 +135,13 @@ def convert_folder(
         the dtype.
 
     Raises:
-        ValueError: see ``convert`` and ``save``; "activation", which needs data; a checkpoint whose tensors have other names than
-            in the model; a layer whose error is above the tolerance.
+        ValueError: see ``convert`` and ``save``; "activation" or "shared", which need data; a checkpoint whose tensors have other
+            names than in the model; a layer whose error is above the tolerance.
     """
-    options = AlignmentConfig() if alignment is None else alignment
+    options = find_start(AlignmentConfig() if alignment is None else alignment, False)
     require(method in METHODS, "method", repr(method), " | ".join(METHODS))
     for name, kind in (("method", method), ("init", options.init if method == "dot" else None)):
-        require(kind != "activation", name, "activation", "one that needs no text, or data to calibrate on")
+        require(kind not in CALIBRATED, name, kind, "one that needs no text, or data to calibrate on")
     path = check_target(output, "output", overwrite)
     require_apart(path, "output", f"{path}, which", {"source": source})
     config, dense = copy.deepcopy(config), AutoConfig.from_pretrained(source)

@@ -100,6 +100,24 @@ def expert_ffn(
     fits = workspace is None or (is_integer(workspace) and workspace >= 1)
     require(fits, "workspace", repr(workspace), "None, or bytes as an integer of at least 1")
     workspace = None if workspace is None else int(workspace)
+    return routed_ffn(x, gate_up_proj, down_proj, indices, weights, activation, path, recompute=recompute, workspace=workspace)
+
+
+def routed_ffn(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    indices: Tensor,
+    weights: Tensor | None,
+    activation: str,
+    path: str,
+    *,
+    recompute: bool = False,
+    workspace: int | None = None,
+) -> Tensor:
+    """``expert_ffn`` whose arguments are known to fit: a model's block, whose weights and router's choice do."""
+    T, H = x.shape
+    E, width = gate_up_proj.shape[:2]
     needs_grad = wants_gradient(x, gate_up_proj, down_proj, weights)
     if path == "auto" and not (is_compiling() and not needs_grad):  # T may be open in a graph: there the operator picks
         K, view = indices.shape[1], has_dense_view(down_proj) and gate_up_proj.is_contiguous()

@@ -196,6 +196,8 @@ def _config_refusal(model: DotMoeForCausalLM, architecture: Architecture) -> tup
     config, dense = model.config, model.config.dense_config
     if config.router != "top_k":
         return f'of router "{config.router}"', 'router "top_k": a stock router has one number of experts and no weights p'
+    if config.num_zero_experts:
+        return f"of {config.num_zero_experts} zero experts", "none: in a stock router every choice is an expert that computes"
     blocks = moe_blocks(model)
     sizes = {(b.gate.num_experts, b.gate.top_k, b.experts.expert_size) for b in blocks.values()}
     if len(sizes) != 1 or len(blocks) != dense.num_hidden_layers:

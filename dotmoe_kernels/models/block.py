@@ -2,10 +2,11 @@
 
     Z = x Wr^T;  y_t = sum over the K largest Z_te of Down_e (act(Gate_e x_t) * (Up_e x_t)), each with weight exactly 1
 
-or, with the soft router, over the experts with p_te = LapSum(Z_t, k)_e > theta, each with weight p_te.
+or, with the soft router, over the experts with p_te = LapSum(Z_t, k)_e > theta, each with weight p_te. Zero experts (ZEDA) are
+further rows of the router: one of them among the K largest adds nothing.
 
-State: ``gate.weight`` [E, H], ``experts.gate_up_proj`` [E, 2s, H], ``experts.down_rows`` [E, s, H], ``neuron_order`` [F] int64.
-Files have ``experts.down_proj`` [E, H, s] for the third, as Hugging Face does.
+State: ``gate.weight`` [E, H], or [E + N, H] with N zero experts; ``experts.gate_up_proj`` [E, 2s, H], ``experts.down_rows``
+[E, s, H], ``neuron_order`` [F] int64. Files have ``experts.down_proj`` [E, H, s] for the third, as Hugging Face does.
 """
 
 from __future__ import annotations
@@ -29,35 +30,50 @@ from .surgery import DenseFFN
 class DotMoeRouter(nn.Module):
     """Router of one layer: x [T, H] -> (logits [T, E], weights [T, K], indices [T, K]).
 
-    With the soft router K is ``max_active``, and an empty slot has index E and weight 0.
+    With the soft router K is ``max_active``. An empty slot, of that or of a zero expert, has index E and weight 0; with N zero
+    experts the logits are [T, E + N].
     The logits are float32 (float64 for a float64 model), under autocast too. A forward hook sees all three.
     """
 
-    def __init__(self, num_experts: int, top_k: int, hidden_size: int, *, soft: SoftRouter | None = None) -> None:
+    def __init__(
+        self, num_experts: int, top_k: int, hidden_size: int, *, soft: SoftRouter | None = None, num_zero_experts: int = 0
+    ) -> None:
         super().__init__()
         self.soft = soft
         self.num_experts, self.top_k, self.hidden_size = num_experts, top_k, hidden_size
+        self.num_zero_experts = num_zero_experts
         self.bypass = False  # every expert with weight 1, see all_experts
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.weight = nn.Parameter(torch.empty(num_experts + num_zero_experts, hidden_size))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dtype = compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(dtype), self.weight.to(dtype))  # [T, E]
             if self.bypass:
-                everyone = torch.arange(self.num_experts, device=x.device).expand(logits.shape)
-                return logits, torch.ones_like(logits), everyone
-            routing = route_any(logits, self.top_k, self.soft)
+                everyone = torch.arange(self.num_experts, device=x.device).expand(len(logits), self.num_experts)
+                return logits, torch.ones_like(everyone, dtype=dtype), everyone
+            routing = route_any(logits, self.top_k, self.soft, self.num_zero_experts)
         return logits, routing.weights, routing.indices
 
     @property
     def mean_active(self) -> float:
-        """Experts expected a token: K, or the soft router's k."""
+        """Experts expected a token: K, with zero experts the most of them, or the soft router's k."""
         return float(self.top_k if self.soft is None else self.soft.k)
 
     def extra_repr(self) -> str:
         kind = f"top_k={self.top_k}" if self.soft is None else ", ".join(f"{k}={v}" for k, v in self.soft._asdict().items())
-        return f"num_experts={self.num_experts}, {kind}, hidden_size={self.hidden_size}"
+        zeros = f", num_zero_experts={self.num_zero_experts}" if self.num_zero_experts else ""
+        return f"num_experts={self.num_experts}, {kind}, hidden_size={self.hidden_size}{zeros}"
+
+    @torch.no_grad()
+    def add_zero_experts(self, count: int, generator: torch.Generator) -> None:
+        """``count`` rows more, drawn from N(mean, std) of the rows there are, each hidden dimension on its own; a new parameter."""
+        rows = self.weight.float()
+        noise = torch.randn(count, self.hidden_size, generator=generator).to(rows.device)
+        drawn = rows.mean(0) + rows.std(0, unbiased=False) * noise
+        weight = torch.cat((self.weight, drawn.to(self.weight.dtype)))
+        self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        self.num_zero_experts += count
 
 
 class DotMoeExperts(nn.Module):
@@ -115,6 +131,7 @@ class DotMoeBlock(nn.Module):
         activation: name in ACT2FN.
         path: of ``expert_ffn``: "auto" | "grouped" | "decode" | "masked".
         soft: the soft router's options; None: the top K.
+        num_zero_experts: N.
     """
 
     neuron_order: Tensor
@@ -129,9 +146,10 @@ class DotMoeBlock(nn.Module):
         *,
         path: str = "auto",
         soft: SoftRouter | None = None,
+        num_zero_experts: int = 0,
     ) -> None:
         super().__init__()
-        self.gate = DotMoeRouter(num_experts, top_k, hidden_size, soft=soft)
+        self.gate = DotMoeRouter(num_experts, top_k, hidden_size, soft=soft, num_zero_experts=num_zero_experts)
         self.experts = DotMoeExperts(num_experts, hidden_size, expert_size, activation, path=path)
         self.register_buffer("neuron_order", torch.arange(num_experts * expert_size))  # [F], position -> dense neuron
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .modeling import DotMoeForCausalLM
 
 
-_OF_A_RUN = ("steps", "tokens", "lora_rank", "loss", "perplexity")  # the order of the columns
+_OF_A_RUN = ("steps", "tokens", "lora_rank", "teacher", "loss", "kl", "zero", "perplexity")  # the order of the columns
 
 
 def _cell(value: Any) -> str:
@@ -53,7 +53,8 @@ def _stage_rows(figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def router_facts(config: DotMoeConfig) -> dict[str, Any]:
     """The router in words: what it takes, by layer where layers differ."""
     if config.router != "soft":
-        return {"experts a token": config.num_experts_per_tok, "weight": 1}
+        zeros = {"zero experts": config.num_zero_experts} if config.num_zero_experts else {}
+        return {("at most " if zeros else "") + "experts a token": config.num_experts_per_tok, **zeros, "weight": 1}
     layers = [router for router in config.soft_routers(len(config.router_k)) if router is not None]
     return {
         "k a layer": " ".join(f"{router.k:.4g}" for router in layers),
@@ -105,6 +106,10 @@ def model_card(model: DotMoeForCausalLM, title: str, figures: Mapping[str, Any])
     if config.router == "soft":
         structure["experts a token"] = f"{mean:.4g} nominal, the sum of their weights; at most {max(r.max_active for r in soft)}"
         structure["active a token"] += " at that nominal number"
+    if config.num_zero_experts:
+        structure["experts a token"] = f"at most {config.num_experts_per_tok}"
+        structure["zero experts a layer"] = f"{config.num_zero_experts}, whose choice is nothing"
+        structure["active a token"] += " at most"
     stages = config.stages or {}
     with_all = "with every expert active it equals the dense model"
     if config.finetune_runs:

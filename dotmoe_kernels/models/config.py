@@ -16,7 +16,7 @@ from ..alignment.config import AlignmentConfig
 from ..routing.budgets import SoftRouter, slots
 from .backbone import ffn_width
 
-FORMAT_VERSION = 2  # 2 brought the soft router; a model without it is still written as 1, which older versions read
+FORMAT_VERSION = 3  # 2 brought the soft router, 3 zero experts; a model without them is still written as 1, for older versions
 ROUTERS = ("top_k", "soft")
 # of the dense model's text config: written at the top level of config.json as well, for tools that look there
 _SHOWN = ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "vocab_size")
@@ -71,6 +71,8 @@ class DotMoeConfig(PreTrainedConfig):
             Loading with another ``top_k`` scales it.
         router_temperature, router_threshold, router_cap: of the soft router: LapSum's temperature > 0; theta in [0, 1), at and
             below which an expert is off; the most experts of a token over k_l, at least 1. None: what ``convert`` trains with.
+        num_zero_experts: N, rows of the router beyond those of the experts: choosing one of them is choosing nothing, so that K is
+            the most experts of a token. Fine-tuning adds them; beside router "top_k" alone.
         dense_config: the dense model's config, as an object or as its dictionary with ``model_type``.
         assignment: where the partition came from (method, seed, steps, ...), a plain JSON dictionary.
         stages: by training stage, what it trained on and what it reached, plain JSON dictionaries; of "finetune" a list, one a run.
@@ -99,6 +101,7 @@ class DotMoeConfig(PreTrainedConfig):
     router_temperature: Any = None
     router_threshold: Any = None
     router_cap: Any = None
+    num_zero_experts: int = 0
     dense_config: Any = None
     assignment: dict[str, Any] | None = None
     stages: dict[str, Any] | None = None
@@ -118,6 +121,8 @@ class DotMoeConfig(PreTrainedConfig):
         self.dense_config = None
         if self.router == "soft" and self.format_version == 1:
             self.format_version = 2
+        if self.num_zero_experts and self.format_version < 3:
+            self.format_version = 3
         if isinstance(dense, dict):
             values = dict(dense)
             dense = AutoConfig.for_model(values.pop("model_type", "dense_config without a model_type"), **values)
@@ -189,6 +194,9 @@ class DotMoeConfig(PreTrainedConfig):
 
     def _check_router(self) -> None:
         E, k, given = self.num_experts, self.router_k, {name: getattr(self, name) for name in _SOFT_FIELDS}
+        zeros = self.num_zero_experts
+        require(is_integer(zeros) and zeros >= 0, "num_zero_experts", repr(zeros), "an integer of at least 0")
+        require(not zeros or self.router == "top_k", "num_zero_experts", zeros, f'0 with router "{self.router}"')
         if self.router != "soft":
             for name, value in given.items():
                 require(value is None, name, repr(value), 'None, unless router is "soft"')

@@ -12,8 +12,9 @@ from .block import moe_blocks
 def count_parameters(model: nn.Module, active: Mapping[str, float] | None = None) -> tuple[int, int]:
     """(total, active a token): all parameters, and those a token touches.
 
-    Embeddings, attention, norms and routers count as active, of the experts K out of E; tied tensors count once. The soft router's
-    share is nominal, its k_l (the sum of p, not a count) out of E, unless ``active`` gives the mean that was measured, by layer.
+    Embeddings, attention, norms and routers count as active, of the experts K out of E (with zero experts that is the most); tied
+    tensors count once. The soft router's share is nominal, its k_l (the sum of p, not a count) out of E. ``active`` gives instead
+    the mean that was measured, by layer.
     """
     total = sum(p.numel() for p in model.parameters())
     idle = 0

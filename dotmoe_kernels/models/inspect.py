@@ -65,6 +65,7 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
             "top_k": config.num_experts_per_tok,
             "expert_size": config.moe_intermediate_size,
             "router": config.router,
+            **({"num_zero_experts": config.num_zero_experts} if config.num_zero_experts else {}),
             "router_facts": router_facts(config),
             "total_parameters": total,
             "active_parameters": active,

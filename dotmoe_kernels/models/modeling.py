@@ -131,7 +131,9 @@ class DotMoeForCausalLM(PreTrainedModel, GenerationMixin):
         config.check(dense_width=width)
         with torch.device("meta"):
             return DotMoeBlock(
-                *(config.num_experts, config.num_experts_per_tok, hidden, width // config.num_experts, ffn.activation), soft=soft
+                *(config.num_experts, config.num_experts_per_tok, hidden, width // config.num_experts, ffn.activation),
+                soft=soft,
+                num_zero_experts=config.num_zero_experts,
             )
 
     def _draw_weights(self, device: torch.device) -> None:
@@ -280,6 +282,7 @@ def materialize(
     require(not unknown, "layers", f"with {', '.join(unknown[:4])}", "only FFNs of the model")
     width = shared_width(ffn.gate_proj for ffn in ffns.values())
     config = copy.deepcopy(config)
+    require(not config.num_zero_experts, "config.num_zero_experts", config.num_zero_experts, "0: fine-tuning adds them")
     config.bind(model.config, dense_width=width)
     soft = config.soft_routers(len(ffns))
     for name, ffn in ffns.items():  # before anything is swapped

@@ -3,6 +3,10 @@
     Q = softmax(Z);  R = top-K mask of Z;  R_ste = R + (Q - sg Q)
     balance = E sum_e load_e mean_t Q_te;  z = mean_t logsumexp(Z_t)^2
 
+Zero experts (ZEDA) are further columns whose choice is an empty slot; the balance is then one of two groups:
+
+    balance = (E + w N) (load_E Q_E / E + load_N Q_N / (w N)),  load and mean Q summed over the E experts and the N zero experts
+
 Everything in float32 (float64 for float64 logits). Cost: one read of Z.
 
     cpu         PyTorch: top-K                gpu        Triton: top_k, and SoftMoE: soft
@@ -12,6 +16,7 @@ Everything in float32 (float64 for float64 logits). Cost: one read of Z.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from math import inf
 
 import torch
 from torch import Tensor
@@ -70,7 +75,26 @@ def _finish(z: Tensor, q: Tensor, probs: Tensor, indices: Tensor, weights: Tenso
     return Routing(indices, weights, probs, load, E * torch.dot(load, q.sum(0)) / tokens, lse_squared.sum() / tokens)
 
 
-def route_top_k(router_logits: Tensor, top_k: int, *, weights: str = "unit", mask: Tensor | None = None) -> Routing:
+def _with_zero_experts(routing: Routing, count: int, share: float, mask: Tensor | None) -> Routing:
+    """Of a routing over experts and zero experts: choosing one of the last ``count`` is an empty slot."""
+    E, N = routing.probs.shape[1] - count, share * count
+    q = routing.probs if mask is None else torch.where(mask[:, None], routing.probs, 0)
+    tokens = max(len(q), 1) if mask is None else mask.sum().clamp(min=1)
+    load, mean = routing.load, q.sum(0) / tokens
+    balance = (E + N) * (load[:E].sum() * mean[:E].sum() / E + load[E:].sum() * mean[E:].sum() / N)
+    weights = torch.where(routing.indices < E, routing.weights, 0)
+    return routing._replace(indices=routing.indices.clamp(max=E), weights=weights, balance_loss=balance)
+
+
+def route_top_k(
+    router_logits: Tensor,
+    top_k: int,
+    *,
+    weights: str = "unit",
+    mask: Tensor | None = None,
+    num_zero_experts: int = 0,
+    zero_share: float = 2.0,
+) -> Routing:
     """The ``top_k`` largest logits of each token, ties to the lower index.
 
     Args:
@@ -80,18 +104,22 @@ def route_top_k(router_logits: Tensor, top_k: int, *, weights: str = "unit", mas
             "renormalized" is Q over its sum among the selected.
         mask: [T] bool, or integers 0 and 1, true for a valid token; a padding token gets empty slots (index E, weight 0), counts
             nowhere, and its row may hold anything.
+        num_zero_experts: N, how many of the last columns are zero experts, whose output is 0; E is then the number of the others,
+            and choosing one is an empty slot (index E, weight 0).
+        zero_share: w of the balance of the two groups, which is least, 1, where w N / (w N + E) of the slots are empty.
 
     Returns:
         Routing(indices [T, K] int64 best first, weights [T, K], probs Q [T, E], load [E] summing to 1, balance_loss [],
-        z_loss []); the losses are unscaled means over the valid tokens and 0 without any.
+        z_loss []); the losses are unscaled means over the valid tokens and 0 without any. Q and load have all E + N columns.
 
     Raises:
-        ValueError: a wrong rank, dtype or mask, top_k outside [1, E], an unknown ``weights``, NaN or infinite logits (CPU).
+        ValueError: a wrong rank, dtype or mask, top_k outside [1, E], an unknown ``weights``, no column that is no zero expert, a
+            zero_share that is not positive, NaN or infinite logits (CPU).
 
     Gradient: to ``router_logits`` from weights (the selected experts only), probs and both losses; the load has none.
 
     Source: eq. 3 and 5 of DOT-MoE (arXiv 2606.01666); balance: Switch Transformer (arXiv 2101.03961); z: ST-MoE
-    (arXiv 2202.08906).
+    (arXiv 2202.08906); zero experts: ZEDA (arXiv 2605.18643).
     """
     require_float(router_logits, "router_logits", 2, "[T, E]")
     E = router_logits.shape[1]
@@ -100,7 +128,13 @@ def route_top_k(router_logits: Tensor, top_k: int, *, weights: str = "unit", mas
     top_k = int(top_k)
     if weights not in _WEIGHTS:
         refuse("weights", repr(weights), " | ".join(_WEIGHTS))
-    return _route_top_k(router_logits, top_k, weights, _check_mask(mask, router_logits), finite=True)
+    if not is_integer(num_zero_experts) or not 0 <= num_zero_experts < max(E, 1):
+        refuse("num_zero_experts", repr(num_zero_experts), f"an integer from 0 to {max(E - 1, 0)}, below the columns of the logits")
+    if not (is_number(zero_share) and 0 < zero_share < inf):
+        refuse("zero_share", repr(zero_share), "a positive number")
+    valid = _check_mask(mask, router_logits)
+    routing = _route_top_k(router_logits, top_k, weights, valid, finite=True)
+    return _with_zero_experts(routing, int(num_zero_experts), float(zero_share), valid) if num_zero_experts else routing
 
 
 def _route_top_k(router_logits: Tensor, top_k: int, weights: str, valid: Tensor | None, *, finite: bool) -> Routing:
@@ -191,9 +225,10 @@ def route_soft(logits: Tensor, router: SoftRouter, *, mask: Tensor | None = None
     return route_soft_top_k(logits, k, temperature=temperature, threshold=threshold, max_active=max_active, mask=mask)
 
 
-def route_any(logits: Tensor, top_k: int, soft: SoftRouter | None) -> Routing:
+def route_any(logits: Tensor, top_k: int, soft: SoftRouter | None, num_zero_experts: int = 0) -> Routing:
     """``route_soft``, or ``route_top_k`` with unit weights without a soft router, of logits that may be NaN: a model's router. Such
     a token gets some experts, whose outputs are then NaN for it alone, as in a dense model."""
     if soft is None:
-        return _route_top_k(logits, top_k, "unit", None, finite=False)
+        routing = _route_top_k(logits, top_k, "unit", None, finite=False)
+        return _with_zero_experts(routing, num_zero_experts, 1.0, None) if num_zero_experts else routing
     return _route_soft_top_k(logits, *soft, None, finite=False)

@@ -6,7 +6,8 @@ The model is the dense backbone of transformers (``dense_config``) with every fe
 
     Z = x Wr^T;  y_t = sum over the K largest Z_te of Down_e (act(Gate_e x_t) * (Up_e x_t)), each with weight exactly 1
 
-or, with the soft router, by the experts weighted by p = LapSum(Z), those at and below the threshold left out.
+or, with the soft router, by the experts weighted by p = LapSum(Z), those at and below the threshold left out. Zero experts are
+further rows of Wr: one of them among the K largest adds nothing.
 
 Serving engines load the base class through their Transformers backends. Their fused experts take the routing from here and
 compute SiLU with K experts a token: where that is not this model, and in SGLang, which reads no packed experts, ``experts`` holds
@@ -163,7 +164,9 @@ def _std(config: Any) -> float:
 
 
 class DotMoeRouter(nn.Module):
-    """x [T, H] -> (logits [T, E], weights [T, K], indices [T, K]); ties go to the lower index. The logits are at least float32."""
+    """x [T, H] -> (logits [T, E], weights [T, K], indices [T, K]); ties go to the lower index. The logits are at least float32.
+
+    With N zero experts they are [T, E + N], and the choice of one has index E and weight 0."""
 
     def __init__(self, config: DotMoeConfig, layer: int) -> None:
         super().__init__()
@@ -173,7 +176,8 @@ class DotMoeRouter(nn.Module):
             k = float(config.router_k[layer])
             self.top_k = min(config.num_experts, math.ceil(k * config.router_cap - 1e-6))
             self.soft = (k, float(config.router_temperature), float(config.router_threshold))
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.num_experts, self.zeros = config.num_experts, getattr(config, "num_zero_experts", 0)
+        self.weight = nn.Parameter(torch.empty(config.num_experts + self.zeros, config.hidden_size))
         nn.init.normal_(self.weight, std=_std(config))
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,6 +185,8 @@ class DotMoeRouter(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits = functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
             indices = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+            if self.soft is None and self.zeros:
+                return logits, (indices < self.num_experts).to(dtype), indices.clamp(max=self.num_experts)
             if self.soft is None:
                 return logits, torch.ones_like(indices, dtype=dtype), indices
             k, temperature, threshold = self.soft
@@ -192,7 +198,7 @@ class DotMoeRouter(nn.Module):
 
 def _one_by_one(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     y = torch.zeros_like(hidden_states)
-    for e in torch.unique(top_k_index).tolist():
+    for e in torch.unique(top_k_index[top_k_index < experts.num_experts]).tolist():
         token, slot = (top_k_index == e).nonzero(as_tuple=True)
         gate, up = functional.linear(hidden_states[token], experts.gate_up_proj[e]).chunk(2, dim=-1)
         out = functional.linear(experts.act_fn(gate) * up, experts.down_proj[e])
@@ -211,6 +217,7 @@ class PackedExperts(nn.Module):
         super().__init__()
         E, s, H = config.num_experts, config.moe_intermediate_size, config.hidden_size
         self.num_experts, self.activation, self.act_fn = E, activation, ACT2FN[activation]
+        self.zeros = getattr(config, "num_zero_experts", 0)
         for name, shape in (("gate_up_proj", (E, 2 * s, H)), ("down_proj", (E, H, s))):
             if hidden:
                 self.register_buffer(name, torch.empty(shape))
@@ -229,7 +236,8 @@ class DotMoeExperts(PackedExperts):
         x, gate_up, down = hidden_states, self.gate_up_proj, self.down_proj
         if expert_ffn is not None and not torch.is_autocast_enabled(x.device.type):
             return expert_ffn(x, gate_up, down, top_k_index, top_k_weights, activation=self.activation)
-        if down.shape[-1] * down.element_size() % 16:  # a grouped product of torch wants rows of 16 bytes
+        # a grouped product of torch wants rows of 16 bytes, and no empty slot
+        if self.zeros or down.shape[-1] * down.element_size() % 16:
             return _one_by_one(self, x, top_k_index, top_k_weights)
         return super().forward(x, top_k_index, top_k_weights)
 
@@ -240,7 +248,8 @@ class DotMoeBlock(nn.Module):
     def __init__(self, config: DotMoeConfig, activation: str, layer: int) -> None:
         super().__init__()
         engine = config._attn_implementation
-        fusible = engine != "sglang" and activation == "silu" and getattr(config, "router", "top_k") == "top_k"
+        plain = getattr(config, "router", "top_k") == "top_k" and not getattr(config, "num_zero_experts", 0)
+        fusible = engine != "sglang" and activation == "silu" and plain
         self.gate = DotMoeRouter(config, layer)
         self.experts = DotMoeExperts(config, activation, engine in _ENGINES and not fusible)
         self.register_buffer("neuron_order", torch.arange(config.num_experts * config.moe_intermediate_size))
