@@ -656,10 +656,10 @@ def interrupted(tmp_path):
     ("change", "message"),
     [
         ({"steps": 7}, "written with steps = 6; this run has 7"),
-        ({"router_lr": 1.0}, "written with router_lr = 0.002; this run has 1.0"),
+        ({"router_lr": 1.0}, "written with router_lr = None; this run has 1.0"),
         ({"seed": 1}, "written with seed = 0; this run has 1"),
         ({"batch_size": 3}, "written with batch_size = 2; this run has 3"),
-        ({"init": "kmeans"}, "written with init = 'noise'; this run has 'kmeans'"),
+        ({"init": "kmeans"}, "written with init = 'auto'; this run has 'kmeans'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -824,7 +824,7 @@ def test_no_layers():
         ({"warmup": 1.1}, "warmup is 1.1; allowed: a share from 0 to 1"),
         ({"tau_decay": -0.1}, "tau_decay is -0.1; allowed: a share from 0 to 1"),
         ({"backward": "exact"}, 'backward is \'exact\'; allowed: "unroll" or "implicit"'),
-        ({"init": "zeros"}, r"init is 'zeros'; allowed: noise \| kmeans \| activation"),
+        ({"init": "zeros"}, r"init is 'zeros'; allowed: auto \| noise \| kmeans \| activation \| shared"),
     ],
     ids=lambda value: " ".join(map(str, next(iter(value.items())))) if isinstance(value, dict) else "",
 )

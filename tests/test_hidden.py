@@ -351,7 +351,7 @@ def forty_steps(share, **options):
     """Experts in use by layer, of 24, at the end; and the share of the mean in the square of what enters each FFN."""
     model = shared_constant(share)
     data = torch.randint(3, 256, (64, 64), generator=torch.Generator().manual_seed(1))
-    options = AlignmentConfig(steps=40, batch_size=4, checkpoint_every=0, **options)
+    options = AlignmentConfig(steps=40, batch_size=4, checkpoint_every=0, init="noise", **options)
     layers = pipeline._build_layers(
         model.requires_grad_(False), find_ffns(model), DotMoeConfig(num_experts=24, top_k=6), "dot", options, None
     )

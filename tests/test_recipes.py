@@ -123,7 +123,9 @@ def test_options_of_the_paper(name):
 @pytest.mark.parametrize("name", ["qwen2.5-0.5b", "smollm2-135m"])
 def test_small_models_take_minutes_with_the_rates_of_a_short_run(name):
     recipe = load_recipe(name)
-    assert (recipe.alignment["affinity_lr"], recipe.alignment["router_lr"]) == (2e-2, 2e-3)
+    options = AlignmentConfig(**recipe.alignment)
+    assert (options.affinity_lr, options.router_rate) == (2e-2, 5e-4)
+    assert AlignmentConfig(**recipe.alignment | {"init": "noise"}).router_rate == 2e-3
     report = predict(name)
     assert report["predicted_seconds"] < 600
     assert report["predicted_memory_gb"]["total"] < 16
@@ -286,7 +288,7 @@ def test_activations_of_the_fine_tuning_are_what_autograd_keeps(kv_heads, half, 
 
 def test_flops_of_the_fine_tuning_are_those_of_autograd(monkeypatch):
     """All but the experts', which a CPU pads; attention as matrices, which are not halved, and no product is computed again."""
-    monkeypatch.setattr(block, "expert_ffn", lambda x, up, down, indices, weights, **_: x * weights.sum(-1, keepdim=True))
+    monkeypatch.setattr(block, "routed_ffn", lambda x, up, down, indices, weights, *_: x * weights.sum(-1, keepdim=True))
     model = sparse_model("llama").train()
     model.set_attn_implementation("eager")
     S = 16

@@ -1,9 +1,10 @@
-"""`python -m bench.quality fetch | tasks`."""
+"""`python -m bench.quality fetch | tasks | run | report`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,43 @@ def _tasks(args: argparse.Namespace) -> None:
     run_tasks(args.model, args.data, documents=args.documents or None, dtype=args.dtype, out=args.json)
 
 
+def _add_run(commands: Any) -> None:
+    make = commands.add_parser(
+        "run",
+        help="convert and measure with every method and ablation of a preset",
+        description="Make the results of a preset that are not there yet, one JSON each; an interrupted call goes on where it was.",
+    )
+    make.add_argument("--preset", default="ci", metavar="NAME", help="ci (2 minutes) | cpu (an hour) | real | gpu (default: ci)")
+    make.add_argument(
+        "--out", type=Path, metavar="DIR", help="for the results (default: bench/results/quality; of ci: inside --data)"
+    )
+    make.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="of fetch, and for models (default: %(default)s)")
+    make.add_argument("--only", nargs="+", default=[], metavar="ARM", help="these methods and ablations alone")
+    make.add_argument("--setting", nargs="+", default=[], metavar="NAME", help="these models of the preset alone")
+    make.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="instead of the preset's")
+    make.add_argument("--tasks", type=int, default=0, metavar="N", help="documents of each of the six tasks (default: none)")
+    make.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, which share the cores (default: %(default)s)")
+    make.add_argument("--quiet", action="store_true", help="no bars")
+
+
+def _call(args: argparse.Namespace) -> None:
+    if args.command == "fetch":
+        fetch(args.output, wikitext=args.wikitext)
+        return
+    if args.command == "tasks":
+        _tasks(args)
+        return
+    from .report import report
+    from .run import OUT, run
+
+    out = args.out or (args.data / "ci" if getattr(args, "preset", "") == "ci" else OUT)  # "ci" proves the path, not the ranking
+    if args.command == "report":
+        print(report(out))
+        return
+    named = {"only": args.only, "settings": args.setting, "seeds": args.seeds, "documents": args.tasks, "jobs": args.jobs}
+    run(args.preset, out, args.data, **named, progress=not args.quiet, say=partial(print, flush=True))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, 1 for a download that failed, 2 for wrong arguments or a package that is missing."""
     parser = argparse.ArgumentParser(prog="python -m bench.quality")
@@ -48,13 +86,13 @@ def main(argv: list[str] | None = None) -> int:
         "--wikitext", type=Path, metavar="DIR", help="a folder with wikitext2-valid.txt and wikitext2-test.txt, for the corpus"
     )
     _add_tasks(commands)
+    _add_run(commands)
+    show = commands.add_parser("report", help="table and figure of the results there are")
+    show.add_argument("--out", type=Path, metavar="DIR", help="(default: bench/results/quality)")
     args = parser.parse_args(argv)
     quieten()
     try:
-        if args.command == "tasks":
-            _tasks(args)
-        else:
-            fetch(args.output, wikitext=args.wikitext)
+        _call(args)
     except (ValueError, ImportError) as error:
         print(f"bench.quality {args.command}: error: {error}", file=sys.stderr)
         return 2

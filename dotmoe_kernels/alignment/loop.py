@@ -81,10 +81,11 @@ class _Run:
         config: AlignmentConfig,
         folder: Path | None,
         fingerprint: dict[str, Any],
+        transport: Callable[[dict[str, AlignmentFFN], AlignmentConfig], Transport],
     ) -> None:
         self.model, self.layers, self.data, self.config = model, layers, data, config
         self.device = next(iter(layers.values())).router_weight.device
-        self.transport = Transport(layers, config)
+        self.transport = transport(layers, config)
         self.soft = SoftRouting(layers, config) if any(layer.router == "soft" for layer in layers.values()) else None
         self.hidden = HiddenStates(model, layers) if config.hidden else None
         self.terms = (*_TERMS, *(() if self.hidden is None else ("hidden",)), "grad_norm")
@@ -93,7 +94,7 @@ class _Run:
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.head = self._find_head()
         options = {k: v for k, v in dataclasses.asdict(config).items() if self.soft is not None or k not in SOFT_OPTIONS}
-        self.marks = json.loads(json.dumps({**options, "data": list(data.shape), "layers": list(layers), **fingerprint}))
+        self.marks = json.loads(json.dumps({**fingerprint, **options, "data": list(data.shape), "layers": list(layers)}))
         self.checkpoints = None if folder is None else folder / "checkpoints"
         self.log_path = None if folder is None else folder / "log.jsonl"
         self.log: list[dict[str, float]] = []
@@ -252,6 +253,7 @@ def align(
     label: str = "align",
     fingerprint: dict[str, Any] | None = None,
     on_step: Callable[[int], None] | None = None,
+    transport: Callable[[dict[str, AlignmentFFN], AlignmentConfig], Transport] = Transport,
 ) -> AlignmentResult:
     """Trains the affinities and routers of ``layers`` in place, and leaves their final assignments in ``expert_of``.
 
@@ -266,6 +268,7 @@ def align(
         progress: show a bar with the loss terms and the time left.
         fingerprint: what else must agree with a checkpoint that is resumed.
         on_step: called with the number of steps done after each.
+        transport: what makes plans and assignments of the affinities; another one to compare with.
 
     Returns:
         AlignmentResult.
@@ -281,7 +284,7 @@ def align(
     require(len(layers) >= 1, "layers", "empty", "at least one FFN")
     model.eval().requires_grad_(False)
     with centred_routers(model, layers, data) if config.centre else nullcontext():
-        run = _Run(model, layers, data, config, None if folder is None else Path(folder), fingerprint or {})
+        run = _Run(model, layers, data, config, None if folder is None else Path(folder), fingerprint or {}, transport)
         first = run.restore(resume)
         with tqdm(total=config.steps, initial=first, desc=label, disable=not progress, dynamic_ncols=True) as bar:
             for step in range(first, config.steps):

@@ -172,8 +172,9 @@ def reconstruct(
     soft = any(layer.router == "soft" for layer in layers.values())
     unread = _UNREAD + (() if soft else SOFT_OPTIONS)
     options = {key: value for key, value in dataclasses.asdict(config).items() if key not in unread}
-    marks = {"reconstruct_steps": config.steps, **options, "batch_tokens": batch_tokens, "layers": list(layers)}
-    marks = json.loads(json.dumps({**marks, "sequences": list(sequences.shape), **(fingerprint or {})}))
+    marks = {**(fingerprint or {}), "reconstruct_steps": config.steps, **options}
+    marks |= {"batch_tokens": batch_tokens, "layers": list(layers)}
+    marks = json.loads(json.dumps({**marks, "sequences": list(sequences.shape)}))
     folders = {name: None if folder is None else Path(folder) / f"layer-{n:04d}" for n, name in enumerate(layers)}
 
     errors: dict[str, tuple[float, float]] = {}

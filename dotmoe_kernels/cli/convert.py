@@ -365,7 +365,10 @@ def _stage_lines(config: DotMoeConfig) -> list[str]:
         lines = ["reconstruct, relative error of an FFN's output on tokens held out:"]
         lines += [f"  {name:<28}{before:>8.3f} -> {after:.3f}" for name, (before, after) in errors.items()]
     for n, figures in enumerate(config.finetune_runs, 1):
-        pairs = [f"{key} {ends[0]:.3f} -> {ends[1]:.3f}" for key, ends in figures.items() if isinstance(ends, list)]
+        curves = sorted(
+            ((key, ends) for key, ends in figures.items() if isinstance(ends, list)), key=lambda curve: curve[0] != "loss"
+        )
+        pairs = [f"{key} {ends[0]:.3f} -> {ends[1]:.3f}" for key, ends in curves]
         taught = [f"teacher {figures['teacher']}"] if "teacher" in figures else []
         lines.append(f"finetune, run {n}: {', '.join(pairs + taught)}")
     return lines

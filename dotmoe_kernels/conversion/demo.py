@@ -13,7 +13,7 @@ import random
 import sysconfig
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,13 @@ class DemoSize:
 
 FULL = DemoSize(dense_steps=700, align_steps=200, held_out=192)
 QUICK = DemoSize(dense_steps=60, align_steps=15, held_out=32)
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
 _SEQUENCE, _DENSE_BATCH, _ALIGN_BATCH = 128, 16, 8
 _EXPERTS, _TOP_K = 32, 8  # s = 512 / 32 = 16; 25 % of the FFN
 
@@ -74,16 +81,14 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 2048) -> PreTrainedT
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=_END, bos_token=_END, pad_token=_END)
 
 
-def train_dense(tokens: Tensor, steps: int, *, vocab_size: int, seed: int, progress: bool) -> LlamaForCausalLM:
-    """A LLaMA of 1.3 M parameters (H 128, F 512, 4 layers) trained on the tokens [N, S]."""
+def train_dense(
+    tokens: Tensor, steps: int, *, vocab_size: int, seed: int, progress: bool, shape: Mapping[str, Any] = SHAPE
+) -> LlamaForCausalLM:
+    """A LLaMA of that shape (1.3 M parameters) trained on the tokens [N, S]."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        **shape,
         max_position_embeddings=4 * _SEQUENCE,
         tie_word_embeddings=True,
         bos_token_id=0,

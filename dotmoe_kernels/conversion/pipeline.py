@@ -45,7 +45,7 @@ METHODS = ("dot", *PARTITIONS)
 STAGES = ("reconstruct", "align")
 RECONSTRUCT_TOKENS, RECONSTRUCT_BATCH = 65536, 1024  # that the reconstruction collects at most, and takes a step
 _CURVES = ("loss", "kl", "ce", "hidden", "experts_in_use", "largest_load")  # of the log, how each began and ended
-_CALIBRATION_TOKENS = 2048  # that the activation partition clusters on
+_CALIBRATION_TOKENS = 2048, 16384  # least and most that a partition is fitted to; 8 H between: its router has H columns
 
 
 def _check_model(model: PreTrainedModel, config: DotMoeConfig, ffns: dict[str, DenseFFN]) -> None:
@@ -69,8 +69,8 @@ def _soft_options(options: AlignmentConfig, config: DotMoeConfig) -> AlignmentCo
 
 
 def find_start(options: AlignmentConfig, method: str, calibrated: bool) -> AlignmentConfig:
-    """``options`` with the start that ``method`` has: what ``init`` says for "dot", where "auto" depends on whether there is text to
-    calibrate on, and its own for a fixed one."""
+    """``options`` with the start that ``method`` has: its own for a fixed one; for "dot" what ``init`` says, where "auto"
+    depends on whether there is text to calibrate on."""
     start = options.init
     if method != "dot":
         start = method if method in INITS else "noise"  # random
@@ -129,7 +129,9 @@ def _build_layers(
     inputs: dict[str, Tensor] = {}
     if kind in CALIBRATED:
         assert data is not None
-        rows = -(-_CALIBRATION_TOKENS // data.shape[1])
+        least, most = _CALIBRATION_TOKENS
+        wanted = max(least, min(8 * next(iter(ffns.values())).gate_proj.shape[1], most))
+        rows = -(-wanted // data.shape[1])
         inputs = collect_inputs(model, layers, data[:rows].to(model.device))
         broken = next((name for name, x in inputs.items() if not bool(torch.isfinite(x).all())), None)
         if broken is not None:
