@@ -406,7 +406,7 @@ def test_convert_says_that_the_routing_collapsed(capsys, here, tmp_path, tokeniz
     model.save_pretrained(tmp_path / "dense")
     (tmp_path / "text.txt").write_text(prose(300))
     arguments = convert_arguments(here, tmp_path / "moe", model=tmp_path / "dense", data=tmp_path / "text.txt")
-    status, out, err = call(capsys, *arguments)
+    status, out, err = call(capsys, *arguments, "--init", "noise")
     assert status == 0
     assert err.count("\n") == 1
     assert err.startswith("dotmoe convert: warning: 2 of 2 layers leave experts without a token (the most in model.layers.")

@@ -347,13 +347,13 @@ def shared_constant(share=1.0, layers=4, seed=0):
     return model
 
 
-def forty_steps(share, **options):
+def forty_steps(share, init="noise", **options):
     """Experts in use by layer, of 24, at the end; and the share of the mean in the square of what enters each FFN."""
     model = shared_constant(share)
     data = torch.randint(3, 256, (64, 64), generator=torch.Generator().manual_seed(1))
-    options = AlignmentConfig(steps=40, batch_size=4, checkpoint_every=0, init="noise", **options)
+    options = AlignmentConfig(steps=40, batch_size=4, checkpoint_every=0, init=init, **options)
     layers = pipeline._build_layers(
-        model.requires_grad_(False), find_ffns(model), DotMoeConfig(num_experts=24, top_k=6), "dot", options, None
+        model.requires_grad_(False), find_ffns(model), DotMoeConfig(num_experts=24, top_k=6), "dot", options, data
     )
     inputs = collect_inputs(model, layers, data[:8])
     shares = [(x.mean(0).square().sum() / x.square().sum(-1).mean()).item() for x in inputs.values()]
@@ -376,6 +376,14 @@ def test_a_shared_constant_collapses_the_routing_and_centred_routers_keep_it():
     assert sum(kept) >= sum(used) + 10, (used, kept)
     assert kept[0] == 24  # its input is the dense model's in the sparse one too
     assert log[-1]["experts_in_use"] == pytest.approx(sum(kept) / 96)
+
+
+def test_the_shared_start_keeps_the_routing_and_is_nearer_to_the_dense_model():
+    used, _, noise = forty_steps(2.0)
+    kept, _, ours = forty_steps(2.0, init="shared")
+    assert sum(kept) >= sum(used) + 12, (used, kept)  # of 96
+    assert ours[0]["kl"] < noise[0]["kl"]
+    assert ours[-1]["kl"] < noise[-1]["kl"]
 
 
 # --- centred routers ------------------------------------------------------------------------------------------------------
