@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...._autograd import first_order
+from ...._autograd import first_order, wants_gradient
 from ...._checks import has_values
 from ...activations import find_activation
 
@@ -31,6 +31,13 @@ def view_ffn(
     another expert would be NaN."""
     E, width, H = gate_up_proj.shape
     T, s = len(x), width // 2
+    if not wants_gradient(x, gate_up_proj, down_proj, weights):
+        gate, up = functional.linear(x, gate_up_proj.reshape(-1, H)).view(T, E, width).chunk(2, -1)  # [T, E, s]
+        hidden = find_activation(activation).forward(gate).mul_(up)
+        count = expert_mask(indices, None, E, x.dtype)  # [T, E]
+        hidden.mul_((count if weights is None else expert_mask(indices, weights, E, x.dtype))[..., None])
+        hidden = hidden.masked_fill_((count == 0)[..., None], 0).view(T, E * s)
+        return _down(hidden, down_proj)
     used = indices < E
     x = torch.where(used.any(1, keepdim=True), x, 0)  # the weights' gradient multiplies every token
     product = functional.linear(x, gate_up_proj.reshape(-1, H)).view(T * E, width)
@@ -42,7 +49,12 @@ def view_ffn(
     if weights is not None:
         hidden = hidden * weights.reshape(-1, 1).to(x.dtype)
     spread = hidden.new_zeros(T * E + 1, s).index_add_(0, slot.masked_fill(empty, T * E), hidden)  # a row more: the empty slots
-    hidden = spread[:-1].view(T, E * s)  # [T, F]
+    return _down(spread[:-1].view(T, E * s), down_proj)
+
+
+def _down(hidden: Tensor, down_proj: Tensor) -> Tensor:
+    """hidden [T, F] -> [T, H]"""
+    H = down_proj.shape[1]
     if down_proj.transpose(0, 1).is_contiguous():
         return functional.linear(hidden, down_proj.transpose(0, 1).reshape(H, -1))
     return hidden @ down_proj.transpose(1, 2).reshape(-1, H)
