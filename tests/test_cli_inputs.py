@@ -409,7 +409,7 @@ def test_a_flag_of_dot_beside_another_method(capsys, here, tmp_path, flag, metho
     assert_one_line(status, err, "convert", "together with --method dot")
 
 
-@pytest.mark.parametrize("flags", [(), ("--init", "kmeans"), ("--method", "activation")], ids=" ".join)
+@pytest.mark.parametrize("flags", [("--init", "noise"), ("--init", "kmeans"), ("--method", "activation")], ids=" ".join)
 def test_shared_experts_of_another_start(capsys, here, tmp_path, flags):
     status, _, err = call(capsys, *convert_arguments(here, tmp_path / "moe", "--shared", "1", *flags))
     wanted = ": error: --shared is 1; allowed: together with --init shared or --method shared"

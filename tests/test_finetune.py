@@ -35,10 +35,10 @@ def sequences(count=BATCH * STEPS):
 def by_reference(monkeypatch):
     """The experts of every block by the reference from here on."""
 
-    def expert_ffn(x, gate_up_proj, down_proj, indices, weights, *, activation, path):
+    def routed_ffn(x, gate_up_proj, down_proj, indices, weights, activation, path):
         return reference.expert_ffn(x, gate_up_proj, down_proj, indices, weights, activation=ACT2FN[activation])
 
-    monkeypatch.setattr(block, "expert_ffn", expert_ffn)
+    monkeypatch.setattr(block, "routed_ffn", routed_ffn)
 
 
 def checkpointing(model):

@@ -81,6 +81,8 @@ def sum_bags(ys: Tensor, weights: Tensor | None, source: Tensor, num_used: int, 
 
     In 16 bits only for unit weights, which the bags would round to the rows' dtype."""
     S = source.numel()
+    if ys.shape[1] == 0:  # embedding_bag refuses rows without columns, in some processes
+        return ys.new_zeros(num_tokens, 0)
     slot_of = np.empty(S, dtype=np.int64)  # the inverse of source: routed pair -> slot
     slot_of[source.numpy()] = np.arange(S)
     padding = None
