@@ -42,6 +42,11 @@ def _blocks(r: Tensor, sizes: list[int]) -> Iterator[_Block]:
         first += s
 
 
+def _columns(weight: Tensor, order: Tensor) -> Tensor:
+    """weight [H, F] -> weight[:, order], by gather: along rows index_select takes twice its time, in 16 bits."""
+    return weight.gather(1, order.expand(weight.shape))
+
+
 def _rows(blocks: list[_Block], like: Tensor) -> Tensor:
     """[n, H] for the products of any block: a new one each time would cost its page faults."""
     return like.new_empty(max((len(block.tokens) for block in blocks), default=0), like.shape[1])
@@ -70,7 +75,7 @@ class SparseMaskedFFN(torch.autograd.Function):
         sizes = torch.bincount(expert_of, minlength=r.shape[1]).tolist()
         gate = x @ gate_proj.index_select(0, order).T  # [T, F], sorted
         up = x @ up_proj.index_select(0, order).T
-        down = down_proj.index_select(1, order)  # [H, F]
+        down = _columns(down_proj, order)
         y = torch.zeros(x.shape, dtype=compute_dtype(x))
         blocks = list(_blocks(r, sizes))
         rows = _rows(blocks, x)
@@ -91,7 +96,7 @@ class SparseMaskedFFN(torch.autograd.Function):
         act, sizes = find_activation(ctx.activation), ctx.sizes
         need_x, _, _, _, need_r, need_plan, need_probs = ctx.needs_input_grad[:7]
         (T, E), F = r.shape, len(order)
-        du = dy @ down_proj.index_select(1, order)  # [T, F], of the masked hidden
+        du = dy @ _columns(down_proj, order)  # [T, F], of the masked hidden
         dr = dplan = dprobs = dx = None
         if need_r or need_plan or need_probs:
             dg = act.forward(gate).mul_(up).mul_(du)  # gradient of the gate R M^T
