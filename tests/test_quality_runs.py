@@ -12,6 +12,7 @@ from bench.quality.presets import Part
 from bench.quality.report import report
 from bench.quality.run import Task, differing, is_done, read_result, run_parts
 from bench.quality.settings import Plan, Topology
+from bench.quality.tuning import mark_of
 from dotmoe_kernels.alignment.config import AlignmentConfig
 
 SMALL = Plan(
@@ -24,8 +25,10 @@ SMALL = Plan(
     windows=2,
     texts=40,
     options={"steps": 2, "batch_size": 2},
+    tuning={"steps": 3, "batch_size": 2},
 )
-QUICK = ("dense", "dot", "shared-rate", "masks", "prune-wanda", "2to4-wanda", "no-capacity", "soft-router")
+TUNED = ("dot-distilled", "dot-text", "dot-zero")
+QUICK = ("dense", "dot", "shared-rate", "masks", "prune-wanda", "2to4-wanda", "no-capacity", "soft-router", *TUNED)
 
 # --- statistics ---
 
@@ -181,7 +184,7 @@ def test_an_arm_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     """Interrupted inside an arm, the result is that of an uninterrupted run."""
     plan = Plan(**(vars(SMALL) | {"options": {"steps": 4, "batch_size": 2, "checkpoint_every": 1}}))
     part = Part(plan, (0,))
-    run_parts([part], tmp_path / "whole", tmp_path / "data", only=["dense", "dot"], say=lambda line: None)
+    run_parts([part], tmp_path / "whole", tmp_path / "first", only=["dense", "dot"], say=lambda line: None)
     from dotmoe_kernels.alignment import loop
 
     step, taken = loop._Run.step, []
@@ -202,7 +205,39 @@ def test_an_arm_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     whole, resumed = (json.loads((tmp_path / place / "small" / "dot.0.json").read_text()) for place in ("whole", "out"))
     assert whole["nll"] == resumed["nll"]
     assert whole["curve"] == resumed["curve"]
+    assert len(whole["curve"]) == 4
     assert not list((tmp_path / "data" / "runs").iterdir()), "the checkpoints go with the result"
+
+
+def test_a_tuned_arm_begins_with_the_aligned_model(results):
+    place, _, _ = results
+    found = {name: read_result(place / "out" / "small" / f"{name}.1.json") for name in ("dot", *TUNED)}
+    marks = {mark_of(one["depends"]) for one in found.values()}
+    assert len(marks) == 1, "one for all of them"
+    assert (place / "data" / "aligned" / marks.pop() / "config.json").exists()
+    assert not list((place / "data" / "runs").iterdir())
+    each = 2 * SMALL.sequence  # tokens of a step
+    for name in TUNED:
+        assert found[name]["trained_tokens"] == 5 * each, "both trainings"
+        assert found[name]["nll"] != found["dot"]["nll"], name
+        assert found[name]["tokens"] == found["dot"]["tokens"]
+        assert found[name]["depends"]["tuning"]["taught"] == (name != "dot-text")
+    assert [tokens for tokens, _ in found["dot-distilled"]["curve"]] == [3 * each, 4 * each, 5 * each]
+    assert found["dot-text"]["curve"] == [], "a cross-entropy is not a KL"
+    assert found["dot-distilled"]["active_parameters"] == found["dot"]["active_parameters"]
+    assert found["dot-distilled"]["mean_active"] == SMALL.topology.top_k > found["dot-zero"]["mean_active"]
+    zeros = 4 * 16 * 2  # rows of the routers
+    assert found["dot-zero"]["active_parameters"] < found["dot"]["active_parameters"] + zeros
+
+
+def test_an_untrained_tuning_measures_what_dot_does(tmp_path):
+    """The converted model's figures are those of the layers that it was made from."""
+    part = Part(Plan(**(vars(SMALL) | {"tuning": {"steps": 1, "batch_size": 2, "lr": 1e-12}})), (0,))
+    run_parts([part], tmp_path / "out", tmp_path / "data", only=["dense", "dot", "dot-distilled"], say=lambda line: None)
+    dot, same = (read_result(tmp_path / "out" / "small" / f"{name}.0.json") for name in ("dot", "dot-distilled"))
+    assert same["nll"] == pytest.approx(dot["nll"], rel=1e-4)
+    for name in ("unused", "experts_in_use", "mutual_information", "most_information", "mean_active", "active_parameters"):
+        assert same[name] == pytest.approx(dot[name], rel=1e-3), name
 
 
 def test_the_report_has_every_arm_and_a_figure(results):

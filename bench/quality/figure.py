@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from dotmoe_kernels._files import write_file
 
-_COLOURS = {"dot": "C3", "moe": "C0", "pruned": "C2", "2:4": "C4", "ablation": "0.4"}
-_LABELS = {"dot": "learned by transport", "moe": "routed, fixed or masked", "pruned": "structured pruning", "2:4": "2:4"}
-_LINES = ("dot", "random", "kmeans", "activation", "shared-rate", "gate", "masks", "dot-long")  # as are drawn of the curves
+_COLOURS = {"dot": "C3", "moe": "C0", "pruned": "C2", "2:4": "C4", "tuned": "C1", "ablation": "0.4"}
+_LABELS = {
+    "dot": "learned by transport",
+    "moe": "routed, fixed or masked",
+    "pruned": "structured pruning",
+    "2:4": "2:4",
+    "tuned": "every weight trained",
+}
+_LINES = (
+    "dot",
+    "random",
+    "kmeans",
+    "activation",
+    "shared-rate",
+    "gate",
+    "masks",
+    "dot-long",
+    "dot-distilled",
+    "dot-distilled-long",
+)  # as are drawn of the curves
 
 
 def _forest(axes: Any, rows: Sequence[dict[str, Any]], pick: Any, dot: float | None) -> None:
@@ -56,13 +74,13 @@ def _draw(axes: Any, found: dict[str, Any]) -> None:
         middle.set(xlabel="perplexity / dot's", title="dot with one thing changed")
     else:
         middle.set_axis_off()
-    colours = iter(f"C{n}" for n in (0, 1, 2, 4, 5, 6, 7, 8))  # all but dot's
+    colours = cycle(f"C{n}" for n in (0, 1, 2, 4, 5, 6, 7, 8))  # all but dot's
     for row in found["rows"]:
         if row["arm"] in _LINES and row["curve"]:
             tokens, kl = zip(*row["curve"], strict=True)
             own = row["arm"] == "dot"
             right.plot(tokens, kl, label=row["arm"], color="C3" if own else next(colours), linewidth=2 if own else 1)
-    right.set(xlabel="training tokens", ylabel="KL(dense || sparse), nats", title="alignment, first seed")
+    right.set(xlabel="training tokens", ylabel="KL(dense || sparse), nats", title="training, first seed")
     if right.lines:
         right.set_yscale("log" if min(min(line.get_ydata()) for line in right.lines) > 0 else "linear")
         right.legend(frameon=False, fontsize=7)

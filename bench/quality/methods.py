@@ -64,13 +64,15 @@ class Method:
     """
     Attributes:
         name: of its row and its file.
-        kind: "dense", "dot", "moe" (routed, trained on the same tokens), "pruned", "2:4" or "ablation".
+        kind: "dense", "dot", "moe" (routed, trained on the same tokens), "pruned", "2:4", "tuned" (dot, then its weights) or
+            "ablation".
         source: paper or address.
         about: one line: what it does here.
         make: changes the model of a job.
         options: of AlignmentConfig, beside the setting's.
         seeded: differs from seed to seed.
         transport: of ``align``.
+        tuning: of dot's model, after its alignment (see ``tuning``).
     """
 
     name: str
@@ -81,6 +83,7 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     seeded: bool = True
     transport: Callable[[dict[str, AlignmentFFN], AlignmentConfig], Transport] = Transport
+    tuning: dict[str, Any] | None = None
 
     @property
     def trained(self) -> bool:

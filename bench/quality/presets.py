@@ -16,6 +16,9 @@ from dotmoe_kernels.alignment.config import AlignmentConfig
 from .ablations import ablations
 from .methods import METHODS, Method
 from .settings import CI, DEMO, SEVEN, SMOLLM2, Plan
+from .tuning import tuned
+
+_LONGER = 8  # times the tokens of an arm, alignment and tuning together
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Part:
     def arms(self) -> list[Method]:
         base = AlignmentConfig(**(self.plan.options | self.options))
         arms = [m for m in METHODS if self.methods is None or m.name in self.methods]
+        if self.plan.tuning:
+            arms += tuned(self.plan.tuning, 0 if self.plan.shape is not None else _LONGER - 1)
         return arms + (ablations(base) if self.ablations else []) + longer(self.plan, base)
 
     def tokens(self) -> int:
@@ -44,8 +49,8 @@ def longer(plan: Plan, base: AlignmentConfig) -> list[Method]:
     if plan.shape is not None:
         return []
     dot = next(m for m in METHODS if m.name == "dot")
-    about = "dot on eight times the tokens"
-    return [replace(dot, name="dot-long", kind="ablation", about=about, options={"steps": 8 * base.steps})]
+    about = f"dot on {_LONGER} times the tokens"
+    return [replace(dot, name="dot-long", kind="ablation", about=about, options={"steps": _LONGER * base.steps})]
 
 
 # what is named here and in no registry is left out

@@ -3,6 +3,7 @@
     <out>/<setting>/<method>.<seed>.json        the result
     <data>/models/<setting>-<hash>/             a dense model trained here
     <data>/runs/<fingerprint>/                  checkpoints of an arm under way
+    <data>/aligned/<mark>/                      dot's model, for the arms that train its weights (see tuning.py)
 
 A result says what it depends on: the dense model, the tokens, the documents, the method's options, the seed. One that is there and
 depends on the same is not made again; one that cannot be read, or was made with something else, is.
@@ -27,12 +28,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from dotmoe_kernels._checks import require
 from dotmoe_kernels._files import write_file
 from dotmoe_kernels.alignment.config import AlignmentConfig
 from dotmoe_kernels.alignment.loop import align
 from dotmoe_kernels.alignment.module import AlignmentFFN
+from dotmoe_kernels.models.modeling import DotMoeForCausalLM
 
 from ..machine import RESULTS, commit, describe
 from .fetch import TASKS
@@ -40,10 +43,13 @@ from .measuring import measure
 from .methods import Job, Made, Method
 from .presets import PRESETS, Part
 from .settings import Setting, make_setting
+from .tuning import aligned_model, mark_of, options_of, tune
 
 OUT = RESULTS / "quality"
 FORMAT = 1  # of a result; counts in the fingerprint
 _POINTS = 40  # of a curve
+
+Points = list[tuple[int, float]]  # (tokens, KL)
 
 
 class Task(NamedTuple):
@@ -64,7 +70,12 @@ def depends_on(setting: Setting, arm: Method, options: AlignmentConfig, seed: in
     """All that a result follows from, the code apart, as JSON gives it back."""
     taken = dataclasses.asdict(options) if arm.trained else {}
     taken.pop("checkpoint_every", None)
-    return json.loads(json.dumps({"format": FORMAT, **setting.marks(), "arm": arm.name, "seed": seed, "options": taken}))
+    found = {"format": FORMAT, **setting.marks(), "arm": arm.name, "seed": seed, "options": taken}
+    if arm.tuning is not None:
+        tuning, taught = options_of(arm, setting.plan.topology, seed)
+        found["tuning"] = {**dataclasses.asdict(tuning), "taught": taught}
+        del found["tuning"]["checkpoint_every"]
+    return json.loads(json.dumps(found))
 
 
 def differing(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
@@ -121,14 +132,14 @@ def tasks_of(part: Part, setting: Setting, out: Path, seeds: Sequence[int], only
     return found
 
 
-def curve(log: list[dict[str, float]], tokens: int) -> list[tuple[int, float]]:
+def curve(log: list[dict[str, float]], tokens: int) -> Points:
     """(tokens, KL) of a log whose steps have ``tokens`` each: means over equal parts of it."""
     size = max(1, -(-len(log) // _POINTS))
     parts = [log[n : n + size] for n in range(0, len(log), size)]
     return [(int(part[-1]["step"]) * tokens, round(sum(e["kl"] for e in part) / len(part), 5)) for part in parts]
 
 
-def _train(setting: Setting, job: Job, made: Made, task: Task, folder: Path, progress: bool) -> list[tuple[int, float]]:
+def _train(setting: Setting, job: Job, made: Made, task: Task, folder: Path, progress: bool) -> Points:
     """Aligns the layers; the curve. With ``checkpoint_every`` it goes on where an interrupted run of the arm stopped."""
     resumable = task.options.checkpoint_every > 0 and "checkpoint_every" in setting.plan.options
     log: list[dict[str, float]] = []
@@ -150,19 +161,38 @@ def _train(setting: Setting, job: Job, made: Made, task: Task, folder: Path, pro
     return curve(log, task.options.batch_size * job.train.shape[1])
 
 
+def _tune(setting: Setting, task: Task, data: Path, folder: Path, progress: bool) -> tuple[DotMoeForCausalLM, Points, int]:
+    """dot's model, its weights trained where the arm says so; the curve, and the tokens of all trainings."""
+    size = task.options.batch_size * setting.train.shape[1]
+    model, log = aligned_model(setting, task.options, mark_of(task.depends), data, progress)
+    if task.arm.tuning is None:
+        return model, curve(log, size), task.options.steps * size
+    log, step = tune(model, setting, task.arm, task.seed, folder, progress)
+    aligned = task.options.steps * size
+    points = [(aligned + seen, kl) for seen, kl in curve(log, step)] if "kl" in log[0] else []
+    return model, points, aligned + len(log) * step
+
+
 def run_arm(setting: Setting, task: Task, data: Path, *, documents: int = 0, progress: bool = False) -> dict[str, Any]:
     """The result of an arm, written."""
     begin, arm, folder = time.monotonic(), task.arm, data / "runs" / task.fingerprint
-    model = copy.deepcopy(setting.dense)
-    job = Job(model, setting.plan.topology, setting.train, task.options)
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in setting.dense.parameters())
+    tokens = task.options.steps * task.options.batch_size * setting.train.shape[1] if arm.trained else 0
+    model: PreTrainedModel
+    layers: dict[str, AlignmentFFN] = {}
+    zeroed: list[torch.Tensor] = []
+    built, points = 0.0, Points()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* leave experts without a token")
-        made = arm.make(job)
-        built = time.monotonic() - begin
-        points = _train(setting, job, made, task, folder, progress) if arm.trained else []
+        if arm.tuning is not None or (arm.name == "dot" and setting.plan.tuning):
+            model, points, tokens = _tune(setting, task, data, folder, progress)
+        else:
+            model = copy.deepcopy(setting.dense)
+            job = Job(model, setting.plan.topology, setting.train, task.options)
+            layers, zeroed = made = arm.make(job)
+            built = time.monotonic() - begin
+            points = _train(setting, job, made, task, folder, progress) if arm.trained else []
     trained = time.monotonic() - begin
-    layers: dict[str, AlignmentFFN] = made.layers
     found = {
         "setting": setting.plan.name,
         "arm": arm.name,
@@ -171,9 +201,9 @@ def run_arm(setting: Setting, task: Task, data: Path, *, documents: int = 0, pro
         "about": arm.about,
         "seed": task.seed,
         "depends": task.depends,
-        **measure(model, layers, made.zeroed, setting.held),
+        **measure(model, layers, zeroed, setting.held),
         "total_parameters": total,
-        "trained_tokens": task.options.steps * task.options.batch_size * setting.train.shape[1] if arm.trained else 0,
+        "trained_tokens": tokens,
         "curve": points,
         "seconds": {"start": built, "in all": trained},
         "commit": commit(),

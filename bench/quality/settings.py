@@ -56,6 +56,7 @@ class Plan:
         documents: held out, at most.
         texts: of the standard library, the shortest that are no mere stubs; None: all.
         options: of AlignmentConfig, for every method alike.
+        tuning: of FinetuneConfig, for what trains weights after the alignment.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Plan:
     documents: int = 256
     texts: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    tuning: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,9 @@ CI = Plan(
     windows=2,
     texts=200,
     options={"steps": 8, "batch_size": 4},
+    tuning={"steps": 8, "batch_size": 4},
 )
-DEMO = Plan("demo", Topology(32, 8), SHAPE, dense_steps=700, options={"steps": 200})
+DEMO = Plan("demo", Topology(32, 8), SHAPE, dense_steps=700, options={"steps": 200}, tuning={"steps": 200})
 SEVEN = Plan(
     "7m",
     Topology(16, 4),
@@ -116,6 +119,7 @@ SMOLLM2 = Plan(
     sequence=256,
     windows=2,
     options={"steps": 256, "batch_size": 2, "hidden": 4.0, "checkpoint_every": 32},
+    tuning={"steps": 256, "batch_size": 2, "checkpoint_every": 64},
 )
 
 
