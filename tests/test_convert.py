@@ -68,7 +68,7 @@ def test_conversion_end_to_end(method):
         assert torch.equal(sparse.state_dict()[name], value), name
     assert sparse.config.assignment == {
         "method": method,
-        "init": "shared" if method == "dot" else method,
+        "init": {"dot": "noise"}.get(method, method),
         "steps": 3,
         "seed": 0,
         "tokens": 3 * 2 * 12,
@@ -117,10 +117,34 @@ def test_dot_starts_from_a_partition(init):
     assert begun.config.assignment["init"] == init
 
 
-def test_dot_starts_from_the_shared_partition_where_there_is_text():
-    found = [convert(alignment=options(steps=0, **init)) for init in ({}, {"init": "auto"}, {"init": "shared"})]
+def test_auto_is_the_shared_start_where_the_inputs_share_a_vector():
+    plain = [convert(alignment=options(steps=0, **init)) for init in ({}, {"init": "auto"}, {"init": "noise"})]
+    assert {model.config.assignment["init"] for model in plain} == {"noise"}
+    assert all(all(same(routers(plain[0]), routers(other)).values()) for other in plain[1:])
+
+    def alike():
+        model = dense_model()
+        with torch.no_grad():
+            model.model.embed_tokens.weight += 3 * torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        return model
+
+    model, inputs = alike(), []
+    ffns = find_ffns(model)
+    handles = [ffn.module.register_forward_pre_hook(lambda m, args: inputs.append(args[0].flatten(0, 1))) for ffn in ffns.values()]
+    with torch.no_grad():
+        model(input_ids=DATA)
+    assert len(inputs) == 2
+    for handle in handles:
+        handle.remove()
+    shares = [float(x.mean(0).square().sum() / x.square().sum(1).mean()) for x in inputs]
+    assert module.constant_share(model, ffns, DATA) == pytest.approx(sum(shares) / 2, rel=1e-5)
+    plainly = dense_model()
+    assert sum(shares) / 2 > 0.3 > 0.15 > module.constant_share(plainly, find_ffns(plainly), DATA)
+    assert not any(ffn.module._forward_pre_hooks for ffn in ffns.values())
+    found = [convert(alike(), alignment=options(steps=0, **init)) for init in ({}, {"init": "shared"})]
     assert {model.config.assignment["init"] for model in found} == {"shared"}
-    assert all(all(same(routers(found[0]), routers(other)).values()) for other in found[1:])
+    assert all(same(routers(found[0]), routers(found[1])).values())
+    assert convert(alignment=options(steps=0, shared=1)).config.assignment["init"] == "shared", "asked for by its option"
     with pytest.warns(UserWarning, match="the router is random"):
         assert convert(data=None).config.assignment["init"] == "noise"
 

@@ -216,11 +216,11 @@ _NOISE = {"init": "noise"}  # of the router, which then learns faster than a fit
 
 METHODS: tuple[Method, ...] = (
     Method("dense", "dense", "-", "the model that is converted", dense, seeded=False),
-    Method("dot", "dot", DOT, "assignment and router learned together, from shared", package("dot")),
+    Method("dot", "dot", DOT, "assignment and router learned together, from noise or shared, as the inputs say", package("dot")),
     *(
         Method(f"dot-{init}", "dot", DOT, f"the same, from {init}", package("dot"), {"init": init})
         for init in INITS
-        if init not in ("auto", "shared")
+        if init != "auto"
     ),
     Method("dot-frozen", "moe", DOT, "dot's first assignment kept, the router learned: transport cost off", frozen),
     Method("random", "moe", "LLaMA-MoE, arXiv 2406.16554", "random equal experts", package("random"), _NOISE),

@@ -56,7 +56,7 @@ def longer(plan: Plan, base: AlignmentConfig) -> list[Method]:
 # what is named here and in no registry is left out
 _PRUNED = ("prune-magnitude", "prune-wanda", "prune-layers", "2to4-wanda")
 _RIVALS = ("random", "kmeans", "coactivation", "activation", "shared-rate", "shared-importance", "gate", "masks")
-_SEVEN = ("dense", "dot", "dot-noise", *_RIVALS, *_PRUNED)
+_SEVEN = ("dense", "dot", "dot-noise", "dot-shared", *_RIVALS, *_PRUNED)
 _REAL = ("dense", "dot", "dot-noise", "shared-rate", "shared-importance", "gate", *_PRUNED)
 PRESETS: dict[str, tuple[Part, ...]] = {
     "ci": (Part(CI, (0,), ablations=True),),

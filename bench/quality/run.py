@@ -35,7 +35,9 @@ from dotmoe_kernels._files import write_file
 from dotmoe_kernels.alignment.config import AlignmentConfig
 from dotmoe_kernels.alignment.loop import align
 from dotmoe_kernels.alignment.module import AlignmentFFN
+from dotmoe_kernels.conversion.pipeline import find_start
 from dotmoe_kernels.models.modeling import DotMoeForCausalLM
+from dotmoe_kernels.models.surgery import find_ffns
 
 from ..machine import RESULTS, commit, describe
 from .fetch import TASKS
@@ -48,6 +50,7 @@ from .tuning import aligned_model, mark_of, options_of, tune
 OUT = RESULTS / "quality"
 FORMAT = 1  # of a result; counts in the fingerprint
 _POINTS = 40  # of a curve
+_OURS = ("dot", "tuned", "ablation")  # kinds
 
 Points = list[tuple[int, float]]  # (tokens, KL)
 
@@ -119,14 +122,24 @@ def is_done(task: Task, say: Callable[[str], None], documents: int = 0) -> bool:
     return True
 
 
+def dot_start(setting: Setting, options: AlignmentConfig) -> str:
+    """What dot starts from in a setting."""
+    return find_start(options, "dot", setting.dense, find_ffns(setting.dense), setting.train).init
+
+
 def tasks_of(part: Part, setting: Setting, out: Path, seeds: Sequence[int], only: Iterable[str] = ()) -> list[Task]:
-    """The methods of the first seed, then of the next; then the ablations. An arm without randomness comes once."""
+    """The methods of the first seed, then of the next; then the ablations. An arm without randomness comes once, and so does one
+    that is dot under another name."""
     found, arms = [], [arm for arm in part.arms() if not only or arm.name in set(only)]
+    start = dot_start(setting, AlignmentConfig(**(part.plan.options | part.options)))
     for ablation, (number, seed) in product((False, True), enumerate(seeds)):
         for arm in arms:
             if (arm.kind == "ablation") != ablation or (number and not arm.seeded):
                 continue
-            options = AlignmentConfig(**(part.plan.options | part.options | arm.options | {"seed": seed}))
+            if arm.kind == "dot" and arm.options == {"init": start}:
+                continue
+            ours = {"init": start} if arm.kind in _OURS or arm.name == "dot-frozen" else {}
+            options = AlignmentConfig(**(part.plan.options | part.options | ours | arm.options | {"seed": seed}))
             path = out / part.plan.name / f"{arm.name}.{seed}.json"
             found.append(Task(arm, seed, options, path, depends_on(setting, arm, options, seed)))
     return found

@@ -35,7 +35,8 @@ class AlignmentConfig:
         centre: the routers do not see the direction of their FFN's mean input, which in a trained model is much of every input
             and sends all tokens to the same experts (paper: no). It is projected out of their weights, also of those exported.
         init: what A and the router start from: "noise" (paper), or the partition "kmeans", "activation" or "shared". "auto":
-            "shared" where there is text to calibrate on, else "noise".
+            "shared" where there is text and it shows that more than a fifth of what enters the FFNs is one vector, as in trained
+            models of some size; else "noise".
         shared: of the start "shared": the experts that every token visits at first. None: half of K.
         init_std: standard deviation of the noise.
         init_strength: affinity of a neuron to its expert of the partition, in the units of tau.

@@ -142,13 +142,13 @@ def convert_folder(
     require(method in METHODS, "method", repr(method), " | ".join(METHODS))
     for name, kind in (("method", method), ("init", given.init if method == "dot" else None)):
         require(kind not in CALIBRATED, name, kind, "one that needs no text, or data to calibrate on")
-    options = find_start(given, method, False)
     path = check_target(output, "output", overwrite)
     require_apart(path, "output", f"{path}, which", {"source": source})
     config, dense = copy.deepcopy(config), AutoConfig.from_pretrained(source)
     with torch.device("meta"):
         origin = _Source(source, dense, dtype)
         _check_model(origin.model, config, origin.ffns)
+        options = find_start(given, method, origin.model, origin.ffns, None)
         config.bind(dense, dense_width=next(iter(origin.ffns.values())).gate_proj.shape[0])
         _describe(config, method, options, {}, None)
         sparse = DotMoeForCausalLM(config)
