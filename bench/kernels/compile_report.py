@@ -232,7 +232,7 @@ def render(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> str:
             table(ratios[0], ratios[1:]),
             "PREDICTED time of masked_ffn, forward and back to tokens, plan and router, the limit beside it",
             table(layer[0], layer[1:]),
-            f"PREDICTED time of a whole model's decode step in bfloat16 as one CUDA graph, {predictions_token.CONTEXT} tokens behind it",
+            f"PREDICTED time of a model's decode step in bfloat16 as one CUDA graph, {predictions_token.CONTEXT} tokens behind it",
             table(tokens[0], tokens[1:]),
         ]
     )
