@@ -234,18 +234,17 @@ def test_an_unknown_dtype_is_refused(capsys, folder):
 
 def test_models_and_cards_that_are_refused(capsys, folder, tmp_path):
     restore_dense(dk.load(folder)).save_pretrained(tmp_path / "dense")
-    (tmp_path / "card").mkdir()
     dk.save(sparse_model(), tmp_path / "latin")
     (tmp_path / "latin" / "README.md").write_bytes("für".encode("latin-1"))
     dk.save(sparse_model(), tmp_path / "taken")
     (tmp_path / "taken" / "README.md").unlink()
     (tmp_path / "taken" / "README.md").mkdir()
     for arguments, words in (
-        ((tmp_path / "dense",), f"MODEL is {tmp_path / 'dense'}, which is not converted; allowed: a converted model"),
-        ((tmp_path / "gone",), f"MODEL is {tmp_path / 'gone'}"),
-        ((tmp_path / "latin", "--card"), f"--card is given with {tmp_path / 'latin' / 'README.md'}, which is not in UTF-8"),
-        ((tmp_path / "taken", "--card"), f"--card is given with {tmp_path / 'taken' / 'README.md'}, a folder"),
-        (("a-name", "--card"), "--card is given with a-name, which is no folder"),
+        ((tmp_path / "dense",), f"MODEL is {tmp_path / 'dense'}, whose model_type is 'llama'; allowed: a folder written by"),
+        ((tmp_path / "gone", "--card"), f"MODEL is {tmp_path / 'gone'}, which does not exist; allowed: a folder written by"),
+        (("",), "MODEL is '', which does not exist"),
+        ((tmp_path / "latin", "--card", *SHORT), f"--card is given with {tmp_path / 'latin' / 'README.md'}, which is not in UTF-8"),
+        ((tmp_path / "taken", "--card", *SHORT), f"--card is given with {tmp_path / 'taken' / 'README.md'}, a folder"),
     ):
         status, out, err = bench(capsys, *arguments)
         assert (status, out, len(err.splitlines())) == (2, "", 1), err

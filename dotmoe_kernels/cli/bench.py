@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .._checks import refuse, require
 from .._files import probe_folder, write_file
-from .inputs import find_device, named, reading, require_model_folder, require_seed
+from .inputs import converted_config, find_device, named, reading, require_seed
 
 _NAMES = {
     "prompt_tokens": "--prompt-tokens",
@@ -40,33 +40,22 @@ def _card(folder: Path) -> str | None:
         refuse("--card", f"given with {path}, which is not in UTF-8", "text that a section can be added to")
 
 
-def _require_card(folder: Path) -> None:
-    """Before minutes are spent: there is a folder, and it can be written."""
-    require(folder.is_dir(), "--card", f"given with {folder}, which is no folder", "a MODEL in a local folder")
-    _card(folder)
-    probe_folder(folder, file=True)
-
-
 def run_bench(args: argparse.Namespace) -> int:
-    batches = _batches(args.batch)
-    for name in ("prompt_tokens", "new_tokens", "rounds"):
-        require(getattr(args, name) >= 1, _NAMES[name], getattr(args, name), "an integer of at least 1")
+    batches, folder = _batches(args.batch), Path(args.model)
     require_seed(args.seed)
-    require_model_folder(args.model)
-    from ..models.inspect import is_converted, model_type
-
-    dense = model_type(args.model) is not None and not is_converted(args.model)
-    require(not dense, "MODEL", f"{args.model}, which is not converted", "a converted model; its dense model is restored from it")
-    folder = Path(args.model).expanduser()
-    if args.card:
-        _require_card(folder)
     device = find_device(args.device)
+    config = converted_config(args.model)
     import torch
 
     from ..conversion import load
-    from ..conversion.timing import SECTION, measure_speed, speed_lines, speed_section
+    from ..conversion.timing import SECTION, check_lengths, measure_speed, speed_lines, speed_section
     from ..models.card import model_card, put_section
 
+    with named(**_NAMES):  # before the weights are read
+        check_lengths(config, args.prompt_tokens, args.new_tokens, batches, args.rounds)
+    if args.card:  # before minutes are spent
+        _card(folder)
+        probe_folder(folder, file=True)
     with reading(args.model):
         model = load(args.model, dtype=getattr(torch, args.dtype) if args.dtype else None, device=device).eval()
     shown = sys.stderr.isatty()

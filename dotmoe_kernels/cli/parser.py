@@ -277,15 +277,15 @@ def _add_bench(commands: Any) -> None:
         "bench",
         "Measure tokens a second of a converted model beside its dense model on this machine.",
         "dotmoe bench ./llama-moe\ndotmoe bench ./llama-moe --dtype bfloat16 --batch 1,4,16 --json\n"
-        "OMP_NUM_THREADS=1 dotmoe bench ./llama-moe --card",
+        "dotmoe bench ./llama-moe --rounds 9 --card",
     )
-    bench.add_argument("model", metavar="DIR", help="a converted model; its dense model is restored in memory")
+    bench.add_argument("model", metavar="MODEL", help="a converted model; its dense model is restored in memory")
     bench.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="of each prompt (default: %(default)s)")
     bench.add_argument("--new-tokens", type=int, default=64, metavar="N", help="decode steps after it (default: %(default)s)")
     bench.add_argument("--batch", default="1,8", metavar="N,...", help="prompts at a time (default: %(default)s)")
     bench.add_argument("--rounds", type=int, default=5, metavar="N", help="in which both models take turns (default: %(default)s)")
     bench.add_argument("--seed", type=int, default=0, help="of the prompts' random ids")
-    bench.add_argument("--card", action="store_true", help="put the table into README.md of DIR as well")
+    bench.add_argument("--card", action="store_true", help="put the table into README.md of MODEL as well")
     bench.add_argument("--json", action="store_true", help="print JSON")
     _add_device(bench)
 

@@ -169,6 +169,19 @@ def _measure_batch(
     return report
 
 
+def check_lengths(config: Any, prompt_tokens: int, new_tokens: int, batches: Sequence[int], rounds: int) -> None:
+    """The arguments of ``measure_speed`` for a model of this config; raises as it does."""
+    for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("rounds", rounds)):
+        require(is_integer(value) and value >= 1, name, value, "an integer of at least 1")
+    whole = all(is_integer(batch) and batch >= 1 for batch in batches) and len(batches) > 0
+    require(whole, "batches", list(batches), "integers of at least 1")
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if most is not None:
+        require(prompt_tokens <= most, "prompt_tokens", prompt_tokens, f"at most max_position_embeddings, {most}")
+        given = f"{new_tokens} after a prompt of {prompt_tokens}"
+        require(prompt_tokens + new_tokens <= most, "new_tokens", given, f"max_position_embeddings, {most}, in all")
+
+
 def measure_speed(
     model: DotMoeForCausalLM,
     *,
@@ -198,19 +211,12 @@ def measure_speed(
     Raises:
         ValueError: a count below 1, no batch, more tokens than the model has positions.
     """
-    for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("rounds", rounds)):
-        require(is_integer(value) and value >= 1, name, value, "an integer of at least 1")
-    whole = all(is_integer(batch) and batch >= 1 for batch in batches) and len(batches) > 0
-    require(whole, "batches", list(batches), "integers of at least 1")
-    config = model.config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None:
-        require(prompt_tokens <= most, "prompt_tokens", prompt_tokens, f"at most max_position_embeddings, {most}")
-        given = f"{new_tokens} after a prompt of {prompt_tokens}"
-        require(prompt_tokens + new_tokens <= most, "new_tokens", given, f"max_position_embeddings, {most}, in all")
+    check_lengths(model.config, prompt_tokens, new_tokens, batches, rounds)
     models: dict[str, nn.Module] = {"dense": restore_dense(model).eval(), "sparse": model.eval()}
     device = next(model.parameters()).device
-    drawn = torch.randint(config.vocab_size, (max(batches), prompt_tokens), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(
+        model.config.get_text_config().vocab_size, (max(batches), prompt_tokens), generator=torch.Generator().manual_seed(seed)
+    )
     prompts = drawn.to(device)
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
