@@ -30,7 +30,7 @@ from .machine import describe_machine, peak_memory
 PHASES = ("prefill", "decode")
 SECTION = "Speed"  # of the model card
 _MODELS = ("dense", "sparse")
-_PEAK = 2  # decode steps, at most, of the pass that tells the memory; none later holds much more
+_WARMING = 2  # decode steps, at most, of the first pass at a size
 _WATCHED = 16  # decode steps, at most, of the pass that tells the FFNs' share
 
 Seconds = dict[str, float]  # by phase
@@ -140,14 +140,9 @@ def _measure_batch(
     peaks: dict[str, int | None] = {}
     shares: dict[str, Seconds] = {}
     taken: dict[str, list[Seconds]] = {name: [] for name in models}
-    progress(f"batch {batch}, warming up")
-    for model in models.values():  # what libraries set up for themselves is no part of a peak
-        generation_seconds(model, prompts[:, :8], 2)
-    for name, model in models.items():
-        gc.collect()
-        with peak_memory(prompts.device) as peak:
-            generation_seconds(model, prompts, min(_PEAK, new_tokens))
-            peaks[name] = peak()
+    for model in models.values():  # the first pass at a size sets libraries up, which is neither timed nor weighed
+        progress(f"batch {batch}, warming up")
+        generation_seconds(model, prompts, min(_WARMING, new_tokens))
     for r in range(rounds):
         progress(f"batch {batch}, round {r + 1} of {rounds}")
         for name in list(models)[:: -1 if r % 2 else 1]:
@@ -155,7 +150,10 @@ def _measure_batch(
             taken[name].append(generation_seconds(models[name], prompts, new_tokens))
     for name, model in models.items():
         progress(f"batch {batch}, the FFNs' share")
-        shares[name] = ffn_shares(model, names, prompts, min(_WATCHED, new_tokens))
+        gc.collect()
+        with peak_memory(prompts.device) as peak:
+            shares[name] = ffn_shares(model, names, prompts, min(_WATCHED, new_tokens))
+            peaks[name] = peak()
     limit = bounds(models["sparse"], batch)  # type: ignore[arg-type]
     report: dict[str, Any] = {"batch": batch, "peak_bytes": peaks}
     for phase, tokens in zip(PHASES, (batch * length, batch * new_tokens), strict=True):
@@ -291,9 +289,9 @@ def _sentences(report: dict[str, Any]) -> list[str]:
         f"{shape}, {report['dtype']}, on {where}; {versions}.",
         f"Prompts of {report['prompt_tokens']} random tokens, then {report['new_tokens']} decode steps each; both models take "
         f"turns in {report['rounds']} rounds, medians [quartiles].",
-        "at most: what the bytes of the weights allow in decode, and their products in prefill. FFN: its share of a pass, router "
-        "included, by hooks on the modules in a pass of its own. memory: the most that prefill and two decode steps hold beside "
-        f"the weights, which are {_megabytes(weights['dense'])} dense and {_megabytes(weights['sparse'])} sparse.",
+        "at most: what the bytes of the weights allow in decode, and their products in prefill. FFN: its share, router included, "
+        "by hooks on the modules in a pass of its own. memory: the most that this pass holds beside the weights, which are "
+        f"{_megabytes(weights['dense'])} dense and {_megabytes(weights['sparse'])} sparse.",
     ]
 
 
