@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import subprocess
@@ -12,34 +11,11 @@ from typing import Any
 
 import torch
 
+from dotmoe_kernels.conversion.machine import cores, cpu_model, matrix_instructions
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 _PACKAGES = ("torch", "triton", "numpy", "scipy", "POT", "geomloss", "transformers", "pytest-benchmark")
-
-
-def cpu_model() -> str:
-    """The processor's name as its maker writes it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def matrix_instructions() -> list[str]:
-    """Those for 16-bit products that /proc/cpuinfo names; without any a 16-bit product on a CPU is emulated."""
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return []
-    return [name for name in ("avx512_bf16", "amx_bf16", "bf16", "sme") if name in flags]
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine_name() -> str:

@@ -24,33 +24,17 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from bench.machine import ROOT
-
-
-def _status(field: str) -> int:
-    with open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    raise OSError(f"no {field} in /proc/self/status")
-
-
-def _reset_peak() -> bool:
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        return False
-    return True
+from dotmoe_kernels.conversion.machine import forget_peak, process_memory
 
 
 def measure_here(module: str, name: str) -> int:
     """Bytes beyond those held before the call, at the call's peak; in this process."""
     call = importlib.import_module(module).memory_call(name)
     gc.collect()
-    if _reset_peak():
-        before = _status("VmRSS")
+    if forget_peak():
+        before = process_memory("VmRSS")
         call()
-        return max(_status("VmHWM") - before, 0)
+        return max(process_memory("VmHWM") - before, 0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     call()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before

@@ -64,9 +64,9 @@ def _memory_cell(value: float | None, ours: float) -> str:
     return size(value) + (f" ({factor(value / ours)})" if ours else "")
 
 
-def _remarks(info: dict[str, Any]) -> str:
+def _remarks(info: dict[str, Any], median: float) -> str:
     """What a reader must know about a row."""
-    parts = []
+    parts = [f"{info['tokens'] / median:,.4g} tokens/s"] if "tokens" in info else []
     if info["status"] == "differs":
         parts.append(f"differs from the reference by {info['error']:.1g}")
     if "steps" in info:
@@ -114,7 +114,7 @@ def table(result: dict[str, Any]) -> str:
             ratio = "1" if info["impl"] == OURS else f"**{factor(info['ratio'])}** [{low:.3g}, {high:.3g}]"
             lines.append(
                 f"| {info['impl']} | {seconds(stats['median'])} | {seconds(stats['min'])} | {ratio} | "
-                f"{_rate(info, stats['median'])} | {memory}{stats['rounds']} | {_remarks(info)} |"
+                f"{_rate(info, stats['median'])} | {memory}{stats['rounds']} | {_remarks(info, stats['median'])} |"
             )
         if name in split:
             lines += ["", "Of a step, by part:", "", *splits.table(split[name])]

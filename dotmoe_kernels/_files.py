@@ -39,6 +39,8 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
+            if path.exists():  # whoever could read it can read the new one
+                os.fchmod(file.fileno(), path.stat().st_mode & 0o777)
             os.fsync(file.fileno())
         os.replace(name, path)
     except BaseException:

@@ -153,6 +153,11 @@ def routing_finish_tile(E: int) -> tuple[dict[str, int], dict[str, Any]]:
     return {"BLOCK_P": max(8, 8192 // block_e), "BLOCK_E": block_e}, {"num_warps": 8, "num_stages": 1}
 
 
+def multiplies_into_float32(x: torch.Tensor) -> bool:
+    """Whether one product of PyTorch's takes 16-bit tensors like ``x`` and leaves their sums in float32."""
+    return BACKEND == "cuda" and x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
+
+
 def routing_programs(device: torch.device) -> int:
     """As many as run at once; each leaves one row of sums."""
     return 4 * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1)

@@ -515,19 +515,19 @@ def test_describe_of_a_model_without_config(tmp_path):
 
 
 def test_help_has_examples(capsys):
-    for command in ("demo", "convert", "eval", "generate", "info", "export"):
+    for command in ("demo", "convert", "eval", "generate", "bench", "info", "export"):
         status, out, _ = call(capsys, command, "--help")
         assert status == 0
         assert f"examples:\n  dotmoe {command}" in out
     status, out, _ = call(capsys, "--help")
     assert status == 0
-    assert all(command in out for command in ("demo", "convert", "eval", "generate", "info", "export"))
+    assert all(command in out for command in ("demo", "convert", "eval", "generate", "bench", "info", "export"))
     status, out, _ = call(capsys, "--version")
     assert (status, out) == (0, f"dotmoe_kernels {dk.__version__}\n")
 
 
 def test_help_names_what_the_errors_name(capsys):
-    for command in ("convert", "eval", "generate", "info"):
+    for command in ("convert", "eval", "generate", "bench", "info"):
         assert re.search(r"^  MODEL +a ", call(capsys, command, "--help")[1], re.MULTILINE)
 
 

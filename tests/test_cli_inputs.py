@@ -172,7 +172,7 @@ def test_generate_where_only_ascii_can_be_shown(here):
 
 
 def test_help_where_only_ascii_can_be_shown():
-    for command in ("demo", "convert", "eval", "generate", "info"):
+    for command in ("demo", "convert", "eval", "generate", "bench", "info"):
         done = in_subprocess(command, "--help", PYTHONIOENCODING="ascii")
         assert (done.returncode, done.stderr) == (0, b"")
 

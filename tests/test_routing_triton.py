@@ -7,12 +7,13 @@ from shapes import generator, normal, uniform
 
 import dotmoe_kernels as dk
 from dotmoe_kernels import _backend, _tiles, reference
-from dotmoe_kernels.routing import operators
+from dotmoe_kernels.routing import choose, operators
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 MODES = ["unit", "softmax", "renormalized"]
 SHAPES = [(13, 7, 3), (3, 148, 37), (5, 1, 1), (1, 16, 16), (33, 8, 2), (3, 37, 37), (1, 300, 129), (1, 512, 28)]  # T, E, K
+OUTPUTS = ("test_schema", "test_faketensor")
 SOFT = {"threshold": 0.2, "max_active": 4}
 pytestmark = pytest.mark.skipif(not _backend.HAS_TRITON, reason="Triton is not installed")
 
@@ -67,6 +68,30 @@ def test_equals_the_reference(T, E, K, weights, masked):
         return lambda logits: differentiable(route(logits, K, weights=weights, mask=there(mask, logits)), masked)
 
     compare(run(dk.route_top_k), run(reference.route_top_k), device=DEVICE, logits=logits)
+
+
+@pytest.mark.parametrize("num_zero_experts", [0, 4])
+@pytest.mark.parametrize(("T", "E", "K"), [*SHAPES, (0, 8, 2)])
+def test_what_a_model_chooses_without_a_gradient(T, E, K, num_zero_experts):
+    """Indices and weights alone, NaN or not: those of the whole op."""
+    if num_zero_experts >= E:
+        return
+    logits = normal(T, E, seed=0, scale=2.0, dtype=torch.float32).to(DEVICE)
+    expected = dk.route_top_k(logits, K, num_zero_experts=num_zero_experts)
+    weights, indices = choose(logits, K, None, num_zero_experts)
+    assert indices.dtype == torch.int64
+    assert weights.dtype == torch.float32
+    assert torch.equal(indices, expected.indices)
+    assert torch.equal(weights, expected.weights)
+    leaf = logits.requires_grad_()
+    assert choose(leaf, K, None, num_zero_experts)[0].requires_grad
+    with torch.no_grad():
+        assert torch.equal(choose(leaf, K, None, num_zero_experts)[1], indices)
+        torch.library.opcheck(operators.choose_top_k_op, (logits.detach(), K, E - num_zero_experts), test_utils=OUTPUTS)
+        if T:
+            logits.detach()[0] = float("nan")
+            weights, indices = choose(logits.detach(), K, None, num_zero_experts)
+            assert len(set(indices[0][indices[0] < E - num_zero_experts].tolist())) == int(weights[0].sum())
 
 
 @pytest.mark.parametrize("programs", [1, 3])

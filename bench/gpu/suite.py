@@ -66,6 +66,7 @@ PARTS: dict[str, Part] = {
             "tests/test_experts.py",
             "tests/test_experts_triton.py",
             "tests/test_decode_triton.py",
+            "tests/test_decode_step.py",
             "tests/test_experts_training.py",
             "tests/test_backward_triton.py",
         ),

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import machine
-from bench.kernels import KERNELS, predictions_alignment
+from bench.kernels import KERNELS, predictions_alignment, predictions_token
 from bench.kernels.predictions import experts_against_dense, reductions, training_against_dense
 from bench.kernels.registry import Kernel, Variant
 from bench.kernels.transport import persistent_against_streaming
@@ -212,6 +212,7 @@ def render(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> str:
         training.append([row["shape"], limit, time, dense, f"{row['predicted_times_dense']:.2f}x", *kept])
     parts, ratios = predictions_alignment.tables()
     layer = predictions_alignment.layer_table()
+    tokens = predictions_token.table()
     ways = [[row["shape"], row["reduction"], f"{row['predicted_seconds'] * 1e3:.2f} ms"] for row in reductions()]
     return "\n\n".join(
         [
@@ -231,6 +232,8 @@ def render(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> str:
             table(ratios[0], ratios[1:]),
             "PREDICTED time of masked_ffn, forward and back to tokens, plan and router, the limit beside it",
             table(layer[0], layer[1:]),
+            f"PREDICTED time of a model's decode step in bfloat16 as one CUDA graph, {predictions_token.CONTEXT} tokens behind it",
+            table(tokens[0], tokens[1:]),
         ]
     )
 
@@ -266,6 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
         result["reductions_not_measured"] = reductions()
         result["alignment_steps_not_measured"] = predictions_alignment.steps()
         result["alignment_layers_not_measured"] = predictions_alignment.layers()
+        result["tokens_not_measured"] = predictions_token.tokens()
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"\n{path}")
     return 1 if any("error" in row for row in rows) else 0

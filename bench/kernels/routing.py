@@ -28,7 +28,11 @@ def _type_of(name: str, dtype: str) -> str:
 def _forms(kind: str) -> list[tuple[str, dict[str, Any]]]:
     """What of the arguments changes the code, by name."""
     if kind == "top_k":
-        return [(mode, {"MODE": i}) for i, mode in enumerate(("unit", "softmax", "renormalized"))]
+        nothing = dict.fromkeys(("mask_ptr", "probs_ptr", "lse_ptr", "count_ptr", "sum_ptr", "scalar_ptr"))
+        return [
+            *((mode, {"MODE": i}) for i, mode in enumerate(("unit", "softmax", "renormalized"))),
+            ("alone", {"MODE": 0, **nothing}),
+        ]
     if kind == "top_k_backward":
         return [("unit", {"RENORMALIZED": False}), ("renormalized", {"RENORMALIZED": True})]
     return [("", {})]

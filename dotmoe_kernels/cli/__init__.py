@@ -1,4 +1,4 @@
-"""`dotmoe`: convert, evaluate, generate, inspect, plan, report, demonstrate. Wrong arguments end with one line and exit status 2.
+"""`dotmoe`: convert, evaluate, generate, time, inspect, plan, report, demonstrate. Wrong arguments end in one line and status 2.
 
 parser.py the arguments, inputs.py what they name, folders.py where they write, commands.py and the files of single commands what
 they do
@@ -22,7 +22,11 @@ from .parser import build_parser
 
 __all__ = ["build_parser", "main"]
 
-_SMALLER = {"convert": "--micro-batch-size or --sequence-length", "eval": "--batch-size or --sequence-length"}
+_SMALLER = {
+    "convert": "--micro-batch-size or --sequence-length",
+    "eval": "--batch-size or --sequence-length",
+    "bench": "--batch or --prompt-tokens",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

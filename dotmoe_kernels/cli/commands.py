@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from .._checks import require
+from .bench import run_bench
 from .convert import run_convert
 from .export import run_export
 from .folders import demo_folder
@@ -252,6 +253,7 @@ COMMANDS = {
     "convert": run_convert,
     "eval": _eval,
     "generate": _generate,
+    "bench": run_bench,
     "info": _info,
     "export": run_export,
     "plan": run_plan,

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from typing import Any
 
 from .._checks import require
-from .inputs import DATA, find_tokenizer, named, reading, require_vocabulary
+from .inputs import DATA, converted_config, find_tokenizer, named, reading, require_vocabulary
 from .parser import EXPORT_LENGTH
 
 _TOKENS = 4096  # where --max-tokens does not say it
-
-
-def _vocabulary(name: str) -> int:
-    """Of the converted model, whose folder is checked by its headers."""
-    from ..models import DotMoeForCausalLM
-    from ..models.folder import check_folder
-
-    require(os.path.exists(name), "MODEL", f"{name or repr(name)}, which does not exist", "a folder written by dotmoe_kernels.save")
-    with reading(name):
-        return check_folder(name, DotMoeForCausalLM).get_text_config().vocab_size
 
 
 def _tokens(args: argparse.Namespace, vocabulary: int) -> Any:
@@ -49,7 +38,7 @@ def _tokens(args: argparse.Namespace, vocabulary: int) -> Any:
 
 def run_export(args: argparse.Namespace) -> int:
     require(args.architecture != "dense" or args.data is None, "--data", args.data, "none with --architecture dense")
-    data = _tokens(args, _vocabulary(args.model))
+    data = _tokens(args, converted_config(args.model).get_text_config().vocab_size)
     from ..exports import export, report_lines
 
     names = {"out": "--output", "top_k": "--top-k", "architecture": "--architecture", "data": "--data"}

@@ -94,6 +94,16 @@ def require_model_folder(name: str, *, weights: bool = True, gguf: bool = False)
         require(not local, "MODEL", f"{name}, which is no folder", "a Hugging Face model folder, or a name")
 
 
+def converted_config(name: str) -> Any:
+    """Of the converted model MODEL, whose folder is checked by its headers."""
+    from ..models import DotMoeForCausalLM
+    from ..models.folder import check_folder
+
+    require(os.path.exists(name), "MODEL", f"{name or repr(name)}, which does not exist", "a folder written by dotmoe_kernels.save")
+    with reading(name):
+        return check_folder(name, DotMoeForCausalLM)
+
+
 def find_tokenizer(args: argparse.Namespace) -> Any:
     """That of --tokenizer, else MODEL's own."""
     from ..conversion.sources import read_tokenizer

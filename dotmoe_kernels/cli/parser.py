@@ -271,6 +271,25 @@ def _add_generate(commands: Any) -> None:
     _add_device(generate)
 
 
+def _add_bench(commands: Any) -> None:
+    bench = _add_command(
+        commands,
+        "bench",
+        "Measure tokens a second of a converted model beside its dense model on this machine.",
+        "dotmoe bench ./llama-moe\ndotmoe bench ./llama-moe --dtype bfloat16 --batch 1,4,16 --json\n"
+        "dotmoe bench ./llama-moe --rounds 9 --card",
+    )
+    bench.add_argument("model", metavar="MODEL", help="a converted model; its dense model is restored in memory")
+    bench.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="of each prompt (default: %(default)s)")
+    bench.add_argument("--new-tokens", type=int, default=64, metavar="N", help="decode steps after it (default: %(default)s)")
+    bench.add_argument("--batch", default="1,8", metavar="N,...", help="prompts at a time (default: %(default)s)")
+    bench.add_argument("--rounds", type=int, default=5, metavar="N", help="in which both models take turns (default: %(default)s)")
+    bench.add_argument("--seed", type=int, default=0, help="of the prompts' random ids")
+    bench.add_argument("--card", action="store_true", help="put the table into README.md of MODEL as well")
+    bench.add_argument("--json", action="store_true", help="print JSON")
+    _add_device(bench)
+
+
 def _add_info(commands: Any) -> None:
     info = _add_command(
         commands,
@@ -354,7 +373,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dotmoe_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    adders = (_add_demo, _add_convert, _add_eval, _add_generate, _add_info, _add_export, _add_plan, _add_report)
+    adders = (_add_demo, _add_convert, _add_eval, _add_generate, _add_bench, _add_info, _add_export, _add_plan, _add_report)
     for add in adders:
         add(commands)
     return parser

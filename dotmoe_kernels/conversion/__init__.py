@@ -8,6 +8,7 @@ data.py        text -> packed token sequences         readers.py             kin
 recipes.py     topologies and options by name         dryrun.py, costs.py    what a run would take
 streaming.py   a conversion without training, folder to folder in the memory of a layer
 plans.py       the topologies that fit                speeds.py              predicted times of a routed FFN
+timing.py      tokens a second, measured             machine.py             what they are measured on
 report.py      a page of a converted model            measure.py, figures.py what it shows
 demo.py        the whole job on a small model
 

@@ -13,6 +13,7 @@ import torch
 from .._tiles import H200_BANDWIDTH, H200_BF16, SUM_WORKSPACE, TRITON_SHARE, pick_path
 
 LAUNCH = 2.5e-6  # seconds of a small launch in a CUDA graph [estimate]
+LAUNCHES = {"router": 2, "decode": 3}  # of the router (its product, and the choice), and of the decode path
 RESTS_ON = (
     f"one H200 in bfloat16 at {H200_BANDWIDTH / 1e12:g} TB/s and {H200_BF16 / 1e12:.0f} TFLOP/s, of which products in Triton reach "
     f"{TRITON_SHARE:.0%} [estimate], and {LAUNCH * 1e6:g} us a launch [estimate]; bytes and flops counted, random routing; nobody "

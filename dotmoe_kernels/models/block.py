@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._autograd import wants_gradient
 from .._checks import compute_dtype, require, require_same
+from .._tiles import multiplies_into_float32
 from ..experts import check_path, routed_ffn
 from ..experts.activations import find_activation
 from ..permutation import neuron_order, pack_experts, unpack_experts
@@ -49,7 +51,10 @@ class DotMoeRouter(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dtype = compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(dtype), self.weight.to(dtype))  # [T, E]
+            if x.dtype == self.weight.dtype and multiplies_into_float32(x) and not wants_gradient(x, self.weight):
+                logits = torch.mm(x, self.weight.T, out_dtype=dtype)  # the same, without copies in float32
+            else:
+                logits = F.linear(x.to(dtype), self.weight.to(dtype))  # [T, E]
             if self.bypass:
                 everyone = torch.arange(self.num_experts, device=x.device).expand(len(logits), self.num_experts)
                 return logits, torch.ones_like(everyone, dtype=dtype), everyone

@@ -22,13 +22,13 @@ def _cell(value: Any) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _rows(heads: Sequence[Any], rows: Iterable[Iterable[Any]]) -> str:
+def markdown_table(heads: Sequence[Any], rows: Iterable[Iterable[Any]]) -> str:
     lines = [f"| {' | '.join(map(_cell, row))} |" for row in (heads, *rows)]
     return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
 
 
 def _table(rows: Mapping[str, Any], heads: tuple[str, str]) -> str:
-    return _rows(heads, rows.items())
+    return markdown_table(heads, rows.items())
 
 
 def _run_table(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -36,7 +36,7 @@ def _run_table(runs: Sequence[Mapping[str, Any]]) -> str:
     rows = [dict(_stage_rows(run)) for run in runs]
     found = {key for row in rows for key in row}
     columns = [*(key for key in _OF_A_RUN if key in found), *sorted(found.difference(_OF_A_RUN))]
-    return _rows(["run", *columns], [[n, *(row.get(key, "-") for key in columns)] for n, row in enumerate(rows, 1)])
+    return markdown_table(["run", *columns], [[n, *(row.get(key, "-") for key in columns)] for n, row in enumerate(rows, 1)])
 
 
 def _stage_rows(figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -147,3 +147,19 @@ def model_card(model: DotMoeForCausalLM, title: str, figures: Mapping[str, Any])
         '```python\nimport dotmoe_kernels as dk\n\nmodel = dk.load("path/to/this/folder")\n```',
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def put_section(text: str, title: str, body: str) -> str:
+    """``text`` of a README.md with the section ``## title`` in the place of the one of that name, else before ``## Use``, else at
+    the end."""
+    lines, heads, fenced = text.split("\n"), list[tuple[int, str]](), False
+    for n, line in enumerate(lines):
+        fenced ^= line.startswith(("```", "~~~"))
+        if line.startswith(("# ", "## ")) and not fenced:
+            heads.append((n, line.strip()))
+    places = {line: n for n, line in reversed(heads)}
+    begin = end = places.get(f"## {title}", places.get("## Use", len(lines)))
+    if f"## {title}" in places:
+        end = next((n for n, _ in heads if n > begin), len(lines))
+    parts = ["\n".join(lines[:begin]).rstrip(), f"## {title}\n\n{body.strip()}", "\n".join(lines[end:]).strip()]
+    return "\n\n".join(part for part in parts if part) + "\n"

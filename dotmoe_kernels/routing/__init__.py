@@ -38,7 +38,7 @@ from ..reference import Routing
 from ..soft_topk import MOST_EXPERTS, row_values, solve_soft_top_k
 from .budgets import SoftRouter
 from .cpu import RouteTopK, count_experts, route, top_indices
-from .operators import route_soft_top_k_op, route_top_k_op
+from .operators import choose_top_k_op, route_soft_top_k_op, route_top_k_op
 
 _WEIGHTS = ("unit", "softmax", "renormalized")
 
@@ -231,14 +231,16 @@ def choose(logits: Tensor, top_k: int, soft: SoftRouter | None, num_zero_experts
     """A model's router: (weights [T, K], indices [T, K]) as ``route_soft``, or as ``route_top_k`` with unit weights without a soft
     router, of logits that may be NaN. Such a token gets some experts, whose outputs are then NaN for it alone, as in a dense model.
 
-    On a CPU probabilities, load and losses are not computed where nobody can ask for a gradient."""
+    Probabilities, load and losses are not computed where nobody can ask for a gradient."""
     if soft is not None:
         routing = _route_soft_top_k(logits, *soft, None, finite=False)
         return routing.weights, routing.indices
+    E = logits.shape[1] - num_zero_experts
+    if _on_chip(logits) and not wants_gradient(logits):
+        return choose_top_k_op(logits, top_k, E)
     if has_values(logits) and not wants_gradient(logits) and not use_triton(logits):
         indices = top_indices(logits, top_k)
         weights = logits.new_ones(indices.shape)
-        E = logits.shape[1] - num_zero_experts
         return (weights.masked_fill_(indices >= E, 0), indices.clamp_(max=E)) if num_zero_experts else (weights, indices)
     routing = _route_top_k(logits, top_k, "unit", None, finite=False)
     if num_zero_experts:

@@ -1,6 +1,7 @@
 """The routing kernels as torch operators, one a pass; Triton is imported when one is first called.
 
 dotmoe_kernels::route_top_k            logits -> weights, indices, probs, load, losses, and what the backward needs
+dotmoe_kernels::choose_top_k           logits -> unit weights and indices alone, without a gradient
 dotmoe_kernels::route_top_k_backward   gradients of weights, probs and both losses -> dlogits
 dotmoe_kernels::route_soft_top_k       the same two for SoftMoE
 dotmoe_kernels::route_soft_top_k_backward
@@ -38,6 +39,19 @@ def route_top_k_op(
 @route_top_k_op.register_fake
 def _(logits: Tensor, mask: Tensor | None, top_k: int, weights: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _empty(logits, top_k)
+
+
+@torch.library.custom_op("dotmoe_kernels::choose_top_k", mutates_args=())
+def choose_top_k_op(logits: Tensor, top_k: int, experts: int) -> tuple[Tensor, Tensor]:
+    """-> weights [T, K] float32, indices [T, K] int64; a choice from column ``experts`` on is an empty slot of that index."""
+    from .gpu.top_k import choose
+
+    return choose(logits, top_k, experts)
+
+
+@choose_top_k_op.register_fake
+def _(logits: Tensor, top_k: int, experts: int) -> tuple[Tensor, Tensor]:
+    return _empty(logits, top_k)[:2]
 
 
 @torch.library.custom_op("dotmoe_kernels::route_top_k_backward", mutates_args=())

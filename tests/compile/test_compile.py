@@ -19,7 +19,7 @@ from shapes import expert_weights, normal, routed_indices, uniform
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed with the package
 
 from bench.experts import layouts, stock_experts
-from bench.kernels import KERNELS
+from bench.kernels import KERNELS, predictions_token
 from bench.kernels.compile_report import TARGETS
 from bench.kernels.predictions import experts_against_dense, grouped_mm_kept_bytes, reductions, training_against_dense
 from bench.machine import ROOT
@@ -84,6 +84,20 @@ def test_predicted_times_lie_above_the_limit():
         assert row["predicted_times_dense"] == row["dense_predicted_seconds"] / row["predicted_seconds"]
     limits = {row["shape"]: row["limit_seconds"] for row in experts_against_dense()}
     assert all(row["predicted_seconds"] > limits[row["shape"]] for row in reductions())
+
+
+def test_predicted_tokens_of_whole_models():
+    rows = {row["shape"]: row for row in predictions_token.tokens()}
+    assert set(rows) == {f"{name} T {T}" for name in ("L3", "Q25", "SmolLM2") for T in (1, 8)}
+    for row in rows.values():
+        for name in ("sparse", "dense"):
+            assert 0 < row[f"{name}_limit_seconds"] <= row[f"{name}_predicted_seconds"] < 0.1
+        assert row["limit_times_dense"] > 1
+        assert row["predicted_times_dense"] == row["dense_predicted_seconds"] / row["sparse_predicted_seconds"]
+    parameters = 8_030_261_248 - 128256 * 4096 - 65 * 4096  # of LLaMA-3-8B without the embedding and the norms
+    assert predictions_token.BACKBONES[0].read(112) == parameters
+    assert rows["SmolLM2 T 1"]["sparse_launches"] == 30 * (8 + 5) + 3
+    assert all(len(row) == len(predictions_token.table()[0]) for row in predictions_token.table())
 
 
 def test_predicted_training_lies_above_its_limit_and_above_the_forward_pass():

@@ -54,8 +54,9 @@ class Engine:
             raise RuntimeError(f"llama.cpp answered {out}")
         return [one["logprobs"]["content"] for one in sorted(out["choices"], key=lambda one: one["index"])]
 
-    def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
-        rows = self._run(prompts, 1, max_tokens=new, ignore_eos=True, cache_prompt=False)
+    def generate(self, prompts: list[list[int]], new: int, cached: bool = False) -> list[list[int]]:
+        """``cached``: of prompts that were just seen only the last token is computed again."""
+        rows = self._run(prompts, 1, max_tokens=new, ignore_eos=True, cache_prompt=cached)
         return [[one["id"] for one in row] for row in rows]
 
     def score(self, sequences: list[list[int]], start: int, top: int) -> list[list[dict[int, float]]]:

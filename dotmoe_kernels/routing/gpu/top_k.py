@@ -4,7 +4,8 @@
 An entry's key is the integer in the order of its value, then E - 1 - e: keys are unique, so ties go to the lower index, and the
 K-th largest key tells the members in the original layout. The K largest keys are sorted; they hold value and index, so weights
 need no gather. Each program goes through a run of tiles and leaves its counts, its sum of Q and of lse^2; a last small kernel
-adds those in a fixed order. All in float32; the counts are whole numbers; no atomics.
+adds those in a fixed order. All in float32; the counts are whole numbers; no atomics. A model's router that nobody differentiates
+leaves indices and unit weights alone, in the one launch.
 
     dZ = Q (G - <Q, G>) + Q 2 lse dz / tokens,   G = dQ + dw at the selected + E load dbalance / tokens
     renormalized weights are a softmax over the selected alone: dZ += w (dw - <w, dw>) there
@@ -94,13 +95,13 @@ def store_sums(count_ptr, sum_ptr, scalar_ptr, cols, E, count, q_sum, z_sum, tok
     tl.store(scalar_ptr + 2 * program + 1, tl.sum(tokens, 0).to(tl.float32))  # below 2^24 a program
 
 
-@triton.jit(do_not_specialize=["T", "E", "K", "chunk"])
+@triton.jit(do_not_specialize=["T", "E", "K", "experts", "chunk"])
 def _route_top_k_kernel(
     logits_ptr,  # [T, E]
     mask_ptr,  # [T] int8, or None
     indices_ptr,  # [T, K] int64
     weights_ptr,  # [T, K]
-    probs_ptr,  # [T, E]
+    probs_ptr,  # [T, E], or None with the four below: indices and unit weights alone
     lse_ptr,  # [T]
     count_ptr,  # [programs, E] int32
     sum_ptr,  # [programs, E]
@@ -108,6 +109,7 @@ def _route_top_k_kernel(
     T,
     E,
     K,
+    experts,  # E, or the first of the zero experts, whose choice is an empty slot
     chunk,  # rows of a program
     stride_zt,
     stride_ze,
@@ -133,31 +135,35 @@ def _route_top_k_kernel(
             valid = live & (tl.load(mask_ptr + rows, mask=live, other=0) != 0)
         z = load_tile(logits_ptr, rows, cols, end, E, stride_zt, stride_ze)
         z = tl.where(valid[:, None], z, 0.0)  # a padding row may hold anything
-        q, lse = softmax_rows(z, inside)
         key = order_keys(z, cols, E)
         if BLOCK_K < BLOCK_E:
             best = tl.topk(key, BLOCK_K)  # [BLOCK_T, BLOCK_K], descending
         else:
             best = tl.sort(key, descending=True)
         used = (slots < K)[None, :]
-        last = tl.min(tl.where(used, best, -LOWEST), 1)
-        count += ((key >= last[:, None]) & inside & valid[:, None]).to(tl.int32)
-        q_sum += tl.where(inside & valid[:, None], q, 0.0)
-        z_sum += tl.where(valid, lse * lse, 0.0)
-        tokens += valid.to(tl.int32)
+        row = rows.to(tl.int64)
+        if probs_ptr is not None:
+            q, lse = softmax_rows(z, inside)
+            last = tl.min(tl.where(used, best, -LOWEST), 1)
+            count += ((key >= last[:, None]) & inside & valid[:, None]).to(tl.int32)
+            q_sum += tl.where(inside & valid[:, None], q, 0.0)
+            z_sum += tl.where(valid, lse * lse, 0.0)
+            tokens += valid.to(tl.int32)
+            tl.store(probs_ptr + row[:, None] * E + cols[None, :], q, mask=live[:, None] & inside)
+            tl.store(lse_ptr + row, lse, mask=live)
         if MODE == 0:
             w = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.float32) + 1.0
         elif MODE == 1:
             w = tl.exp(key_value(best) - lse[:, None])
         else:
             w, _ = softmax_rows(key_value(best), used)
-        row = rows.to(tl.int64)
+        index = key_index(best)
+        chosen = valid[:, None] & (index < experts)
         at = row[:, None] * K + slots[None, :]
-        tl.store(indices_ptr + at, tl.where(valid[:, None], key_index(best), E), mask=live[:, None] & used)
-        tl.store(weights_ptr + at, tl.where(valid[:, None], w, 0.0), mask=live[:, None] & used)
-        tl.store(probs_ptr + row[:, None] * E + cols[None, :], q, mask=live[:, None] & inside)
-        tl.store(lse_ptr + row, lse, mask=live)
-    store_sums(count_ptr, sum_ptr, scalar_ptr, cols, E, count, q_sum, z_sum, tokens)
+        tl.store(indices_ptr + at, tl.where(chosen, index, experts), mask=live[:, None] & used)
+        tl.store(weights_ptr + at, tl.where(chosen, w, 0.0), mask=live[:, None] & used)
+    if probs_ptr is not None:
+        store_sums(count_ptr, sum_ptr, scalar_ptr, cols, E, count, q_sum, z_sum, tokens)
 
 
 @triton.jit(do_not_specialize=["programs", "E"])
@@ -255,6 +261,12 @@ def _route_top_k_backward_kernel(
 _MODES = {"unit": 0, "softmax": 1, "renormalized": 2}
 
 
+def row_programs(T: int, block_t: int, device: torch.device) -> tuple[int, int]:
+    """(programs, rows of each)"""
+    chunk = triton.cdiv(triton.cdiv(T, block_t), routing_programs(device)) * block_t
+    return triton.cdiv(T, chunk) if T else 0, chunk
+
+
 class Outputs:
     """Empty outputs of a forward, the sums that its programs leave, and how the rows are shared among them."""
 
@@ -267,8 +279,7 @@ class Outputs:
 
         self.indices = torch.empty((T, slots), dtype=torch.int64, device=device)
         self.weights, self.probs, self.load, self.losses, self.lse = new(T, slots), new(T, E), new(E), new(3), new(T)
-        self.chunk = triton.cdiv(triton.cdiv(T, block_t), routing_programs(device)) * block_t
-        self.programs = triton.cdiv(T, self.chunk) if T else 0
+        self.programs, self.chunk = row_programs(T, block_t, device)
         self.count = torch.empty((self.programs, E), dtype=torch.int32, device=device)
         self.sums, self.scalars = new(self.programs, E), new(self.programs, 2)
 
@@ -304,6 +315,7 @@ def forward(logits: Tensor, mask: Tensor | None, top_k: int, weights: str) -> tu
                 T,
                 E,
                 top_k,
+                E,
                 out.chunk,
                 *logits.stride(),
                 MODE=_MODES[weights],
@@ -312,6 +324,22 @@ def forward(logits: Tensor, mask: Tensor | None, top_k: int, weights: str) -> tu
                 **options,
             )
         return out.finish()
+
+
+def choose(logits: Tensor, top_k: int, experts: int) -> tuple[Tensor, Tensor]:
+    """logits [T, E] any strides, of which the columns from ``experts`` on are zero experts -> unit weights, indices [T, K]."""
+    T, E = logits.shape
+    tile, options = routing_tile(E)
+    weights = torch.empty((T, top_k), dtype=torch.float32, device=logits.device)
+    indices = torch.empty((T, top_k), dtype=torch.int64, device=logits.device)
+    if T == 0:
+        return weights, indices
+    programs, chunk = row_programs(T, tile["BLOCK_T"], logits.device)
+    block_k = min(triton.next_power_of_2(top_k), tile["BLOCK_E"])
+    given = (logits, None, indices, weights, *(None,) * 5, T, E, top_k, experts, chunk, *logits.stride())
+    with device_guard(logits):
+        _route_top_k_kernel[(programs,)](*given, MODE=0, BLOCK_K=block_k, **tile, **options)
+    return weights, indices
 
 
 def pair(x: Tensor | None) -> tuple[int, int]:
