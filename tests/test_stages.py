@@ -350,7 +350,10 @@ def test_the_loss_falls(make):
     assert figures["perplexity"][1] < 0.8 * figures["perplexity"][0]
     assert (figures["steps"], figures["tokens"]) == (12, 12 * 4 * 16)
     assert not model.training
-    assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+    for (name, p), q in zip(model.named_parameters(), before.parameters(), strict=True):
+        rests = before.config.router == "top_k" and name.endswith("gate.weight")
+        assert torch.equal(p, q) == rests, name
+        assert p.requires_grad, name
     assert list(model.config.stages)[-1] == "finetune"
     assert list(model.config.stages)[:-1] == list(before.config.stages or {})
 
@@ -362,7 +365,7 @@ def test_the_routers_losses_are_part_of_it(tmp_path):
             for block in moe_blocks(model).values():
                 block.gate.weight.mul_(0.1)
         folder = tmp_path / "-".join(map(str, weights.values()))
-        tune(model, folder=folder, lr=5e-3, **weights)
+        tune(model, folder=folder, lr=5e-3, router_lr=5e-3, **weights)
         return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
 
     plain = last(z=0.0, balance=0.0)
@@ -432,6 +435,35 @@ def test_frozen_parameters_stay():
     assert not model.model.embed_tokens.weight.requires_grad
 
 
+@pytest.mark.parametrize(
+    ("fields", "rates"),
+    [
+        ({}, [3e-4, 3e-4]),
+        ({"router_lr": 2e-3}, [3e-4, 3e-4, 2e-3]),
+        ({"lr": 1e-2, "router_lr": 2e-3}, [1e-2, 1e-2, 2e-3]),
+        ({"zero_experts": 2}, [3e-4, 3e-4, 3e-4]),
+        pytest.param({"lora_rank": 2}, [1e-3], marks=LORA),
+        pytest.param({"lora_rank": 2, "router_lr": 2e-3}, [1e-3, 2e-3], marks=LORA),
+    ],
+)
+def test_the_routers_have_a_rate_of_their_own(fields, rates, monkeypatch):
+    seen, real = [], torch.optim.AdamW
+
+    def keep(groups, **rest):
+        seen.extend(group["peak"] for group in groups)
+        return real(groups, **rest)
+
+    monkeypatch.setattr(torch.optim, "AdamW", keep)
+    model = sparse_model(initializer_range=0.1)
+    gates = [block.gate.weight.detach().clone() for block in moe_blocks(model).values()]
+    dk.finetune(model, progressions(8), FinetuneConfig(**{"steps": 2, "batch_size": 2, "warmup": 0.0} | fields))
+    assert seen == rates
+    after = [block.gate.weight for block in moe_blocks(model).values()]
+    moved = [not torch.equal(old, new[: len(old)]) for old, new in zip(gates, after, strict=True)]
+    assert moved == ["router_lr" in fields or "zero_experts" in fields] * len(gates)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 @LORA
 @pytest.mark.parametrize("kind", ["llama", "phi3"])
 def test_adapters_are_merged_into_the_attention(kind, tmp_path):
@@ -442,7 +474,7 @@ def test_adapters_are_merged_into_the_attention(kind, tmp_path):
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
     moved = {n for (n, p), q in zip(model.named_parameters(), start.parameters(), strict=True) if not torch.equal(p, q)}
     attention = {n for n in flags if ".self_attn." in n and n.endswith("proj.weight")}
-    assert moved == attention | {f"{name}.gate.weight" for name in moe_blocks(start)}
+    assert moved == attention, "the routers rest"
     (figures,) = model.config.stages["finetune"]
     assert figures["lora_rank"] == 4
     assert figures["perplexity"][1] < 0.9 * figures["perplexity"][0]

@@ -28,7 +28,7 @@ _BOTH = "reconstruct or align"
 _OF_STAGE = {  # flags that no other stage reads
     "reconstruct": ("reconstruct_steps",),
     "align": ("steps", "hidden", "budget_lr"),
-    "finetune": ("finetune_steps", "finetune_lr", "lora_rank", "zero_experts", "teacher", "no_teacher"),
+    "finetune": ("finetune_steps", "finetune_lr", "finetune_router_lr", "lora_rank", "zero_experts", "teacher", "no_teacher"),
     _BOTH: (
         *("method", "init", "shared", "centre", "affinity_lr", "router_lr", "tau_start", "tau_end", "refresh_every"),
         *("router_temperature_start", "router_temperature_end", "threshold", "cap"),
@@ -155,8 +155,10 @@ def _finetune_options(args: argparse.Namespace, options: AlignmentConfig) -> Fin
 
     shared = ("batch_size", "micro_batch_size", "clip", "z", "balance", "seed", "checkpoint_every")
     fields = {name: getattr(options, name) for name in shared}
-    flags = {"steps": args.finetune_steps, "lr": args.finetune_lr, "lora_rank": args.lora_rank, "zero_experts": args.zero_experts}
-    with named(steps="--finetune-steps", lr="--finetune-lr", lora_rank="--lora-rank", zero_experts="--zero-experts"):
+    flags = {"steps": args.finetune_steps, "lr": args.finetune_lr, "router_lr": args.finetune_router_lr}
+    flags |= {"lora_rank": args.lora_rank, "zero_experts": args.zero_experts}
+    names = {"steps": "--finetune-steps", "lr": "--finetune-lr", "router_lr": "--finetune-router-lr"}
+    with named(**names, lora_rank="--lora-rank", zero_experts="--zero-experts"):
         return FinetuneConfig(**fields, **{name: value for name, value in flags.items() if value is not None})
 
 

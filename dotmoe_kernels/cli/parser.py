@@ -156,7 +156,13 @@ def _add_stages(convert: argparse.ArgumentParser) -> None:
     )
     stages.add_argument("--reconstruct-steps", type=int, metavar="N", help="of each layer (default: 100)")
     stages.add_argument("--finetune-steps", type=int, metavar="N", help="(default: 300)")
-    stages.add_argument("--finetune-lr", type=float, metavar="X", help="peak learning rate (default: 0.0001)")
+    stages.add_argument("--finetune-lr", type=float, metavar="X", help="peak learning rate (default: 0.0003, with adapters 0.001)")
+    stages.add_argument(
+        "--finetune-router-lr",
+        type=float,
+        metavar="X",
+        help="of the routers (default: they rest, but for zero experts and --router soft)",
+    )
     stages.add_argument(
         "--zero-experts",
         metavar="N",
@@ -176,7 +182,7 @@ def _add_stages(convert: argparse.ArgumentParser) -> None:
         "--lora-rank",
         type=int,
         metavar="N",
-        help="train adapters on the attention's projections, merged at the end, and the routers, not every weight; needs peft",
+        help="train adapters on the attention's projections, merged at the end, not every weight; needs peft",
     )
 
 

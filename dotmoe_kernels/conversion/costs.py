@@ -45,7 +45,8 @@ time, in G passes of the dense model:
 finetune, of P' = P - 3 L F H + 3 L K s H parameters in products, in bytes:
 
     weights      4 n, + 2 P where they were bfloat16    in float32, and the casts of autocast; with adapters w n, frozen
-    trained      12 n                           gradients, AdamW's two moments; with adapters 16 (L E H + A) of the A in adapters
+    trained      12 n                           gradients, AdamW's two moments; with adapters 16 A of the A in adapters, and
+                                                16 L E H where the routers train
     activations  T L (28 H + 2 (2 q + 2 v + 2 K s)    norms in float32, every product's input in bfloat16; gate and up of the
                       + 8 E + 32 K)             experts; logits and Q, the K chosen and their order. In float32 24 H, and 4 for that
                                                 2. The soft router 44 E, and its most experts for K. With adapters the same:
@@ -206,7 +207,8 @@ def _taught_loss(z: Sizes, T: int, trains: bool) -> int:
 def finetune_cost(z: Sizes, options: FinetuneConfig, dtype: torch.dtype, teacher: str | None = None) -> Cost:
     """``teacher``: "itself", the model with every expert on, or "another"."""
     T, half = (options.micro_batch_size or options.batch_size) * z.S, dtype == torch.bfloat16
-    routers, adapters = z.L * z.E * z.H, options.lora_rank * z.adapters
+    learn = z.soft or options.zero_experts > 0 or bool(options.router_lr)
+    routers, adapters = z.L * z.E * z.H * learn, options.lora_rank * z.adapters
     trained = routers + adapters if options.lora_rank else z.n
     width = 2 if half else 4  # bytes of what enters a product: a float16 model is float32 here
     kept = (

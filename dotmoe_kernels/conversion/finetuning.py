@@ -1,7 +1,7 @@
 """Fine-tuning of a converted model: next-token cross-entropy, or the distribution of a teacher (``teacher``), and the routers' two
 losses, in a plain loop that can be resumed.
 
-All weights train, or with ``lora_rank`` adapters on the attention's projections (by peft) and the routers.
+All weights train, or with ``lora_rank`` adapters on the attention's projections (by peft); but the top-K routers rest.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from ..alignment.checkpoints import (
 from ..alignment.schedule import ends, learning_rate, shuffled_rows
 from ..evaluation import perplexity
 from ..models.block import DotMoeRouter, moe_blocks
+from ..models.config import DotMoeConfig
 from ..models.folder import check_state
 from ..models.modeling import DotMoeForCausalLM
 from ..routing import route_soft, route_top_k
@@ -52,7 +53,9 @@ class FinetuneConfig:
         steps: optimizer steps.
         batch_size: sequences a step.
         micro_batch_size: sequences a forward pass; the gradients of a step's passes are summed. None: ``batch_size``.
-        lr: peak learning rate of AdamW.
+        lr: peak learning rate of AdamW. None: 3e-4, of adapters 1e-3.
+        router_lr: of the top-K routers. None: 0, they stay as they were aligned; where there are zero experts that of the rest. The
+            gradient that reaches a router here comes through the chosen experts alone, and mostly undoes the alignment.
         weight_decay, clip: of AdamW (matrices alone decay), and the largest gradient norm.
         warmup: share of the steps over which the learning rate rises; then it falls as a cosine to zero.
         z, balance: weights of the routers' losses.
@@ -70,7 +73,8 @@ class FinetuneConfig:
     steps: int = 300
     batch_size: int = 8
     micro_batch_size: int | None = None
-    lr: float = 1e-4
+    lr: float | None = None
+    router_lr: float | None = None
     weight_decay: float = 0.0
     clip: float = 1.0
     warmup: float = 0.05
@@ -97,14 +101,23 @@ class FinetuneConfig:
         require(fits, "micro_batch_size", micro, f"1 to batch_size = {self.batch_size}")
         for name in ("lr", "clip", "zero_share"):
             value = getattr(self, name)
-            require(is_number(value) and 0 < value < math.inf, name, value, "a positive number")
-        for name in ("weight_decay", "z", "balance", "kl", "ce", "zero_balance"):
+            fits = (value is None and name == "lr") or (is_number(value) and 0 < value < math.inf)
+            require(fits, name, value, "a positive number")
+        for name in ("weight_decay", "z", "balance", "kl", "ce", "zero_balance", "router_lr"):
             value = getattr(self, name)
-            fits = (value is None and name in _TAUGHT) or (is_number(value) and 0 <= value < math.inf)
+            fits = (value is None and name in (*_TAUGHT, "router_lr")) or (is_number(value) and 0 <= value < math.inf)
             require(fits, name, value, "a number of at least 0")
         require(is_number(self.warmup) and 0 <= self.warmup <= 1, "warmup", self.warmup, "a share from 0 to 1")
         alpha = self.lora_alpha
         require(alpha is None or (is_number(alpha) and 0 < alpha < math.inf), "lora_alpha", alpha, "a positive number, or None")
+
+
+def _with_rates(options: FinetuneConfig, config: DotMoeConfig) -> FinetuneConfig:
+    """``options`` with the learning rates for a model of this config."""
+    rate = options.lr or (1e-3 if options.lora_rank else 3e-4)
+    learns = config.router == "soft" or options.zero_experts or config.num_zero_experts
+    router = (rate if learns else 0.0) if options.router_lr is None else options.router_lr
+    return dataclasses.replace(options, lr=rate, router_lr=router)
 
 
 def _with_weights(options: FinetuneConfig, taught: bool) -> FinetuneConfig:
@@ -170,8 +183,22 @@ def require_lora() -> Any:
 
 
 @contextmanager
+def _resting(model: nn.Module, rest: bool) -> Iterator[None]:
+    """Inside, if they are to rest, the routers do not train."""
+    gates = [block.gate.weight for block in moe_blocks(model).values()] if rest else []
+    flags = [gate.requires_grad for gate in gates]
+    try:
+        for gate in gates:
+            gate.requires_grad_(False)
+        yield
+    finally:
+        for gate, flag in zip(gates, flags, strict=True):
+            gate.requires_grad_(flag)
+
+
+@contextmanager
 def _adapters(model: DotMoeForCausalLM, config: FinetuneConfig) -> Iterator[None]:
-    """Inside, the attention's projections carry adapters, and these and the routers alone train; then they are merged."""
+    """Inside, the attention's projections carry adapters, and these and perhaps the routers alone train; then they are merged."""
     if not config.lora_rank:
         yield
         return
@@ -245,6 +272,7 @@ def finetune(
     with torch.device("meta"):
         check_state(model, DotMoeForCausalLM(copy.deepcopy(model.config)))  # or what is saved afterwards cannot be read back
     options = _with_weights(FinetuneConfig() if config is None else config, teacher is not None)
+    options = _with_rates(options, model.config)
     tokens = as_tokens(data)
     vocabulary = model.config.get_text_config().vocab_size
     require_range(tokens, "data", 0, vocabulary - 1)
@@ -266,7 +294,7 @@ def finetune(
         marks = _marks(model, guide, tokens, options)
         if guide is not None:
             figures["teacher"] = guide.name
-        with _adapters(model, options):
+        with _adapters(model, options), _resting(model, not options.router_lr):
             trained = [p for p in model.parameters() if p.requires_grad]
             require(bool(trained), "model", "without a parameter that requires a gradient", "at least one")
             # float16 would need its loss scaled: all of it is float32 instead
@@ -324,9 +352,11 @@ def _train(
 ) -> list[dict[str, float]]:
     """The loop; returns the log of the steps it took."""
     device = model.device
+    rate, gates = float(config.lr or 0.0), {id(block.gate.weight) for block in moe_blocks(model).values()}
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.dim() >= 2 and id(p) not in gates], "weight_decay": config.weight_decay, "peak": rate},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0, "peak": rate},
+        {"params": [p for p in trained if id(p) in gates], "weight_decay": config.weight_decay, "peak": config.router_lr},
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0)
     first, last_good = 0, "none"
@@ -353,7 +383,7 @@ def _train(
             torch.manual_seed(config.seed * 1_000_003 + step)  # of dropout, where the model has it
             share = learning_rate(step, config.steps, config.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = share * config.lr
+                group["lr"] = share * group["peak"]
             optimizer.zero_grad(set_to_none=True)
             batch = shuffled_rows(data, step, config.batch_size, config.seed).to(device)
             sums: dict[str, Tensor] = {}
@@ -376,7 +406,7 @@ def _train(
                 )
             optimizer.step()
             done = step + 1
-            entry = {"step": done, **values, "lr": share * config.lr, "seconds": time.monotonic() - begin}
+            entry = {"step": done, **values, "lr": share * rate, "seconds": time.monotonic() - begin}
             log.append(entry)
             if log_path is not None and checkpoints is not None:
                 with log_path.open("a") as file:

@@ -143,7 +143,7 @@ def teaching(
         teacher: ``model`` itself, which is copied as far as it trains; another causal LM, which stays as it is; a folder or a name.
         tokens: [N, S] of the training.
         kl, ce: weights of the two terms.
-        adapters: these and the routers alone train.
+        adapters: these, and perhaps the routers, alone train.
         half: the student computes in bfloat16.
         static: ``model`` itself teaches with its own routing; its routers will be replaced.
 
