@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from .._checks import require
-from .inputs import DATA, find_tokenizer, named, reading, require_vocabulary
+from .inputs import DATA, find_device, find_tokenizer, named, reading, require_vocabulary
 from .parser import EXPORT_LENGTH
 
 _TOKENS = 4096  # where --max-tokens does not say it
@@ -49,7 +49,11 @@ def _tokens(args: argparse.Namespace, vocabulary: int) -> Any:
 
 def run_export(args: argparse.Namespace) -> int:
     require(args.architecture != "dense" or args.data is None, "--data", args.data, "none with --architecture dense")
-    data = _tokens(args, _vocabulary(args.model))
+    vocabulary = _vocabulary(args.model)
+    device = find_device(args.device)
+    data = _tokens(args, vocabulary)
+    import torch
+
     from ..exports import export, report_lines
 
     names = {"out": "--output", "top_k": "--top-k", "architecture": "--architecture", "data": "--data"}
@@ -62,6 +66,8 @@ def run_export(args: argparse.Namespace) -> int:
             top_k=args.top_k,
             data=data,
             max_shard_size=args.max_shard_size,
+            dtype=getattr(torch, args.dtype) if args.dtype else None,
+            device=device,
         )
     if args.json:
         print(json.dumps({"model": args.model, "output": args.output, **report}, indent=2))

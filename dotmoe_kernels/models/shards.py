@@ -165,11 +165,25 @@ def file_layout(model: Any) -> dict[str, Tensor]:
     """The tensors of ``model`` by the names and in the shapes that its files have, without storage: tied ones once."""
     tied = model.all_tied_weights_keys
     state = {name: tensor.to("meta") for name, tensor in model.state_dict().items() if name not in tied}
-    return revert_weight_conversion(model, state)
+    return in_files(model, state)
+
+
+def in_files(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of ``model`` by the names and in the shapes that its files have; of a layer all together."""
+    found: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
+    return found
+
+
+def find_dtype(given: torch.dtype | None, config: Any, reader: ShardReader) -> torch.dtype:
+    """Of a model's weights: as asked for, as its config says, or as the first of its files' that float."""
+    kind = given or getattr(config, "dtype", None) or next(s.dtype for s in reader.specs.values() if s.dtype.is_floating_point)
+    dtype: torch.dtype = getattr(torch, kind) if isinstance(kind, str) else kind
+    return dtype
 
 
 def save_configs(model: Any, folder: Path, source: Path, dtype: torch.dtype) -> None:
-    """config.json and generation_config.json of ``model``, which may have no storage; the second as ``source`` has it."""
+    """config.json and generation_config.json of ``model``, which may have no storage; the second as ``source`` has it. They come
+    after the weights: shards have their headers and their size from the start, and would load half written."""
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
