@@ -24,7 +24,6 @@ from dotmoe_kernels.models.checkpoint import load
 from dotmoe_kernels.models.layerwise import converted_layers
 from dotmoe_kernels.models.modeling import restore_dense
 from dotmoe_kernels.models.shards import ShardReader, Spec, writing
-from dotmoe_kernels.models.stock import empty_model
 
 GB = 10**9
 
@@ -140,7 +139,7 @@ def test_the_streamed_stock_model_is_that_of_memory(kind, architecture, fields, 
     report = dk.export(tmp_path / "moe", tmp_path / "streamed", architecture, data=tokens(4, 24), max_shard_size="20KB")
     assert len(list((tmp_path / "streamed").glob("*.safetensors"))) > 1
     row, whole = next(a for a in stock.ARCHITECTURES if a.name == architecture), load(tmp_path / "moe")
-    target = empty_model(row.model_type, stock.target_fields(whole, row))
+    target = stock.stock_skeleton(whole, row)
     state, lossless = stock.stock_tensors(whole, row, report["eps"], target)
     target.load_state_dict(state, assign=True)
     target.tie_weights()
@@ -291,7 +290,7 @@ def test_an_export_that_was_killed_can_be_run_again(architecture, tmp_path):
 # --- memory ----------------------------------------------------------------------------------------------------------------
 
 MB = 10**6
-SIZES = {"300 MB": (8, 1024, 4096), "2 GB": (15, 2048, 8192)}  # layers, H, F
+SIZES = {"300 MB": (8, 1024, 4096), "500 MB": (14, 1024, 4096), "2 GB": (15, 2048, 8192)}  # layers, H, F
 VOCABULARY = 8192
 
 _PEAK = """
@@ -374,7 +373,7 @@ def write_dense(folder, size):
     layout["model.norm.weight"] = Spec(torch.bfloat16, (H,))
     dense.save_pretrained(folder)
     drawn = (torch.randint(-100, 100, (max(F, VOCABULARY) * H,), generator=torch.Generator().manual_seed(0)) * 2e-4).bfloat16()
-    with writing(folder, layout, "100MB" if size == "300 MB" else "500MB") as writer:
+    with writing(folder, layout, "500MB" if size == "2 GB" else "100MB") as writer:
         for n, (name, spec) in enumerate(layout.items()):
             count = spec.nbytes // 2
             writer.write(name, torch.roll(drawn, 977 * n)[:count].view(spec.shape))
@@ -387,10 +386,11 @@ needs_proc = pytest.mark.skipif(
 
 
 @needs_proc
-@pytest.mark.parametrize("size", ["300 MB", pytest.param("2 GB", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", ["500 MB", pytest.param("2 GB", marks=pytest.mark.slow)])
 def test_folder_to_folder_takes_the_memory_of_a_layer(size, tmp_path):
     """2 GB: the whole process, libraries and all, stays below the largest layer and 1 GB; of saving what comes on top of the model.
-    300 MB: what comes on top of the libraries stays below three layers and what they allocate themselves, half of the model."""
+    500 MB: what comes on top of the libraries stays below three layers and 200 MB, since the allocator keeps what is freed of
+    tensors of this size."""
     layout = write_dense(tmp_path / "dense", size)
     total = sum(spec.nbytes for spec in layout.values())
     found = {
@@ -402,8 +402,8 @@ def test_folder_to_folder_takes_the_memory_of_a_layer(size, tmp_path):
         assert total > 2 * GB
         key, most = "peak", layer_bytes(size) + GB
     else:
-        key, most = "growth", 3 * layer_bytes(size) + 50 * MB
-        assert most < total / 2
+        key, most = "growth", 3 * layer_bytes(size) + 200 * MB
+        assert most < 0.6 * total
     assert {name: sizes for name, sizes in found.items() if sizes[key] > most} == {}
     reader, back = ShardReader(tmp_path / "dense"), ShardReader(tmp_path / "back")
     assert back.specs == reader.specs

@@ -167,10 +167,10 @@ def _export_stock(
     exact = converted_layers(folder, config, dtype=dtype, device=device)
     model = exact.model
     architecture, reason = pick(model, name)
+    others = [file for file in _other_files(folder) if file.suffix in _TOKENIZERS]
     given = None if data is None else _tokens(data, config.get_text_config().vocab_size)
     tokens = (own_samples(model, device) if given is None else given).to(device)
     shifts = choose_shifts(model, tokens, architecture.scores)
-    others = [file for file in _other_files(folder) if file.suffix in _TOKENIZERS]
     with write_folder(out, replaced_files(tokenizer=bool(others))) as new:
         target, lossless = stream_stock(exact, architecture, shifts, folder, new, max_shard_size)
         with in_its_place(new, out):
@@ -192,7 +192,7 @@ def _export_stock(
         }
         kind = model.dtype
         if kind != torch.float32:  # parity is checked where rounding hides nothing
-            wide: dict[str, Any] = {"dtype": torch.float32, "device": device}
+            wide: dict[str, Any] = {"dtype": torch.float32, "read_as": kind, "device": device}
             model = converted_layers(folder, config, **wide).model
             stock = stock_layers(new, exact.layers, keep=gates, **wide).model
         report["parity"] = parity(model, stock, architecture, tokens, kind)

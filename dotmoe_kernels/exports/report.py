@@ -47,8 +47,8 @@ def parity(
         return output[0], factor * weights.to(output[1].dtype), indices
 
     def fold(experts: Any, args: Any) -> None:
-        rows = experts.down_rows
-        rows.copy_((rows.to(dtype) * factor).float() / factor)
+        for rows in experts.down_rows:  # of one expert, for the sake of memory
+            rows.copy_((rows.to(dtype) * factor).float() / factor)
 
     handles = [block.experts.register_forward_pre_hook(fold) for block in moe_blocks(model).values()]
     handles += [gate.register_forward_hook(lambda gate, args, output: chosen.get(id(gate))) for gate in gates.values()]

@@ -191,6 +191,11 @@ def target_fields(model: DotMoeForCausalLM, architecture: Architecture) -> dict[
     return fields
 
 
+def stock_skeleton(model: DotMoeForCausalLM, architecture: Architecture) -> Any:
+    """The target without storage."""
+    return empty_model(architecture.model_type, target_fields(model, architecture))
+
+
 def _config_refusal(model: DotMoeForCausalLM, architecture: Architecture) -> tuple[str, str] | None:
     """What of the config the target lacks, as (what is given, what is allowed)."""
     config, dense = model.config, model.config.dense_config
@@ -245,7 +250,7 @@ def refusal(model: DotMoeForCausalLM, architecture: Architecture) -> tuple[str, 
 def _tensor_refusal(model: DotMoeForCausalLM, architecture: Architecture) -> str:
     """The tensors, by kind, that one side has and the other has not; "" where all have a place."""
     tensors = dict(_outside(model))
-    target = empty_model(architecture.model_type, target_fields(model, architecture)).state_dict()
+    target = stock_skeleton(model, architecture).state_dict()
     inside = tuple(f"{path}." for path in target_blocks(model, architecture).values())
     more = [name for name, tensor in tensors.items() if name not in target or target[name].shape != tensor.shape]
     fewer = [name for name in target if name not in tensors and not name.startswith(inside) and not name.endswith(".bias")]

@@ -14,10 +14,9 @@ from ..models.backbone import meta_backbone
 from ..models.config import DotMoeConfig
 from ..models.layerwise import Layerwise
 from ..models.shards import ShardReader, Spec, file_layout, in_files, save_configs, writing
-from ..models.stock import empty_model
 from ..models.surgery import assign_ffn, find_ffns
 from ..permutation import unpack_experts
-from .stock import Architecture, stock_tensors, target_fields
+from .stock import Architecture, stock_skeleton, stock_tensors
 
 
 def stream_dense(
@@ -73,7 +72,7 @@ def stream_stock(
         the stock model without storage, and whether the fold rounded nothing.
     """
     model, lossless = exact.model, True
-    target: Any = empty_model(architecture.model_type, target_fields(model, architecture))
+    target = stock_skeleton(model, architecture)
     tied = target.all_tied_weights_keys
     planned, _ = stock_tensors(model, architecture, shifts, target)
     layout = in_files(target, {name: tensor.to("meta") for name, tensor in planned.items() if name not in tied})

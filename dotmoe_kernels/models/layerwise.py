@@ -43,6 +43,7 @@ class Layerwise:
         layers: paths of the modules that are read as a whole; any other module with tensors of its own is read alone.
         keep: paths of modules inside those that are read at once, and stay.
         dtype: None takes that of the config, or of the files.
+        read_as: dtype that the tensors are rounded to before; likewise.
         device: where layers run.
     """
 
@@ -55,13 +56,14 @@ class Layerwise:
         *,
         keep: Iterable[str] = (),
         dtype: torch.dtype | None = None,
+        read_as: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.model, self.device, self.layers = model.eval().requires_grad_(False), device, tuple(layers)
         self._reader, self._conversions = ShardReader(folder), conversions
-        found = find_dtype(dtype, model.config, self._reader)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(found)
+        self._set_dtype(find_dtype(read_as, model.config, self._reader))
+        self._stored: dict[str, Tensor] = model.state_dict()
+        self._set_dtype(find_dtype(dtype, model.config, self._reader))
         self._fill_buffers()
         self._blank: dict[str, Tensor] = model.state_dict(keep_vars=True)
         modules = [*keep, *self.layers]
@@ -78,6 +80,10 @@ class Layerwise:
             module = model.get_submodule(unit)
             module.register_forward_pre_hook(lambda *_, unit=unit: self._load(unit))
             module.register_forward_hook(lambda *_, unit=unit: self._drop(unit), always_call=True)
+
+    def _set_dtype(self, dtype: torch.dtype) -> None:
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(dtype)
 
     def _fill_buffers(self) -> None:
         """Those that no file has."""
@@ -104,7 +110,18 @@ class Layerwise:
                     names[one] = have[other]
         return names
 
+    def _place(self, name: str) -> tuple[dict[str, Any], str]:
+        """Where the module has the tensor ``name``."""
+        path, _, last = name.rpartition(".")
+        module: nn.Module = self.model.get_submodule(path)
+        own: Any = module._parameters if last in module._parameters else module._buffers
+        return own, last
+
     def _load(self, unit: str) -> None:
+        for name in self._keys[unit]:  # not in the wider dtype at once: experts may be merged, which takes several copies
+            own, last = self._place(name)
+            if own[last].dtype != self._stored[name].dtype:
+                own[last] = nn.Parameter(self._stored[name], requires_grad=False)
         tensors = {given: self._reader.read(name) for given, name in self.units[unit].items()}
         places = {"": self.device, "nothing": "disk"}  # with a disk among them no threads are started, which cost more than a layer
         options = LoadStateDictConfig(device_map=places, weight_mapping=self._conversions)
@@ -112,12 +129,15 @@ class Layerwise:
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, options)
         lacking = sorted(info.missing_keys & set(self._keys[unit]))
         require(not lacking, unit, f"without {', '.join(lacking[:4])}", "a checkpoint with every tensor of the model")
+        tensors.clear()
+        for name in self._keys[unit]:
+            own, last = self._place(name)
+            if own[last].dtype != self._blank[name].dtype:
+                own[last] = nn.Parameter(own[last].to(self._blank[name].dtype), requires_grad=False)
 
     def _drop(self, unit: str) -> None:
         for name in self._keys[unit]:
-            path, _, last = name.rpartition(".")
-            module: nn.Module = self.model.get_submodule(path)
-            own: Any = module._parameters if last in module._parameters else module._buffers
+            own, last = self._place(name)
             own[last] = self._blank[name]
 
     @contextmanager
@@ -133,14 +153,12 @@ class Layerwise:
 def converted_layers(
     folder: str | os.PathLike[str],
     config: DotMoeConfig,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
+    **options: Any,
 ) -> Layerwise:
-    """The converted model in ``folder``, which has been checked, with the fields of ``config``."""
+    """The converted model in ``folder``, which has been checked, with the fields of ``config``; options as of ``Layerwise``."""
     with torch.device("meta"):
         model = DotMoeForCausalLM(config)
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     layers = [name.rpartition(".")[0] for name in moe_blocks(model)]
-    return Layerwise(model, folder, read_conversions(model.backbone), layers, dtype=dtype, device=device)
+    return Layerwise(model, folder, read_conversions(model.backbone), layers, **options)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -19,14 +18,7 @@ def empty_model(model_type: str, fields: Mapping[str, Any]) -> PreTrainedModel:
     return meta_backbone(AutoConfig.for_model(model_type, **fields))
 
 
-def stock_layers(
-    folder: str | os.PathLike[str],
-    layers: Iterable[str],
-    *,
-    keep: Iterable[str] = (),
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-) -> Layerwise:
-    """The stock model in ``folder``, which has been checked; arguments as of ``Layerwise``."""
+def stock_layers(folder: str | os.PathLike[str], layers: Iterable[str], **options: Any) -> Layerwise:
+    """The stock model in ``folder``, which has been checked; options as of ``Layerwise``."""
     model = meta_backbone(AutoConfig.from_pretrained(folder))
-    return Layerwise(model, folder, get_model_conversion_mapping(model), layers, keep=keep, dtype=dtype, device=device)
+    return Layerwise(model, folder, get_model_conversion_mapping(model), layers, **options)
