@@ -331,7 +331,7 @@ threading.Thread(target=sample, daemon=True).start()
 if what == "convert":
     convert_folder(source, out, dk.DotMoeConfig(num_experts=64, top_k=16), method="random", max_shard_size="500MB")
 elif what == "stock":
-    dk.export(source, out, "mixtral", data=torch.arange(64).view(2, 32))
+    dk.export(source, out, "mixtral", data=torch.arange(16)[None])
 elif what == "dense":
     dk.export(source, out)
 elif what == "save":
