@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -25,7 +24,7 @@ from .block import moe_blocks
 from .config import DotMoeConfig
 from .modeling import DotMoeForCausalLM
 from .names import no_bar, read_conversions
-from .shards import ShardReader, find_dtype
+from .shards import ShardReader, find_dtype, read_generation
 
 
 def _owner(name: str, layers: Iterable[str]) -> str:
@@ -158,7 +157,6 @@ def converted_layers(
     """The converted model in ``folder``, which has been checked, with the fields of ``config``; options as of ``Layerwise``."""
     with torch.device("meta"):
         model = DotMoeForCausalLM(config)
-    if (Path(folder) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config = read_generation(Path(folder)) or model.generation_config
     layers = [name.rpartition(".")[0] for name in moe_blocks(model)]
     return Layerwise(model, folder, read_conversions(model.backbone), layers, **options)

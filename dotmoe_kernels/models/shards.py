@@ -14,13 +14,15 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from .._checks import require
 from .block import moe_blocks
 from .folder import INDEX, WEIGHTS, _weight_files
+from .untrusted import require_inside
 
+GENERATION = "generation_config.json"
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -187,10 +189,24 @@ def save_configs(model: Any, folder: Path, source: Path, dtype: torch.dtype) -> 
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    generation = model.generation_config
-    if (source / "generation_config.json").is_file():
-        generation = type(generation).from_pretrained(source)
-    generation.save_pretrained(folder)
+    (read_generation(source) or model.generation_config).save_pretrained(folder)
+
+
+def read_generation(folder: Path) -> GenerationConfig | None:
+    """That of a model's folder, None where it has none.
+
+    Raises:
+        ValueError: it cannot be read, or lies elsewhere.
+    """
+    file = folder / GENERATION
+    if not file.is_file():
+        return None
+    require_inside(file, folder)
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a JSON of another form leads to
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} cannot be read ({reason}); allowed: the generation config of a model, or none") from None
 
 
 def save_options(model: PreTrainedModel) -> dict[str, Any]:
