@@ -28,7 +28,7 @@ from bench.serving.process import Worker, environment
 from bench.shapes import Backbone
 from dotmoe_kernels.conversion import DotMoeConfig, DotMoeForCausalLM, materialize, moe_blocks, restore_dense, swap_ffn
 from dotmoe_kernels.conversion.speeds import union
-from dotmoe_kernels.exports.stock import ARCHITECTURES, stock_model
+from dotmoe_kernels.exports.stock import ARCHITECTURES, stock_skeleton, stock_tensors
 from tests.shapes import balanced_expert_of, generator, normal
 
 PROMPT, NEW = 512, 8  # tokens of a prompt; decode steps of a timed call
@@ -77,7 +77,11 @@ def sparse_model(size: Backbone, dtype: str) -> DotMoeForCausalLM:
 def mixtral_model(model: DotMoeForCausalLM) -> Any:
     """Stock, and what its files do not hold taken from ours."""
     architecture = next(one for one in ARCHITECTURES if one.name == "mixtral")
-    stock, _ = stock_model(model, architecture, dict.fromkeys(moe_blocks(model), _SHIFT))
+    stock = stock_skeleton(model, architecture)
+    tensors, _ = stock_tensors(model, architecture, dict.fromkeys(moe_blocks(model), _SHIFT), stock)
+    stock.load_state_dict(tensors, assign=True)
+    stock.tie_weights()
+    stock.eval()
     stock.model.rotary_emb = model.get_submodule("model.rotary_emb")
     for module in stock.modules():
         if hasattr(module, "down_proj") and hasattr(module, "gate_up_proj"):

@@ -39,7 +39,11 @@ def perplexity(model: nn.Module, tokens: Tensor, *, batch_size: int = 8) -> floa
         batch = batch.to(device)
         logits = model(input_ids=batch, use_cache=False).logits.float()
         total += float(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
-    loss = total / (tokens.shape[0] * (tokens.shape[1] - 1))
+    return to_perplexity(total / (tokens.shape[0] * (tokens.shape[1] - 1)))
+
+
+def to_perplexity(loss: float) -> float:
+    """exp of a mean cross-entropy in nats."""
     return math.exp(loss) if loss < 700 else loss * math.inf  # exp overflows; NaN stays NaN
 
 

@@ -259,6 +259,11 @@ def test_command(tmp_path, capsys):
     assert main([*given, "--output", str(tmp_path / "out"), "--json", "--top-k", "3"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["architecture"], report["top_k"], report["calibration"]["tokens"]) == ("mixtral", 3, 256)
+    assert main([*given, "--output", str(tmp_path / "half"), "--json", "--dtype", "float16", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["dtype"] == "float16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.float16
+    assert main([*given, "--output", str(tmp_path / "o"), "--device", "tpu"]) == 2
+    assert "error: --device is 'tpu'; allowed: auto, cpu, cuda, cuda:N" in capsys.readouterr().err
     assert main([*given, "--output", str(tmp_path / "out")]) == 2
     assert "error: --output is " in capsys.readouterr().err
     assert main([*given, "--output", str(tmp_path / "o"), "--architecture", "qwen3_moe"]) == 2

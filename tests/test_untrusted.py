@@ -138,6 +138,22 @@ def test_export_copies_no_link_out_of_the_folder(pristine, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("architecture", ["dense", "mixtral"])
+def test_a_generation_config_is_read_from_the_folder_or_refused(architecture, pristine, tmp_path):
+    folder = shutil.copytree(pristine / "whole", tmp_path / "m")
+    file = folder / "generation_config.json"
+    for text in ("{", "[]"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"generation_config.json cannot be read \(.*; allowed: the generation config of a"):
+            dk.export(folder, tmp_path / "out", architecture, data=tokens(1, 4))
+    shutil.copy(pristine / "whole" / file.name, tmp_path / "elsewhere.json")
+    file.unlink()
+    file.symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(ValueError, match=r"generation_config.json is a link out of"):
+        dk.export(folder, tmp_path / "out", architecture, data=tokens(1, 4))
+    assert not (tmp_path / "out").exists()
+
+
 # --- sizes -----------------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from .._checks import require
-from .inputs import DATA, converted_config, find_tokenizer, named, reading, require_vocabulary
+from .inputs import DATA, converted_config, find_device, find_tokenizer, named, reading, require_vocabulary
 from .parser import EXPORT_LENGTH
 
 _TOKENS = 4096  # where --max-tokens does not say it
@@ -38,7 +38,11 @@ def _tokens(args: argparse.Namespace, vocabulary: int) -> Any:
 
 def run_export(args: argparse.Namespace) -> int:
     require(args.architecture != "dense" or args.data is None, "--data", args.data, "none with --architecture dense")
-    data = _tokens(args, converted_config(args.model).get_text_config().vocab_size)
+    vocabulary = converted_config(args.model).get_text_config().vocab_size
+    device = find_device(args.device)
+    data = _tokens(args, vocabulary)
+    import torch
+
     from ..exports import export, report_lines
 
     names = {"out": "--output", "top_k": "--top-k", "architecture": "--architecture", "data": "--data"}
@@ -51,6 +55,8 @@ def run_export(args: argparse.Namespace) -> int:
             top_k=args.top_k,
             data=data,
             max_shard_size=args.max_shard_size,
+            dtype=getattr(torch, args.dtype) if args.dtype else None,
+            device=device,
         )
     if args.json:
         print(json.dumps({"model": args.model, "output": args.output, **report}, indent=2))

@@ -315,7 +315,7 @@ def _add_export(commands: Any) -> None:
         "export",
         "Write a converted model as another architecture, which transformers loads without this package.",
         "dotmoe export ./llama-moe --architecture auto --data held-out.txt --output ./llama-mixtral\n"
-        "dotmoe export ./llama-moe --architecture glm4_moe --top-k 4 --output ./llama-glm --json\n"
+        "dotmoe export ./llama-moe --architecture glm4_moe --top-k 4 --dtype float16 --output ./llama-glm --json\n"
         "dotmoe export ./llama-moe --architecture dense --output ./llama-again",
     )
     export.add_argument("model", metavar="DIR", help="a converted model")
@@ -332,6 +332,7 @@ def _add_export(commands: Any) -> None:
     export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: %(default)s)")
     export.add_argument("--overwrite", action="store_true", help="replace a model in OUT")
     export.add_argument("--json", action="store_true", help="print JSON")
+    _add_device(export)
 
 
 def _add_plan(commands: Any) -> None:

@@ -22,7 +22,7 @@ from ..models.card import model_card
 from ..models.config import DotMoeConfig
 from ..models.folder import check_folder
 from ..models.modeling import DotMoeForCausalLM
-from ..models.shards import ShardReader, ShardWriter, Spec, file_layout, save_configs, writing
+from ..models.shards import ShardReader, ShardWriter, Spec, file_layout, find_dtype, save_configs, writing
 from ..models.surgery import DenseFFN, find_ffns, recognise_ffn, swap_ffn
 from ..models.target import check_target, in_its_place, replaced_files, require_apart
 from ..partitions import CALIBRATED
@@ -49,12 +49,7 @@ class _Source:
         allowed = "a checkpoint whose tensors have the names that they have in the model, or --data, with which it is loaded whole"
         require(not lacking, "MODEL", f"{folder}, without the tensor {', '.join(lacking[:4])}", allowed)
         self.tied = {source: target for target, source in tied.items()}
-        kind = (
-            dtype
-            or getattr(config, "dtype", None)
-            or next(s.dtype for s in self.reader.specs.values() if s.dtype.is_floating_point)
-        )
-        self.dtype: torch.dtype = getattr(torch, kind) if isinstance(kind, str) else kind
+        self.dtype = find_dtype(dtype, config, self.reader)
 
     def read(self, name: str) -> Tensor:
         """In the dtype that the model is to have."""
@@ -156,13 +151,13 @@ def convert_folder(
     layout = {n: Spec(origin.dtype if t.is_floating_point() else t.dtype, tuple(t.shape)) for n, t in names.items()}
     inside = tuple(f"{name}." for name in origin.ffns)
     with write_folder(path, replaced_files(tokenizer=tokenizer is not None)) as new:
-        save_configs(sparse, new, Path(source), origin.dtype)
         with writing(new, layout, max_shard_size) as writer:
             for name in layout:
                 if not name.startswith(inside):
                     writer.write(name, origin.read(name))
             layers = _Layers(origin, config, method, options)
             worst = max([layers.write(name, writer) for name in origin.ffns])
+        save_configs(sparse, new, Path(source), origin.dtype)
         most = TOLERANCES[origin.dtype]
         require(worst <= most, "a layer with every expert on", f"{worst:.1e} from its dense FFN", f"at most {most:.0e}")
         if tokenizer is not None:

@@ -21,9 +21,15 @@ from ..models.modeling import DotMoeForCausalLM
 
 SHIFTS = range(0, 25)  # beyond 2^-24 every score is the same in float32
 _SEQUENCES, _LENGTH = 8, 128  # of the model's own samples
+_PASS = 1024  # tokens of a forward pass
 
 
-def own_samples(model: DotMoeForCausalLM, seed: int = 0) -> Tensor:
+def passes(tokens: Tensor) -> tuple[Tensor, ...]:
+    """Tokens [N, S] by forward passes."""
+    return tokens.split(max(1, _PASS // tokens.shape[1]))
+
+
+def own_samples(model: DotMoeForCausalLM, device: torch.device | str = "cpu", seed: int = 0) -> Tensor:
     """Sequences [8, N] that the model draws itself, N at most 128; each begins with another token where it has no first one."""
     text = model.config.get_text_config()
     length = min(_LENGTH, text.max_position_embeddings)
@@ -35,7 +41,7 @@ def own_samples(model: DotMoeForCausalLM, seed: int = 0) -> Tensor:
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         return generator.generate(
-            start.to(model.device), do_sample=True, top_k=0, min_new_tokens=length - 1, max_new_tokens=length - 1, eos_token_id=None
+            start.to(device), do_sample=True, top_k=0, min_new_tokens=length - 1, max_new_tokens=length - 1, eos_token_id=None
         )
 
 
@@ -74,8 +80,8 @@ def _squared_distance(weights: Tensor, indices: Tensor, exact: Tensor, num_exper
 
 
 @torch.no_grad()
-def choose_shifts(model: DotMoeForCausalLM, tokens: Tensor, scores: str, *, batch_size: int = 4) -> dict[str, int]:
-    """m of every layer, by path: the one of least distance over ``tokens`` [N, S]."""
+def choose_shifts(model: DotMoeForCausalLM, tokens: Tensor, scores: str) -> dict[str, int]:
+    """m of every layer, by path: the one of least distance over ``tokens`` [N, S], on the device of the layers."""
     sums = {name: [0.0] * len(SHIFTS) for name in moe_blocks(model)}
 
     def hook(name: str, gate: Any, x: Tensor, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -84,6 +90,6 @@ def choose_shifts(model: DotMoeForCausalLM, tokens: Tensor, scores: str, *, batc
             sums[name][place] += _squared_distance(*found, output[2], gate.num_experts)
 
     with router_hooks(model, hook):
-        for batch in tokens.split(batch_size):
-            model(input_ids=batch.to(model.device), use_cache=False)
+        for batch in passes(tokens):
+            model(input_ids=batch, use_cache=False)
     return {name: SHIFTS[min(range(len(found)), key=found.__getitem__)] for name, found in sums.items()}

@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import nll_loss
 
 from .._checks import require
-from ..evaluation import perplexity
+from ..evaluation import to_perplexity
 from ..models.block import moe_blocks
 from ..models.modeling import DotMoeForCausalLM
-from .calibration import router_hooks
+from .calibration import passes, router_hooks
 from .stock import Architecture, target_blocks
 
 _PARITY = 1e-3  # float32 rounding through some tens of layers stays below; another norm, scale or rotation does not
 _PROBE = 256  # tokens a sequence, and sequences of 2, that parity is checked on
+_ROWS = 128  # tokens whose logits are compared at a time
 
 
 def _gates(model: DotMoeForCausalLM, target: Any, architecture: Architecture) -> dict[str, Any]:
@@ -32,14 +34,11 @@ def parity(
     """Largest difference of the logits, relative to the largest logit, when both take the experts and weights of the target's
     routers: what is left is everything else, and rounding.
 
-    Both must be in float32; ``model`` is used up: its down projections are rounded as those that were folded in ``dtype``.
-    Tokens [N, S]; two sequences of at most 256 are enough.
+    Both must be in float32 and layerwise, the target with its routers kept. Down projections are rounded as those that were folded
+    in ``dtype``, once they are read. Tokens [N, S]; two sequences of at most 256 are enough.
     """
-    tokens = tokens[:2, :_PROBE].to(model.device)
+    tokens = tokens[:2, :_PROBE]
     gates, factor = _gates(model, target, architecture), architecture.factor(model)
-    for block in moe_blocks(model).values():
-        rows = block.experts.down_rows
-        rows.copy_((rows.to(dtype) * factor).float() / factor)
     chosen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def force(name: str, gate: Any, x: Tensor, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,10 +46,15 @@ def parity(
         chosen[id(gates[name])] = (logits, weights, indices)
         return output[0], factor * weights.to(output[1].dtype), indices
 
-    with router_hooks(model, force):
-        exact = model(input_ids=tokens, use_cache=False).logits
-    handles = [gate.register_forward_hook(lambda gate, args, output: chosen[id(gate)]) for gate in gates.values()]
+    def fold(experts: Any, args: Any) -> None:
+        for rows in experts.down_rows:  # of one expert, for the sake of memory
+            rows.copy_((rows.to(dtype) * factor).float() / factor)
+
+    handles = [block.experts.register_forward_pre_hook(fold) for block in moe_blocks(model).values()]
+    handles += [gate.register_forward_hook(lambda gate, args, output: chosen.get(id(gate))) for gate in gates.values()]
     try:
+        with router_hooks(model, force):
+            exact = model(input_ids=tokens, use_cache=False).logits
         found = target(input_ids=tokens, use_cache=False).logits
     finally:
         for handle in handles:
@@ -69,9 +73,7 @@ def require_parity(error: float, architecture: Architecture) -> None:
 
 
 @torch.no_grad()
-def router_figures(
-    model: DotMoeForCausalLM, target: Any, architecture: Architecture, tokens: Tensor, *, batch_size: int = 4
-) -> dict[str, float]:
+def router_figures(model: DotMoeForCausalLM, target: Any, architecture: Architecture, tokens: Tensor) -> dict[str, float]:
     """The target's routers on what the exact model's see: how far a weight is from 1, and how many tokens see another expert."""
     gates, factor = _gates(model, target, architecture), architecture.factor(model)
     most, total, count, swapped = 0.0, 0.0, 0, 0
@@ -88,8 +90,8 @@ def router_figures(
 
     tokens_touched, decisions = 0, 0
     with router_hooks(model, compare):
-        for batch in tokens.split(batch_size):
-            model(input_ids=batch.to(model.device), use_cache=False)
+        for batch in passes(tokens):
+            model(input_ids=batch, use_cache=False)
             tokens_touched += int(torch.stack(list(touched.values())).any(0).sum())
             decisions += batch.numel() * len(touched)
     return {
@@ -101,26 +103,34 @@ def router_figures(
 
 
 @torch.no_grad()
-def logit_figures(model: DotMoeForCausalLM, target: Any, tokens: Tensor, *, batch_size: int = 4) -> dict[str, float]:
-    """The target's logits against the exact model's, relative to the largest and to the mean square; KL in nats a token."""
+def logit_figures(model: DotMoeForCausalLM, target: Any, tokens: Tensor) -> dict[str, float]:
+    """The target's logits against the exact model's, relative to the largest and to the mean square; KL in nats a token; and both
+    perplexities."""
     most, scale, squares, wide, divergence, agree = 0.0, 0.0, 0.0, 0.0, 0.0, 0
-    for batch in tokens.split(batch_size):
-        batch = batch.to(model.device)
-        exact, found = (m(input_ids=batch, use_cache=False).logits.float() for m in (model, target))
-        error = found - exact
-        # NaN must not get lost in max
-        most, scale = max(float(error.abs().max().nan_to_num(math.inf)), most), max(scale, float(exact.abs().max()))
-        squares, wide = squares + float(error.square().sum()), wide + float(exact.square().sum())
-        p, q = exact.log_softmax(-1), found.log_softmax(-1)
-        divergence += float((p.exp() * (p - q)).sum())
-        agree += int((exact.argmax(-1) == found.argmax(-1)).sum())
+    losses = [0.0, 0.0]
+    for batch in passes(tokens):
+        follows = torch.cat((batch[:, 1:], batch.new_full((len(batch), 1), -100)), 1)  # the token to be predicted, if any
+        logits = (m(input_ids=batch, use_cache=False).logits.flatten(0, 1) for m in (model, target))
+        parts = (rows.split(_ROWS) for rows in (*logits, follows.flatten()))
+        for exact, found, labels in zip(*parts, strict=True):  # float32 of a whole pass would take gigabytes
+            exact, found = exact.float(), found.float()
+            error = found - exact
+            # NaN must not get lost in max
+            most, scale = max(float(error.abs().max().nan_to_num(math.inf)), most), max(scale, float(exact.abs().max()))
+            squares, wide = squares + float(error.square().sum()), wide + float(exact.square().sum())
+            p, q = exact.log_softmax(-1), found.log_softmax(-1)
+            divergence += float((p.exp() * (p - q)).sum())
+            agree += int((exact.argmax(-1) == found.argmax(-1)).sum())
+            for n, scores in enumerate((p, q)):
+                losses[n] += float(nll_loss(scores, labels, reduction="sum"))
+    predicted = tokens.shape[0] * (tokens.shape[1] - 1)
     return {
         "logit_error": most / scale,
         "logit_error_rms": math.sqrt(squares / wide),
         "kl": max(0.0, divergence / tokens.numel()),
         "same_token": agree / tokens.numel(),
-        "perplexity_exact": perplexity(model, tokens, batch_size=batch_size),
-        "perplexity": perplexity(target, tokens, batch_size=batch_size),
+        "perplexity_exact": to_perplexity(losses[0] / predicted),
+        "perplexity": to_perplexity(losses[1] / predicted),
     }
 
 

@@ -191,6 +191,11 @@ def target_fields(model: DotMoeForCausalLM, architecture: Architecture) -> dict[
     return fields
 
 
+def stock_skeleton(model: DotMoeForCausalLM, architecture: Architecture) -> Any:
+    """The target without storage."""
+    return empty_model(architecture.model_type, target_fields(model, architecture))
+
+
 def _config_refusal(model: DotMoeForCausalLM, architecture: Architecture) -> tuple[str, str] | None:
     """What of the config the target lacks, as (what is given, what is allowed)."""
     config, dense = model.config, model.config.dense_config
@@ -245,7 +250,7 @@ def refusal(model: DotMoeForCausalLM, architecture: Architecture) -> tuple[str, 
 def _tensor_refusal(model: DotMoeForCausalLM, architecture: Architecture) -> str:
     """The tensors, by kind, that one side has and the other has not; "" where all have a place."""
     tensors = dict(_outside(model))
-    target = empty_model(architecture.model_type, target_fields(model, architecture)).state_dict()
+    target = stock_skeleton(model, architecture).state_dict()
     inside = tuple(f"{path}." for path in target_blocks(model, architecture).values())
     more = [name for name, tensor in tensors.items() if name not in target or target[name].shape != tensor.shape]
     fewer = [name for name in target if name not in tensors and not name.startswith(inside) and not name.endswith(".bias")]
@@ -278,34 +283,37 @@ def target_blocks(model: DotMoeForCausalLM, architecture: Architecture) -> dict[
 
 
 @torch.no_grad()
-def stock_model(model: DotMoeForCausalLM, architecture: Architecture, shifts: Mapping[str, int]) -> tuple[Any, bool]:
-    """``model`` as one of ``architecture``, to be saved (it shares tensors, and has no buffers that files lack); and whether the
-    fold rounded nothing.
+def stock_tensors(
+    model: DotMoeForCausalLM, architecture: Architecture, shifts: Mapping[str, int], target: Any, unit: str = ""
+) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of ``target`` by name, and whether the fold rounded nothing.
 
     Args:
         model: for which ``refusal`` is None.
         architecture: of the table.
         shifts: m of every layer, by path.
+        target: ``model`` as one of ``architecture``, without storage.
+        unit: path of a module: its tensors alone, so that no other needs storage.
     """
-    target: Any = empty_model(architecture.model_type, target_fields(model, architecture))
+    start = f"{unit}." if unit else ""
     factor, paths, lossless = architecture.factor(model), target_blocks(model, architecture), True
-    tensors, places = dict(_outside(model)), target.state_dict()
+    tensors = {name: tensor for name, tensor in _outside(model) if name.startswith(start)}
     for name, block in moe_blocks(model).items():
+        if not name.startswith(start):
+            continue
         path, experts = paths[name], block.experts
         weight = block.gate.weight.float() if architecture.scores == "sigmoid" else block.gate.weight  # that one routes in float32
         folded = experts.down_rows if factor == 1 else experts.down_rows * factor
-        lossless = lossless and _is_product(folded, experts.down_rows, factor)
+        lossless = lossless and (folded.is_meta or _is_product(folded, experts.down_rows, factor))
         tensors[f"{path}.{architecture.gate}.weight"] = weight * 2.0 ** -shifts[name]
         tensors[f"{path}.experts.gate_up_proj"] = experts.gate_up_proj
         tensors[f"{path}.experts.down_proj"] = folded.transpose(1, 2)
-    for name in places.keys() - tensors.keys():
-        fill = torch.ones if name.endswith("shared_expert_gate.weight") else torch.zeros  # llama.cpp divides by that gate's logit
-        kept = torch.float32 if name.endswith("e_score_correction_bias") else model.dtype
-        tensors[name] = fill(places[name].shape, dtype=kept)
-    target.load_state_dict(tensors, assign=True)
-    target.tie_weights()
-    target.generation_config = model.generation_config
-    return target.eval(), lossless
+    for name, place in target.state_dict().items():
+        if name.startswith(start) and name not in tensors:
+            fill = torch.ones if name.endswith("shared_expert_gate.weight") else torch.zeros  # llama.cpp divides by its logit
+            kept = torch.float32 if name.endswith("e_score_correction_bias") else model.dtype
+            tensors[name] = fill(place.shape, dtype=kept)
+    return tensors, lossless
 
 
 def _is_product(folded: Tensor, rows: Tensor, factor: int) -> bool:

@@ -6,6 +6,7 @@ block.py       router and experts of a layer          modeling.py    the causal 
 folder.py      what a saved model must hold           checkpoint.py  save and load
 counts.py      parameters, all and active             card.py        README.md of a saved model
 shards.py      safetensors folders a tensor at a time
+layerwise.py   a model that runs from its files       stock.py       the architectures of transformers, likewise
 inspect.py     what `dotmoe info` shows               registry.py    the experts of stock models on this library's kernels
 target.py      where it may be written
 """

@@ -7,36 +7,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from .._checks import require
 from .config import MODELING, DotMoeConfig
-from .names import check_names, header_tensors
+from .names import check_names, header_tensors, read_conversions
 from .untrusted import building, check_files, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OURS = ("config.json", MODELING.name, "generation_config.json", "README.md", WEIGHTS, INDEX)  # written anew by every save
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def check_orders(orders: Mapping[str, Tensor], source: str) -> None:
@@ -80,28 +67,32 @@ def _weight_files(path: Path) -> list[Path]:
     return shards
 
 
+@contextmanager
+def _headers(path: Path) -> Iterator[dict[str, Any]]:
+    """The open files of ``path`` by the tensors in them."""
+    with ExitStack() as stack:
+        where: dict[str, Any] = {}
+        for file in _weight_files(path):
+            try:
+                handle = stack.enter_context(safe_open(file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} cannot be read ({error}); allowed: a complete safetensors file") from None
+            where.update(dict.fromkeys(handle.keys(), handle))
+        yield where
+
+
 def check_dense_folder(folder: Path, model_class: Any) -> None:
     """Check the folder of a stock model by its headers: transformers reads every tensor of ``model_class`` from it and no other.
 
     Raises:
         ValueError: a tensor that is missing, left over or of another shape.
     """
-    stand_ins: dict[str, Tensor] = {}  # names, shapes and dtypes of the files' tensors, and no storage
-    for file in _weight_files(folder):
-        with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118
-                header = handle.get_slice(name)
-                dtype = _DTYPES.get(header.get_dtype(), torch.float32)
-                stand_ins[name] = torch.zeros((), dtype=dtype).expand(header.get_shape())
     config = model_class.config_class.from_pretrained(folder)
-    _, found = model_class.from_pretrained(
-        None, config=config, state_dict=stand_ins, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    lacking, left = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    require(not lacking, str(folder), f"without the tensor {', '.join(lacking[:4])}", "a checkpoint with every tensor of the model")
+    with torch.device("meta"):
+        model = model_class(config)
+    with _headers(folder) as where:
+        left = check_names(model, header_tensors(where), str(folder), get_model_conversion_mapping(model))
     require(not left, str(folder), f"with {', '.join(left[:4])}, which no tensor of the model reads", "the model's tensors alone")
-    for name, given, expected in found["mismatched_keys"]:
-        require(False, f"{name} of {folder}", f"of shape {list(given)}", f"shape {list(expected)}")
 
 
 def check_state(model: Any, fresh: Any) -> None:
@@ -139,15 +130,8 @@ def check_folder(folder: str | os.PathLike[str], model_class: Callable[[DotMoeCo
     config = _read_config(path)
     with building(path), torch.device("meta"):
         model = model_class(config)
-    with ExitStack() as stack:
-        where: dict[str, Any] = {}
-        for file in _weight_files(path):
-            try:
-                handle = stack.enter_context(safe_open(file, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} cannot be read ({error}); allowed: a complete safetensors file") from None
-            where.update(dict.fromkeys(handle.keys(), handle))
-        check_names(model, header_tensors(where), str(path))
+    with _headers(path) as where:
+        check_names(model, header_tensors(where), str(path), read_conversions(model.backbone))
         orders = {n.removesuffix(".neuron_order"): where[n].get_tensor(n) for n in where if n.endswith(".neuron_order")}
         check_orders(orders, str(path))
     return config

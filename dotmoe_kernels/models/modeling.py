@@ -311,7 +311,7 @@ def check_return(model: PreTrainedModel, config: DotMoeConfig, width: int) -> No
     used = getattr(model, "_weight_conversions", None)
     if used is not None:
         sparse._weight_conversions = used
-    check_names(reader, file_tensors(sparse), f"a saved {type(model).__name__}")
+    check_names(reader, file_tensors(sparse), f"a saved {type(model).__name__}", read_conversions(reader.backbone))
 
 
 def restore_dense(model: DotMoeForCausalLM) -> PreTrainedModel:

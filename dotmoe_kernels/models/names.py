@@ -76,20 +76,24 @@ def file_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return tensors
 
 
-def check_names(model: Any, tensors: Mapping[str, Tensor], source: str) -> None:
+def check_names(model: Any, tensors: Mapping[str, Tensor], source: str, conversions: list[Any]) -> list[str]:
     """Load ``tensors``, which have shapes but no storage, into ``model``, which has none either: what a real load will find.
 
     Args:
-        model: the sparse model on the meta device; it is used up.
+        model: on the meta device; it is used up.
         tensors: by name in the file.
         source: of the tensors, for the message.
+        conversions: from the names in files to those of the model.
+
+    Returns:
+        names of the tensors that no tensor of the model reads.
 
     Raises:
         ValueError: a tensor is missing or has a wrong shape.
     """
-    options = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=read_conversions(model.backbone))
+    options = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=conversions)
     tied = model.all_tied_weights_keys
-    with _no_bar():
+    with no_bar():
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), options)
     for name, error in info.conversion_errors.items():
         raise ValueError(f"{name} of {source} cannot be converted: {str(error).strip().splitlines()[-1]}")
@@ -101,6 +105,7 @@ def check_names(model: Any, tensors: Mapping[str, Tensor], source: str) -> None:
     # of a tied pair one is enough
     absent = [_in_file(n)[0] for n in model.state_dict() if n in missing and not _has_twin(n, tied, have)]
     require(not absent, source, f"without the tensor {', '.join(absent[:4])}", "a checkpoint with every tensor of the model")
+    return sorted(info.unexpected_keys)
 
 
 def _in_file(name: str, shape: list[int] | None = None) -> tuple[str, list[int]]:
@@ -115,7 +120,7 @@ def _has_twin(name: str, tied: Mapping[str, str], have: set[str]) -> bool:
 
 
 @contextmanager
-def _no_bar() -> Iterator[None]:
+def no_bar() -> Iterator[None]:
     """Nothing is read here, so nothing is announced."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

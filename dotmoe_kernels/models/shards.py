@@ -14,13 +14,15 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from .._checks import require
 from .block import moe_blocks
 from .folder import INDEX, WEIGHTS, _weight_files
+from .untrusted import require_inside
 
+GENERATION = "generation_config.json"
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -165,18 +167,46 @@ def file_layout(model: Any) -> dict[str, Tensor]:
     """The tensors of ``model`` by the names and in the shapes that its files have, without storage: tied ones once."""
     tied = model.all_tied_weights_keys
     state = {name: tensor.to("meta") for name, tensor in model.state_dict().items() if name not in tied}
-    return revert_weight_conversion(model, state)
+    return in_files(model, state)
+
+
+def in_files(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of ``model`` by the names and in the shapes that its files have; of a layer all together."""
+    found: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
+    return found
+
+
+def find_dtype(given: torch.dtype | None, config: Any, reader: ShardReader) -> torch.dtype:
+    """Of a model's weights: as asked for, as its config says, or as the first of its files' that float."""
+    kind = given or getattr(config, "dtype", None) or next(s.dtype for s in reader.specs.values() if s.dtype.is_floating_point)
+    dtype: torch.dtype = getattr(torch, kind) if isinstance(kind, str) else kind
+    return dtype
 
 
 def save_configs(model: Any, folder: Path, source: Path, dtype: torch.dtype) -> None:
-    """config.json and generation_config.json of ``model``, which may have no storage; the second as ``source`` has it."""
+    """config.json and generation_config.json of ``model``, which may have no storage; the second as ``source`` has it. They come
+    after the weights: shards have their headers and their size from the start, and would load half written."""
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    generation = model.generation_config
-    if (source / "generation_config.json").is_file():
-        generation = type(generation).from_pretrained(source)
-    generation.save_pretrained(folder)
+    (read_generation(source) or model.generation_config).save_pretrained(folder)
+
+
+def read_generation(folder: Path) -> GenerationConfig | None:
+    """That of a model's folder, None where it has none.
+
+    Raises:
+        ValueError: it cannot be read, or lies elsewhere.
+    """
+    file = folder / GENERATION
+    if not file.is_file():
+        return None
+    require_inside(file, folder)
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a JSON of another form leads to
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} cannot be read ({reason}); allowed: the generation config of a model, or none") from None
 
 
 def save_options(model: PreTrainedModel) -> dict[str, Any]:

@@ -1,16 +1,16 @@
-"""The stock causal LMs of transformers that a converted model is exported to: built without storage, and read back."""
+"""The stock causal LMs of transformers that a converted model is exported to: built without storage, and run from their files."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
-from .._checks import require
-from .modeling import meta_backbone
+from .backbone import meta_backbone
+from .layerwise import Layerwise
 
 
 def empty_model(model_type: str, fields: Mapping[str, Any]) -> PreTrainedModel:
@@ -18,17 +18,7 @@ def empty_model(model_type: str, fields: Mapping[str, Any]) -> PreTrainedModel:
     return meta_backbone(AutoConfig.for_model(model_type, **fields))
 
 
-def read_stock(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """A folder as transformers alone reads it, in eval mode.
-
-    Raises:
-        ValueError: a tensor of the model is not in the folder, or one in it has no place.
-    """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False, local_files_only=True
-    )
-    model, info = loaded
-    for key, allowed in (("missing_keys", "a folder with every tensor"), ("unexpected_keys", "tensors of the model alone")):
-        found = sorted(info[key])
-        require(not found, str(folder), f"with {key.replace('_', ' ')}: {', '.join(found[:4])}", allowed)
-    return model.eval()
+def stock_layers(folder: str | os.PathLike[str], layers: Iterable[str], **options: Any) -> Layerwise:
+    """The stock model in ``folder``, which has been checked; options as of ``Layerwise``."""
+    model = meta_backbone(AutoConfig.from_pretrained(folder))
+    return Layerwise(model, folder, get_model_conversion_mapping(model), layers, **options)
