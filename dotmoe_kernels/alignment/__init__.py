@@ -11,6 +11,8 @@ losses.py          the terms together
 reconstruction.py  one layer after the other against its dense FFN, a start for the rest
 schedule.py        order of the data and learning rate of a step
 checkpoints.py     state on disk, so that a run continues bit for bit
+ranks.py           several processes: who does what, and what they tell one another
+distributed.py     their state on disk, which any number of them continues
 loop.py            the training loop
 """
 
