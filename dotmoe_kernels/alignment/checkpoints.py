@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -13,6 +15,7 @@ from torch import Tensor
 from .._files import write_file
 
 _KEEP = 2  # the newest checkpoints that are kept
+_CHUNK = 1 << 20  # token ids at a time: the rest of a corpus may lie on disk
 
 
 def weights_checksum(weights: Iterable[Tensor]) -> int:
@@ -23,7 +26,11 @@ def weights_checksum(weights: Iterable[Tensor]) -> int:
 
 def tokens_checksum(tokens: Tensor) -> int:
     """Of token ids and their places: marks the text of a run."""
-    return int((tokens.flatten() * (torch.arange(tokens.numel()) % 1009 + 1)).sum())
+    flat, total = tokens.flatten(), torch.zeros((), dtype=torch.int64)
+    for first in range(0, flat.numel(), _CHUNK):
+        part = flat[first : first + _CHUNK].long()
+        total += (part * (torch.arange(first, first + len(part)) % 1009 + 1)).sum()
+    return int(total)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -66,10 +73,19 @@ def _write_state(state: dict[str, Any], file: BinaryIO) -> None:
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Writes the state after ``step`` steps and drops all but the newest checkpoints, those of an abandoned run that got further
-    first."""
+    first.
+
+    Raises:
+        OSError: it cannot be written, the disk being full, say; the checkpoints before it are as they were.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(folder, step)
-    write_file(path, lambda file: _write_state(state, file))
+    try:
+        write_file(path, lambda file: _write_state(state, file))
+    except OSError as error:
+        last = last_checkpoint(folder)
+        kept = "there is none before it" if last is None else f"the last one is {last}, which is whole"
+        raise OSError(error.errno, f"{error.strerror}: no checkpoint after step {step}; {kept}") from error
     found = sorted(folder.glob("step-*.pt"))
     at = found.index(path) + 1
     for old in found[: max(at - _KEEP, 0)] + found[at:]:
@@ -82,17 +98,56 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("step-*.pt"), default=None)
 
 
-def load_checkpoint(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """The state in ``path``; ValueError if it was written by a run with other options or another model."""
+class BrokenCheckpoint(ValueError):
+    """None of a folder's checkpoints is whole."""
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in ``path``, every part of which has its checksum; torch.load alone reads what it finds."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise ValueError(f"its part {broken} is not what was written")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = state["fingerprint"]
+        state["fingerprint"]
     except Exception as error:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from error
+    return state
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint in ``folder`` and its state, if there is any checkpoint. A warning names those that are not.
+
+    Raises:
+        BrokenCheckpoint: none of them is whole.
+    """
+    broken: list[str] = []
+    for path in sorted(folder.glob("step-*.pt"), reverse=True):
+        try:
+            state = _read_checkpoint(path)
+        except ValueError as error:
+            broken.append(str(error))
+            continue
+        if broken:
+            warnings.warn(f"{'; '.join(broken)}; {path}, the one before it, is used", stacklevel=3)
+        return path, state
+    if broken:
+        raise BrokenCheckpoint("; ".join(broken))
+    return None
+
+
+def resume_from(folder: Path, fingerprint: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """``newest_checkpoint``; ValueError if it was written by a run with other options or another model."""
+    found = newest_checkpoint(folder)
+    if found is None:
+        return None
+    path, state = found
+    theirs = state["fingerprint"]
     for key, ours in fingerprint.items():
         if theirs.get(key) != ours:
             raise ValueError(f"checkpoint {path} was written with {key} = {theirs.get(key)!r}; this run has {ours!r}")
-    return state
+    return found
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .._checks import require, require_indices
-from .checkpoints import last_checkpoint, load_checkpoint, save_checkpoint, truncate_log
+from .checkpoints import resume_from, save_checkpoint, truncate_log
 from .config import SOFT_OPTIONS, AlignmentConfig
 from .head import Head, find_head
 from .hidden import HiddenStates
@@ -34,6 +34,7 @@ from .losses import alignment_losses
 from .module import AlignmentFFN, all_experts, centred_routers
 from .schedule import learning_rate, shuffled_rows
 from .soft import BudgetState, SoftRouting
+from .stopping import Stop, stopped
 from .transport import Transport
 
 _TERMS = ("loss", "kl", "ce", "z", "balance")
@@ -115,7 +116,7 @@ class _Run:
 
     def _find_head(self) -> Head | None:
         with all_experts(self.layers):
-            head = find_head(self.model, self.data[:1, :_PROBE].to(self.device))
+            head = find_head(self.model, self.data[:1, :_PROBE].long().to(self.device))
         if head is None:
             warnings.warn(
                 f"the logits of {type(self.model).__name__} are not its output embedding of the backbone's last hidden state, "
@@ -126,11 +127,11 @@ class _Run:
 
     def restore(self, resume: bool) -> int:
         """The first step (0-based). If ``resume``, that of the newest checkpoint, if any, whose state is taken over; else 0."""
-        found = last_checkpoint(self.checkpoints) if resume and self.checkpoints is not None else None
+        found = resume_from(self.checkpoints, self.marks) if resume and self.checkpoints is not None else None
         first = 0
         if found is not None:
-            state = load_checkpoint(found, self.marks)
-            first, self.last_good = state["step"], str(found)
+            path, state = found
+            first, self.last_good = state["step"], str(path)
             with torch.no_grad():
                 for parameter, value in zip(self.trained, state["parameters"], strict=True):
                     parameter.copy_(value)
@@ -220,15 +221,15 @@ class _Run:
             f"non-finite loss or gradient at step {step + 1} in {where} ({terms}); last good checkpoint: {self.last_good}"
         )
 
-    def record(self, entry: dict[str, float]) -> None:
-        """The log's line, and a checkpoint where one is due."""
+    def record(self, entry: dict[str, float], *, last: bool = False) -> None:
+        """The log's line, and a checkpoint where one is due, or if it is the ``last`` step for now."""
         self.log.append(entry)
         if self.log_path is None or self.checkpoints is None:
             return
         with self.log_path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         done, every = int(entry["step"]), self.config.checkpoint_every
-        if done == self.config.steps or (every and done % every == 0):
+        if last or done == self.config.steps or (every and done % every == 0):
             self.last_good = str(save_checkpoint(self.checkpoints, done, self.state(done)))
 
     def finish(self) -> AlignmentResult:
@@ -254,6 +255,7 @@ def align(
     fingerprint: dict[str, Any] | None = None,
     on_step: Callable[[int], None] | None = None,
     transport: Callable[[dict[str, AlignmentFFN], AlignmentConfig], Transport] = Transport,
+    stop: Stop | None = None,
 ) -> AlignmentResult:
     """Trains the affinities and routers of ``layers`` in place, and leaves their final assignments in ``expert_of``.
 
@@ -269,6 +271,7 @@ def align(
         fingerprint: what else must agree with a checkpoint that is resumed.
         on_step: called with the number of steps done after each.
         transport: what makes plans and assignments of the affinities; another one to compare with.
+        stop: looked at once a step.
 
     Returns:
         AlignmentResult.
@@ -276,6 +279,7 @@ def align(
     Raises:
         ValueError: data of a wrong shape or dtype, or a checkpoint of a run with other options.
         FloatingPointError: a non-finite loss or gradient; names the step, the layer and the last good checkpoint.
+        Stopped: ``stop`` asked for it; the state after the last step is in ``folder``.
 
     Source: section 3 of DOT-MoE (arXiv 2606.01666).
     """
@@ -283,17 +287,22 @@ def align(
     require(data.shape[0] >= 1 and data.shape[1] >= 2, "data", f"of shape {list(data.shape)}", "sequences of at least 2 tokens")
     require(len(layers) >= 1, "layers", "empty", "at least one FFN")
     model.eval().requires_grad_(False)
+    stop = Stop() if stop is None else stop
     with centred_routers(model, layers, data) if config.centre else nullcontext():
         run = _Run(model, layers, data, config, None if folder is None else Path(folder), fingerprint or {}, transport)
         first = run.restore(resume)
-        with tqdm(total=config.steps, initial=first, desc=label, disable=not progress, dynamic_ncols=True) as bar:
+        bar = tqdm(total=config.steps, initial=first, desc=label, disable=not progress, dynamic_ncols=True)
+        with bar, stop.finishing():
             for step in range(first, config.steps):
                 entry = run.step(step)
-                run.record(entry)
+                last = stop.asked  # looked at once: it may change any moment
+                run.record(entry, last=last)
                 shown = {name: f"{entry[name]:.3f}" for name in ("loss", "kl", "ce")}
                 use = {"in_use": f"{entry['experts_in_use']:.0%}", "most": f"{entry['largest_load']:.1f}x"}
                 bar.set_postfix(shown, tau=f"{entry['tau']:.2f}", **use, refresh=False)
                 bar.update()
                 if on_step is not None:
                     on_step(step + 1)
+                if last:
+                    raise stopped("align", step + 1, config.steps, None if folder is None else run.last_good)
         return run.finish()
