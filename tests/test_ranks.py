@@ -1,6 +1,7 @@
 """Alignment over several processes: the same curves, gradients and assignments as in one; checkpoints that any number continues."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -9,8 +10,7 @@ from test_alignment import config, toy
 from test_alignment import run as align
 from test_alignment import state as state_of
 
-from dotmoe_kernels.alignment.checkpoints import read_log
-from dotmoe_kernels.alignment.distributed import checkpoints_in, load_of_ranks
+from dotmoe_kernels.alignment.checkpoints import checkpoints_in, read_log, resume_from
 from dotmoe_kernels.alignment.ranks import Ranks
 
 TERMS = ("loss", "kl", "ce", "z", "balance", "grad_norm", "experts_in_use", "largest_load")
@@ -93,22 +93,26 @@ def test_one_then_two_then_one(by_two, begun):
     assert_same((read_log(begun / "log.jsonl"), state), train("micro-batches"))
 
 
-def test_a_folder_of_another_run_or_without_its_tensors_is_refused(by_two, begun):
-    folder = begun / "checkpoints" / "step-0000004"
-    assert load_of_ranks(folder, {"seed": 0})["step"] == 4
-    with pytest.raises(ValueError, match=r"step-0000004.* was written with seed = 0; this run has 1"):
-        load_of_ranks(folder, {"seed": 1})
-    for part in folder.glob("*.distcp"):
-        part.write_bytes(part.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"step-0000004 cannot be read"):
-        load_of_ranks(folder, {})
+def test_a_folder_of_another_run_or_torn_is_refused(by_two, begun, tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    shutil.copytree(begun / "checkpoints" / "step-0000004", folder / "step-0000004")
+    assert resume_from(folder, {"seed": 0})[1]["step"] == 4
+    with pytest.raises(ValueError, match=r"step-0000004 was written with seed = 0; this run has 1"):
+        resume_from(folder, {"seed": 1})
+    part = next((folder / "step-0000004").glob("*.distcp"))
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(ValueError, match=r"step-0000004 cannot be read: its part __\d_0.distcp is not what was written"):
+        resume_from(folder, {})
 
 
-def test_a_torn_folder_is_no_checkpoint(tmp_path):
+def test_a_folder_that_was_not_finished_is_no_checkpoint(tmp_path):
     torn = tmp_path / "step-0000004"
     torn.mkdir()
     (torn / "state.pt").write_bytes(b"")
-    assert checkpoints_in(tmp_path) == []
+    assert resume_from(tmp_path, {}) is None
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,18 @@
-"""The state of a run of several ranks on disk, by torch.distributed.checkpoint: a folder a checkpoint, whole or absent.
+"""A checkpoint of several ranks, by torch.distributed.checkpoint: a folder, whole or absent, that any number of ranks reads.
 
-    step-0000100/state.pt     numbers and names, and in the place of every tensor one without values
-    step-0000100/*.distcp     the tensors; each rank writes a part of them, or its shards
-    step-0000100/.metadata    which is where
-
-Any number of ranks continues from it, and from the file of a single process, which goes on writing files.
+step-0000100/state.pt      numbers and names, and in the place of every tensor one without values
+step-0000100/*.distcp      the tensors; each rank writes a part of them, or its shards
+step-0000100/.metadata     which is where
+step-0000100/checks.json   a checksum of each of these files
 """
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,9 @@ import torch
 from torch import Tensor
 
 from .._files import sync_folder, write_file
-from .checkpoints import checkpoint_path, load_checkpoint, save_checkpoint
 from .ranks import Ranks
 
-_KEEP = 2  # the newest checkpoints that are kept, as of those in files
-_STATE = "state.pt"
+_STATE, _CHECKS = "state.pt", "checks.json"
 
 
 def _engine() -> Any:
@@ -56,75 +55,69 @@ def _numbered(tree: Any) -> dict[str, Tensor]:
     return {str(n): tensor for n, tensor in enumerate(found)}
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Files and folders, the newest last."""
-    whole = [p for p in folder.glob("step-*") if p.suffix == ".pt" or (p / ".metadata").is_file()]
-    return sorted(whole, key=lambda path: path.name)
+def _checksum(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            total = zlib.crc32(part, total)
+    return total
 
 
-def _drop_others(path: Path) -> None:
-    """All but the newest up to ``path``; those of an abandoned run that got further too."""
-    others = [p for p in checkpoints_in(path.parent) if p != path]
-    older = [p for p in others if p.stem < path.stem]
-    kept = older[len(older) - (_KEEP - 1) :]
-    for old in others:
-        if old in kept:
-            continue
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-
-
-def save_of_ranks(folder: Path, step: int, state: dict[str, Any], ranks: Ranks) -> Path:
-    """``save_checkpoint``, by all ranks together.
+def write_shards(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
+    """Makes ``path`` the folder of ``state``: all ranks together, each with its own or the same tensors.
 
     Raises:
-        OSError: the disk of one of them is full or not writable; on all.
+        OSError: one of them cannot write; ``path`` is as it was.
     """
-    if ranks.count == 1:
-        path = save_checkpoint(folder, step, state)
-        _drop_others(path)
-        return path
-    path = checkpoint_path(folder, step).with_suffix("")
 
     def begin() -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        new = folder / f".{path.name}.{secrets.token_hex(4)}"
+        new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         new.mkdir()
-        plain = _map(state, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
-        write_file(new / _STATE, lambda file: torch.save(plain, file))
         return new
 
-    def finish() -> None:
-        sync_folder(new)
+    def finish(checks: list[dict[str, int]]) -> None:
+        plain = _map(state, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
+        write_file(new / _STATE, lambda file: torch.save(plain, file))
+        found = {name: value for part in checks for name, value in part.items()}
+        found |= {name: _checksum(new / name) for name in (_STATE, ".metadata")}
+        write_file(new / _CHECKS, lambda file: file.write(json.dumps(found).encode()))
         if path.exists():  # of an abandoned run
             shutil.rmtree(path)
         new.rename(path)
-        sync_folder(folder)
-        _drop_others(path)
+        sync_folder(path.parent)
 
     new, dcp = ranks.once(begin), _engine()
     try:
         dcp.save(_numbered(state), checkpoint_id=new)
-        ranks.once(finish)
-    except dcp.api.CheckpointException as error:
+        written = {file.name: _checksum(file) for file in new.glob(f"__{ranks.rank}_*.distcp")}
+        checks = ranks.collect(written)
+        ranks.once(lambda: finish(checks))
+    except (OSError, dcp.api.CheckpointException) as error:
         if ranks.first:
             shutil.rmtree(new, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise
         rank, (cause, _) = min(error.failures.items())
-        raise OSError(f"checkpoint {path} could not be written by rank {rank}: {cause}") from error
-    return path
+        raise OSError(getattr(cause, "errno", None), f"rank {rank}: {cause}") from error
 
 
-def last_of_ranks(folder: Path, ranks: Ranks) -> Path | None:
-    """The newest checkpoint in ``folder``, a file or a folder, if any: what the first rank sees."""
-    return ranks.once(lambda: next(iter(checkpoints_in(folder)[-1:]), None))
+def is_shards(path: Path) -> bool:
+    return path.is_dir() and path.suffix == "" and (path / _CHECKS).is_file()
 
 
-def load_of_ranks(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """``load_checkpoint`` of a file or a folder; every rank reads it whole."""
-    if not path.is_dir():
-        return load_checkpoint(path, fingerprint)
-    state, dcp = load_checkpoint(path / _STATE, fingerprint), _engine()
-    state = _map(state, lambda t: torch.empty(t.shape, dtype=t.dtype))
+def read_shards(path: Path) -> dict[str, Any]:
+    """The state in a folder, every tensor whole.
+
+    Raises:
+        ValueError: a part of it is missing, or not what was written.
+    """
+    dcp = _engine()
     try:
+        for name, expected in json.loads((path / _CHECKS).read_text()).items():
+            if _checksum(path / name) != expected:
+                raise ValueError(f"its part {name} is not what was written")
+        state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
+        state = _map(state, lambda t: torch.empty(t.shape, dtype=t.dtype))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a single process reads: each does so on its own
             dcp.load(_numbered(state), checkpoint_id=path, no_dist=True)

@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .._checks import require, require_indices
-from .checkpoints import truncate_log
+from .checkpoints import resume_from, save_checkpoint, truncate_log
 from .config import SOFT_OPTIONS, AlignmentConfig
-from .distributed import last_of_ranks, load_of_ranks, save_of_ranks
 from .head import Head, find_head
 from .hidden import HiddenStates
 from .loads import ExpertLoads
@@ -39,6 +38,7 @@ from .module import AlignmentFFN, all_experts, centred_routers
 from .ranks import Ranks, find_ranks
 from .schedule import learning_rate, shuffled_rows
 from .soft import BudgetState, SoftRouting
+from .stopping import Stop, stopped
 from .transport import Transport
 
 _TERMS = ("loss", "kl", "ce", "z", "balance")
@@ -89,6 +89,7 @@ class _Run:
         fingerprint: dict[str, Any],
         transport: Callable[[dict[str, AlignmentFFN], AlignmentConfig], Transport],
         ranks: Ranks,
+        stop: Stop,
     ) -> None:
         self.model, self.layers, self.data, self.config, self.ranks = model, layers, data, config, ranks
         self.device = next(iter(layers.values())).router_weight.device
@@ -108,6 +109,7 @@ class _Run:
         self.log: list[dict[str, float]] = []
         self.last_good, self.begin = "none", time.monotonic()
         self.last_step = self.begin
+        self.stop, self.last = stop, False  # asked for by one of the ranks
 
     def _groups(self) -> list[dict[str, Any]]:
         """Routers, affinities and budgets, each with its peak learning rate."""
@@ -124,7 +126,7 @@ class _Run:
 
     def _find_head(self) -> Head | None:
         with all_experts(self.layers):
-            head = find_head(self.model, self.data[:1, :_PROBE].to(self.device))
+            head = find_head(self.model, self.data[:1, :_PROBE].long().to(self.device))
         if head is None:
             warnings.warn(
                 f"the logits of {type(self.model).__name__} are not its output embedding of the backbone's last hidden state, "
@@ -135,11 +137,11 @@ class _Run:
 
     def restore(self, resume: bool) -> int:
         """The first step (0-based). If ``resume``, that of the newest checkpoint, if any, whose state is taken over; else 0."""
-        found = last_of_ranks(self.checkpoints, self.ranks) if resume and self.checkpoints is not None else None
+        found = resume_from(self.checkpoints, self.marks, self.ranks) if resume and self.checkpoints is not None else None
         first = 0
         if found is not None:
-            state = load_of_ranks(found, self.marks)
-            first, self.last_good = state["step"], str(found)
+            path, state = found
+            first, self.last_good = state["step"], str(path)
             with torch.no_grad():
                 for parameter, value in zip(self.trained, state["parameters"], strict=True):
                     parameter.copy_(value)
@@ -212,8 +214,10 @@ class _Run:
         sums = torch.zeros(len(self.terms) - 1, device=self.device)
         for rows, share in self.ranks.passes(batch, c.micro_batch_size):
             sums += self._pass(rows, share)
+        wish = torch.tensor(float(self.stop.asked), device=self.device)
         if self.ranks.count > 1:
-            self._add_up(sums)
+            self._add_up(sums, wish)
+            numbers["asked"] = wish
         self.transport.backward()
         if self.soft is not None:
             self.soft.backward()
@@ -221,6 +225,7 @@ class _Run:
         numbers |= dict(zip(self.terms, [*sums, norm], strict=True)) | self.loads.log()
         numbers |= {} if self.soft is None else self.soft.log()
         values = _fetch(numbers)
+        self.last = bool(values.pop("asked", self.stop.asked))  # looked at once: it may change any moment
         self._require_finite(step, values)
         nn.utils.clip_grads_with_norm_(self.trained, c.clip, norm)
         self.optimizer.step()
@@ -232,13 +237,14 @@ class _Run:
         speed = self.ranks.speed(batch.numel(), now - before)
         return entry | {"lr": rate * c.router_rate, "seconds": now - self.begin} | speed
 
-    def _add_up(self, sums: Tensor) -> None:
-        """What the passes of all ranks left: the gradients of routers, plans and budgets, the terms and what is counted."""
+    def _add_up(self, sums: Tensor, wish: Tensor) -> None:
+        """What the passes of all ranks left: the gradients of routers, plans and budgets, the terms and what is counted; and how
+        many of them were asked to stop."""
         for layer in self.layers.values():
             if layer.router_weight.grad is None:
                 layer.router_weight.grad = torch.zeros_like(layer.router_weight)
         routers = [layer.router_weight.grad for layer in self.layers.values()]
-        self.ranks.sum([sums, *self.loads.sums(), *self.transport.gradients(), *routers])  # type: ignore[list-item]
+        self.ranks.sum([sums, wish, *self.loads.sums(), *self.transport.gradients(), *routers])  # type: ignore[list-item]
         if self.soft is not None:
             self.ranks.sum(self.soft.sums())
 
@@ -252,7 +258,7 @@ class _Run:
         )
 
     def record(self, entry: dict[str, float]) -> None:
-        """The log's line, and a checkpoint where one is due."""
+        """The log's line, and a checkpoint where one is due, or if it is the last step for now."""
         self.log.append(entry)
         if self.log_path is None or self.checkpoints is None:
             return
@@ -260,8 +266,8 @@ class _Run:
             with self.log_path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
         done, every = int(entry["step"]), self.config.checkpoint_every
-        if done == self.config.steps or (every and done % every == 0):
-            self.last_good = str(save_of_ranks(self.checkpoints, done, self.state(done), self.ranks))
+        if self.last or done == self.config.steps or (every and done % every == 0):
+            self.last_good = str(save_checkpoint(self.checkpoints, done, self.state(done), self.ranks))
 
     def finish(self) -> AlignmentResult:
         """The assignments and the budgets after the last update."""
@@ -286,6 +292,7 @@ def align(
     fingerprint: dict[str, Any] | None = None,
     on_step: Callable[[int], None] | None = None,
     transport: Callable[[dict[str, AlignmentFFN], AlignmentConfig], Transport] = Transport,
+    stop: Stop | None = None,
 ) -> AlignmentResult:
     """Trains the affinities and routers of ``layers`` in place, and leaves their final assignments in ``expert_of``.
 
@@ -301,6 +308,7 @@ def align(
         fingerprint: what else must agree with a checkpoint that is resumed.
         on_step: called with the number of steps done after each.
         transport: what makes plans and assignments of the affinities; another one to compare with.
+        stop: looked at once a step.
 
     Returns:
         AlignmentResult.
@@ -308,6 +316,7 @@ def align(
     Raises:
         ValueError: data of a wrong shape or dtype, a checkpoint of a run with other options, or fewer passes a step than ranks.
         FloatingPointError: a non-finite loss or gradient; names the step, the layer and the last good checkpoint.
+        Stopped: ``stop`` asked for it; the state after the last step is in ``folder``.
 
     Source: section 3 of DOT-MoE (arXiv 2606.01666).
     """
@@ -318,12 +327,14 @@ def align(
     ranks = find_ranks(next(iter(layers.values())).router_weight.device)
     ranks.require_passes(config.batch_size, config.micro_batch_size)
     place = None if folder is None else Path(folder)
+    stop = Stop() if stop is None else stop
     with centred_routers(model, layers, data) if config.centre else nullcontext():
         ranks.agree([layer.centre for layer in layers.values()])
-        run = _Run(model, layers, data, config, place, fingerprint or {}, transport, ranks)
+        run = _Run(model, layers, data, config, place, fingerprint or {}, transport, ranks, stop)
         first = run.restore(resume)
         quiet = not (progress and ranks.first)
-        with tqdm(total=config.steps, initial=first, desc=label, disable=quiet, dynamic_ncols=True) as bar:
+        bar = tqdm(total=config.steps, initial=first, desc=label, disable=quiet, dynamic_ncols=True)
+        with bar, stop.finishing():
             for step in range(first, config.steps):
                 entry = run.step(step)
                 run.record(entry)
@@ -333,4 +344,6 @@ def align(
                 bar.update()
                 if on_step is not None:
                     on_step(step + 1)
+                if run.last:
+                    raise stopped("align", step + 1, config.steps, None if folder is None else run.last_good)
         return run.finish()

@@ -144,6 +144,13 @@ class Ranks:
         dist.broadcast_object_list(box, source, device=self.device)
         return box[0]
 
+    def collect(self, value: _T) -> list[_T]:
+        """The values of all ranks."""
+        found: list[Any] = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(found, value)
+        return found
+
     def once(self, action: Callable[[], _T]) -> _T:
         """Does it on the first rank; its result, or its error, is that of all."""
         if self.count == 1:

@@ -109,7 +109,7 @@ class Transport:
         for layers in self.groups.values():
             own, like = self.ranks.own(layers), layers[0].affinity
             assert like is not None
-            grads = [layer.affinity.grad for layer in own]  # type: ignore[union-attr, misc]
+            grads = [layer.affinity.grad for layer in own]
             found = self.ranks.gather(torch.stack(grads) if own else like.new_zeros(0, *like.shape), len(layers))
             for layer, gradient in zip(layers, found, strict=True):
                 layer.affinity.grad = gradient  # type: ignore[union-attr]

@@ -1,12 +1,13 @@
 """`dotmoe`: convert, evaluate, generate, inspect, plan, report, demonstrate. Wrong arguments end with one line and exit status 2.
 
-parser.py the arguments, inputs.py what they name, folders.py where they write, commands.py and the files of single commands what
-they do
+parser.py the arguments, inputs.py what they name, folders.py where they write, signals.py when to stop, commands.py and the files
+of single commands what they do
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -16,17 +17,20 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ..alignment.stopping import Stopped
 from .commands import COMMANDS
 from .inputs import require_text
 from .parser import build_parser
 
 __all__ = ["build_parser", "main"]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, or none left for this user or file
 _SMALLER = {"convert": "--micro-batch-size or --sequence-length", "eval": "--batch-size or --sequence-length"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `dotmoe`; returns the exit status: 0, 1 for a run that failed, 2 for wrong arguments, 130 for an interruption."""
+    """Runs `dotmoe`; returns the exit status: 0, also for a training that SIGTERM asked to stop, 1 for a run that failed, 2 for
+    wrong arguments, 130 for an interruption."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks must not end a command whose work is done
         sys.stdout.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
@@ -65,9 +69,16 @@ def _run(args: argparse.Namespace) -> int:
         if type(error) is not Exception and not isinstance(error, ValueError | ImportError | OSError | SafetensorError):
             raise
         line = " ".join(str(error).split())
-        print(f"dotmoe {args.command}: error: {line}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in _FULL
+        print(f"dotmoe {args.command}: error: {line}{_hint(args, '; with more room ') if full else ''}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        print(f"dotmoe {args.command}: {stop}{_hint(args)}", file=sys.stderr)
+        return 0
     except KeyboardInterrupt:
-        hint = "; the same command with --resume continues it" if args.command == "convert" else ""
-        print(f"dotmoe {args.command}: interrupted{hint}", file=sys.stderr)
+        print(f"dotmoe {args.command}: interrupted{_hint(args)}", file=sys.stderr)
         return 130
+
+
+def _hint(args: argparse.Namespace, start: str = "; ") -> str:
+    return f"{start}the same command with --resume continues it" if args.command == "convert" else ""

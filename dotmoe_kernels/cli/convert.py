@@ -15,9 +15,11 @@ from ..conversion.recipes import Recipe, load_recipe
 from .folders import clear_run, convert_folders, has_checkpoints
 from .inputs import DATA, find_device, find_tokenizer, named, reading, require_model_folder, require_seed, require_vocabulary
 from .parser import SEQUENCE_LENGTH, STAGES
+from .signals import stop_on_sigterm
 from .untrained import is_untrained, run_untrained
 
 if TYPE_CHECKING:
+    from ..alignment.stopping import Stop
     from ..conversion.finetuning import FinetuneConfig
     from ..models.config import DotMoeConfig
 
@@ -257,17 +259,17 @@ def run_convert(args: argparse.Namespace) -> int:
     with named(recipe="--recipe"):
         recipe = Recipe("") if args.recipe is None else load_recipe(args.recipe)
     names = _option_names(args, recipe)
-    with named(**names), warnings.catch_warnings():
+    with named(**names), warnings.catch_warnings(), stop_on_sigterm() as stop:
         warnings.filterwarnings("ignore", message=".*leave experts without a token")  # said of the held-out text, at the end
         options, topology = _fill_in(args, recipe)
         require_seed(args.seed, names["seed"])
         for name, least in (("sequence_length", 2), ("reconstruct_steps", 0)):
             value = getattr(args, name)
             require(value is None or value >= least, _flag(name), value, f"at least {least}")
-        return _run(args, recipe, options, topology)
+        return _run(args, recipe, options, topology, stop)
 
 
-def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, topology: dict[str, Any]) -> int:
+def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, topology: dict[str, Any], stop: Stop) -> int:
     stages = _stages(args)
     _refuse_unread(args, recipe, topology.get("router", "top_k"))
     if args.dry_run:
@@ -300,7 +302,7 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
     _check_teacher(args, tokenizer)
     train, held = _read_data(args, tokenizer, text.vocab_size)
     figures: dict[str, Any] = {"base_model": args.model, "data": " ".join(args.data), "held-out tokens": held.numel()}
-    rerun: dict[str, Any] = {"resume": args.resume, "progress": not args.no_progress}
+    rerun: dict[str, Any] = {"resume": args.resume, "progress": not args.no_progress, "stop": stop}
     dense_perplexity, dense_logits = None, None
     if config is not None:
         dense_perplexity = figures["dense perplexity"] = perplexity(model, held, batch_size=1)

@@ -23,15 +23,15 @@ from transformers import PreTrainedModel
 
 from .._checks import is_integer, is_number, plain_numbers, require, require_range
 from ..alignment.checkpoints import (
-    last_checkpoint,
-    load_checkpoint,
     read_log,
+    resume_from,
     save_checkpoint,
     tokens_checksum,
     truncate_log,
     weights_checksum,
 )
 from ..alignment.schedule import ends, learning_rate, shuffled_rows
+from ..alignment.stopping import Stop, stopped
 from ..evaluation import perplexity
 from ..models.block import DotMoeRouter, moe_blocks
 from ..models.folder import check_state
@@ -211,6 +211,7 @@ def finetune(
     resume: bool = False,
     progress: bool = False,
     on_step: Callable[[int], None] | None = None,
+    stop: Stop | None = None,
 ) -> DotMoeForCausalLM:
     """Train a converted model on text: CE(next token) + z mean(logsumexp(Z)^2) + balance E <load, mean Q>; with a teacher
     kl KL(teacher || sparse) + ce CE(next token) in the place of the first.
@@ -230,6 +231,7 @@ def finetune(
         resume: continue from the newest checkpoint in ``folder``, bit for bit on CPU.
         progress: show a bar.
         on_step: called with the number of steps done after each.
+        stop: looked at once a step; where it asks for it, Stopped is raised once the state is in ``folder``.
 
     Returns:
         The model, in eval mode, with the figures after those of earlier runs in ``config.stages["finetune"]``. With every expert
@@ -272,7 +274,8 @@ def finetune(
             # float16 would need its loss scaled: all of it is float32 instead
             wide = trained + [p for p in model.parameters() if p.dtype == torch.float16 and not p.requires_grad]
             with _in_float32(wide):
-                log = _train(model.train(), guide, trained, tokens, options, marks, log_path, half, resume, progress, on_step)
+                told = (log_path, half, resume, progress, on_step, Stop() if stop is None else stop)
+                log = _train(model.train(), guide, trained, tokens, options, marks, *told)
     model.eval()
     if not options.steps:
         return model
@@ -321,6 +324,7 @@ def _train(
     resume: bool,
     progress: bool,
     on_step: Callable[[int], None] | None,
+    stop: Stop,
 ) -> list[dict[str, float]]:
     """The loop; returns the log of the steps it took."""
     device = model.device
@@ -331,10 +335,10 @@ def _train(
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0)
     first, last_good = 0, "none"
     checkpoints = None if log_path is None else log_path.parent / "checkpoints"
-    found = last_checkpoint(checkpoints) if resume and checkpoints is not None else None
+    found = resume_from(checkpoints, marks) if resume and checkpoints is not None else None
     if found is not None:
-        state = load_checkpoint(found, marks)
-        first, last_good = state["step"], str(found)
+        path, state = found
+        first, last_good = state["step"], str(path)
         with torch.no_grad():
             for parameter, value in zip(trained, state["parameters"], strict=True):
                 parameter.copy_(value)
@@ -348,7 +352,7 @@ def _train(
     bar = tqdm(total=config.steps, initial=first, desc="finetune", disable=not progress, dynamic_ncols=True)
     devices = [device] if device.type == "cuda" else []
     balanced = config.zero_balance if model.config.num_zero_experts else config.balance
-    with bar, _router_losses(model, config.zero_share) as routers, torch.random.fork_rng(devices):
+    with bar, _router_losses(model, config.zero_share) as routers, torch.random.fork_rng(devices), stop.finishing():
         for step in range(first, config.steps):
             torch.manual_seed(config.seed * 1_000_003 + step)  # of dropout, where the model has it
             share = learning_rate(step, config.steps, config.warmup)
@@ -375,18 +379,20 @@ def _train(
                     f"last good checkpoint: {last_good}"
                 )
             optimizer.step()
-            done = step + 1
+            done, last = step + 1, stop.asked  # looked at once: it may change any moment
             entry = {"step": done, **values, "lr": share * config.lr, "seconds": time.monotonic() - begin}
             log.append(entry)
             if log_path is not None and checkpoints is not None:
                 with log_path.open("a") as file:
                     file.write(json.dumps(entry) + "\n")
-                if done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
+                if last or done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
                     state = {"step": done, "fingerprint": marks, "parameters": [p.detach() for p in trained]}
                     last_good = str(save_checkpoint(checkpoints, done, {**state, "optimizer": optimizer.state_dict()}))
             bar.set_postfix({name: f"{values[name]:.3f}" for name in ("loss", "kl", "ce") if name in values}, refresh=False)
             bar.update()
             if on_step is not None:
                 on_step(done)
+            if last:
+                raise stopped("finetune", done, config.steps, None if log_path is None else last_good)
     optimizer.zero_grad(set_to_none=True)
     return log

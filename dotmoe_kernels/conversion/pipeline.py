@@ -22,6 +22,7 @@ from ..alignment.module import AlignmentFFN, collect_inputs
 from ..alignment.reconstruction import reconstruct
 from ..alignment.schedule import ends
 from ..alignment.soft import BudgetState
+from ..alignment.stopping import Stop
 from ..alignment.transport import Transport
 from ..evaluation import COLLAPSE, unused_experts, unused_line
 from ..models.backbone import check_backbone, shared_width
@@ -132,7 +133,7 @@ def _build_layers(
         least, most = _CALIBRATION_TOKENS
         wanted = max(least, min(8 * next(iter(ffns.values())).gate_proj.shape[1], most))
         rows = -(-wanted // data.shape[1])
-        inputs = collect_inputs(model, layers, data[:rows].to(model.device))
+        inputs = collect_inputs(model, layers, data[:rows].long().to(model.device))
         broken = next((name for name, x in inputs.items() if not bool(torch.isfinite(x).all())), None)
         if broken is not None:
             raise FloatingPointError(f"what enters layer {broken} of the dense model is not finite")
@@ -276,6 +277,7 @@ def convert(
     folder: str | Path | None = None,
     resume: bool = False,
     progress: bool = False,
+    stop: Stop | None = None,
 ) -> DotMoeForCausalLM:
     """Turn a dense causal LM into a sparse DOT-MoE of the same neurons.
 
@@ -297,6 +299,7 @@ def convert(
         folder: where checkpoints and the log of the training go. None: nowhere.
         resume: continue from the newest checkpoint in ``folder``, bit for bit on CPU.
         progress: show a bar.
+        stop: looked at once a step; where it asks for it, Stopped is raised once the state is in ``folder``.
 
     Returns:
         DotMoeForCausalLM in eval mode: with every expert on it equals the dense model. ``config.stages`` says what each stage
@@ -333,7 +336,7 @@ def convert(
         if tokens is not None:
             early = reconstruct_steps if "reconstruct" in stages else 0
             fingerprint = _fingerprint(model, ffns, config, method, tokens, early)
-            shared = {"resume": resume, "progress": progress, "fingerprint": fingerprint}
+            shared = {"resume": resume, "progress": progress, "fingerprint": fingerprint, "stop": stop}
             run = _Run(model, layers, tokens, options, None if folder is None else Path(folder), shared)
             if early:
                 figures["reconstruct"] = run.reconstruct(early)
