@@ -126,6 +126,10 @@ class Ranks:
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return dict(zip(values, found, strict=True))
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on one of them."""
+        return bool(self.most({"flag": torch.tensor(float(flag), device=self.device)})["flag"])
+
     def agree(self, tensors: Sequence[Tensor | None], source: int = 0) -> None:
         """Gives all ranks the values that ``source`` has, in place."""
         if self.count == 1:

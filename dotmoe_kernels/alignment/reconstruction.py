@@ -4,6 +4,7 @@
 
 over X, what enters the FFN in the dense model; Y the dense output and Y^ the masked one (eq. 4), with the straight-through
 gradients of the alignment. Nothing passes through the rest of the model, so that a step costs one FFN, not all layers and the head.
+Several ranks take the layers in turn.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from ..evaluation import reconstruction_error
 from .checkpoints import BrokenCheckpoint, resume_from, save_checkpoint
 from .config import SOFT_OPTIONS, AlignmentConfig
 from .module import AlignmentFFN, all_experts, centred_routers, collect_inputs
+from .ranks import Ranks, find_ranks
 from .schedule import learning_rate, shuffled_rows
 from .soft import SoftRouting
-from .stopping import Stop, stopped
+from .stopping import Stop, Stopped, stopped
 from .transport import Transport
 
 _MEMORY = 1 << 30  # bytes of inputs that are held at a time, but for one layer's, which always are
@@ -170,6 +172,38 @@ def _fit(
     return before, after
 
 
+def _take_over(
+    layers: dict[str, AlignmentFFN], places: dict[str, _Place]
+) -> tuple[dict[str, tuple[float, float]], dict[str, dict[str, Any]]]:
+    """The errors of the layers that are done, which get what they learned, and the states of those that are begun."""
+    errors: dict[str, tuple[float, float]] = {}
+    begun: dict[str, Any] = {}
+    for name, place in places.items():
+        state, layer = place.read(), layers[name]
+        if state is not None and "errors" not in state:
+            begun[name] = state
+        elif state is not None:
+            with torch.no_grad():
+                layer.router_weight.copy_(state["router_weight"])
+                if layer.affinity is not None:
+                    layer.affinity.copy_(state["affinity"])
+            layer.expert_of = state["expert_of"].to(layer.router_weight.device)
+            errors[name] = tuple(state["errors"])
+    return errors, begun
+
+
+def _share(ranks: Ranks, layers: dict[str, AlignmentFFN], errors: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Gives all ranks what each has made of its layers, and returns the errors of all."""
+    found = {}
+    for n, (name, layer) in enumerate(layers.items()):
+        owner = n % ranks.count
+        if layer.expert_of is None:
+            layer.expert_of = torch.zeros(len(layer.gate_proj), dtype=torch.int64, device=layer.router_weight.device)
+        ranks.agree([layer.router_weight, layer.affinity, layer.expert_of], owner)
+        found[name] = ranks.tell(errors.get(name, (0.0, 0.0)), owner)
+    return found
+
+
 def reconstruct(
     model: nn.Module,
     layers: dict[str, AlignmentFFN],
@@ -229,33 +263,28 @@ def reconstruct(
     folders = [None if folder is None else Path(folder) / f"layer-{n:04d}" for n in range(len(layers))]
     places = {name: _Place(place, marks) for name, place in zip(layers, folders, strict=True)}
 
-    errors: dict[str, tuple[float, float]] = {}
-    begun: dict[str, Any] = {}
-    for name, layer in layers.items():
-        state = places[name].read() if resume else None
-        if state is not None and "errors" not in state:
-            begun[name] = state
-        elif state is not None:
-            with torch.no_grad():
-                layer.router_weight.copy_(state["router_weight"])
-                if layer.affinity is not None:
-                    layer.affinity.copy_(state["affinity"])
-            layer.expert_of = state["expert_of"].to(device)
-            errors[name] = tuple(state["errors"])
-
-    begin = time.monotonic()
+    errors, begun = _take_over(layers, places if resume else {})
+    begin, ranks = time.monotonic(), find_ranks(device)
+    ranks.wait()  # until all have seen the same layers done
     todo = [name for name in layers if name not in errors]
-    total = len(layers) * config.steps
+    mine = todo[ranks.rank :: ranks.count]
+    total, quiet = (len(errors) + len(mine)) * config.steps, not (progress and ranks.first)
     centred = centred_routers(model, layers, sequences) if config.centre else nullcontext()
-    shown = tqdm(total=total, initial=len(errors) * config.steps, desc=label, disable=not progress, dynamic_ncols=True)
-    stop = Stop() if stop is None else stop
+    shown = tqdm(total=total, initial=len(errors) * config.steps, desc=label, disable=quiet, dynamic_ncols=True)
+    stop, end = Stop() if stop is None else stop, None
     with centred, shown as bar, stop.finishing():
-        for name, x in _inputs(model, layers, todo, sequences):
-            layer, parts = layers[name], (x[:cut], x[cut:]) if keep else (x, x)
-            errors[name] = _fit(name, layer, *parts, config, batch_tokens, bar, places[name], begun.pop(name, None), stop)
-            written = places[name].write_done(config.steps, layer, errors[name])
-            if stop.asked:
-                raise stopped(f"reconstruct of layer {name}", config.steps, config.steps, written)
+        try:
+            for name, x in _inputs(model, layers, mine, sequences):
+                layer, parts = layers[name], (x[:cut], x[cut:]) if keep else (x, x)
+                errors[name] = _fit(name, layer, *parts, config, batch_tokens, bar, places[name], begun.pop(name, None), stop)
+                written = places[name].write_done(config.steps, layer, errors[name])
+                if stop.asked:
+                    raise stopped(f"reconstruct of layer {name}", config.steps, config.steps, written)
+        except Stopped as asked:
+            end = asked
+        if ranks.any(end is not None):
+            raise end or Stopped("reconstruct stopped, as another rank was asked")
+        errors |= _share(ranks, {name: layers[name] for name in todo}, errors)
     return ReconstructionResult(
         config.steps, cut if keep else sequences.numel(), time.monotonic() - begin, {n: errors[n] for n in layers}
     )

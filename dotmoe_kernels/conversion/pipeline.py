@@ -19,6 +19,7 @@ from ..alignment.checkpoints import read_log, tokens_checksum, weights_checksum
 from ..alignment.config import INITS, AlignmentConfig
 from ..alignment.loop import align
 from ..alignment.module import AlignmentFFN, collect_inputs
+from ..alignment.ranks import find_ranks
 from ..alignment.reconstruction import reconstruct
 from ..alignment.schedule import ends
 from ..alignment.soft import BudgetState
@@ -212,7 +213,9 @@ class _Run(NamedTuple):
         """All layers together; the figures, and the soft router's budgets."""
         result = align(self.model, self.layers, self.tokens, self.options, folder=self.folder, label=label, **self.shared)
         written = None if self.folder is None else self.folder / "log.jsonl"
-        log = result.log if written is None or not written.is_file() else read_log(written)
+        ranks = find_ranks(next(iter(self.layers.values())).router_weight.device)
+        read = ranks.once(lambda: None if written is None or not written.is_file() else read_log(written))
+        log = result.log if read is None else read
         whole = len(log) == result.steps  # a log that was removed before the run was resumed says nothing of the beginning
         kept = [name for name in _CURVES if whole and all(name in entry for entry in log)]
         curves = {name: ends([entry[name] for entry in log]) for name in kept}
