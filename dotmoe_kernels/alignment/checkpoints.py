@@ -15,7 +15,7 @@ from torch import Tensor
 from .._files import write_file
 
 _KEEP = 2  # the newest checkpoints that are kept
-_CHUNK = 1 << 20  # token ids at a time: the rest of a corpus may lie on disk
+_CHUNK = 1 << 17  # token ids at a time: the rest of a corpus may lie on disk
 
 
 def weights_checksum(weights: Iterable[Tensor]) -> int:
