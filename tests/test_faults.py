@@ -1,10 +1,13 @@
 """A run that is asked to stop, killed, out of room, or whose checkpoint is torn: what is left is whole, and goes on bit for bit."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,3 +277,17 @@ def test_a_disk_without_room(small_disk):
     assert raised.value.errno == errno.ENOSPC
     assert contents(small_disk) == before
     assert torch.equal(newest_checkpoint(small_disk)[1]["tensor"], tensor)
+
+
+# --- kill -9 --------------------------------------------------------------------------------------------------------------
+
+
+def test_kills_leave_nothing_that_is_wrong(tmp_path):
+    """At three moments of every stage together; `python -m bench.soak` kills thirty times."""
+    command = [sys.executable, "-m", "bench.soak", "--kills", "3", "--seed", "1", "--out", str(tmp_path / "soak.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=root, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "soak.json").read_text())
+    assert (result["kills"], result["wrong"]) == (3, [])

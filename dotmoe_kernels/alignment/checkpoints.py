@@ -19,7 +19,7 @@ from .distributed import is_shards, read_shards, write_shards
 from .ranks import Ranks
 
 _KEEP = 2  # the newest checkpoints that are kept
-_CHUNK = 1 << 20  # token ids at a time: the rest of a corpus may lie on disk
+_CHUNK = 1 << 17  # token ids at a time: the rest of a corpus may lie on disk
 
 
 def weights_checksum(weights: Iterable[Tensor]) -> int:

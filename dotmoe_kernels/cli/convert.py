@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 from .._checks import require
 from ..alignment.config import SOFT_OPTIONS, AlignmentConfig
 from ..conversion.recipes import Recipe, load_recipe
-from .folders import clear_run, convert_folders, has_checkpoints
+from .folders import clear_run, clear_tokens, convert_folders, has_checkpoints, token_folder
 from .inputs import DATA, find_device, find_tokenizer, named, reading, require_model_folder, require_seed, require_vocabulary
 from .parser import SEQUENCE_LENGTH, STAGES
 from .signals import stop_on_sigterm
 from .untrained import is_untrained, run_untrained
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..alignment.stopping import Stop
     from ..conversion.finetuning import FinetuneConfig
     from ..models.config import DotMoeConfig
@@ -225,28 +227,34 @@ def _teacher(args: argparse.Namespace, model: Any) -> Any:
     return None if args.no_teacher else args.teacher or (None if runs else model)
 
 
-def _read_data(args: argparse.Namespace, tokenizer: Any, vocabulary: int) -> tuple[Any, Any]:
-    """Sequences to train on and to measure on."""
+def _read_data(args: argparse.Namespace, tokenizer: Any, vocabulary: int, run: Path) -> tuple[Any, Any]:
+    """Sequences to train on and to measure on; of text that is refused nothing is kept."""
     from ..conversion import load_tokens
 
-    tokens = load_tokens(
-        args.data,
-        tokenizer,
-        sequence_length=args.sequence_length,
-        max_tokens=args.max_tokens,
-        text_field=args.text_field,
-        seed=args.seed,
-    )
-    require(
-        len(tokens) >= 2,
-        "--data",
-        f"{tokens.numel()} tokens",
-        f"at least two sequences of {args.sequence_length}, one to train and one to measure on",
-    )
-    require_vocabulary(tokens, vocabulary, args)
+    try:
+        tokens = load_tokens(
+            args.data,
+            tokenizer,
+            sequence_length=args.sequence_length,
+            max_tokens=args.max_tokens,
+            text_field=args.text_field,
+            seed=args.seed,
+            cache=token_folder(args, run),
+            progress=not args.no_progress,
+        )
+        require(
+            len(tokens) >= 2,
+            "--data",
+            f"{tokens.numel()} tokens",
+            f"at least two sequences of {args.sequence_length}, one to train and one to measure on",
+        )
+        require_vocabulary(tokens, vocabulary, args)
+    except (ValueError, ImportError):
+        clear_tokens(run)
+        raise
     keep = min(max(len(tokens) // 20, 1), _HELD_OUT)
     print(f"data: {tokens[:-keep].numel():,} tokens to train on, {tokens[-keep:].numel():,} held out (the end of the data)")
-    return tokens[:-keep], tokens[-keep:]
+    return tokens[:-keep], tokens[-keep:].long()
 
 
 def _failed(checks: dict[str, Any]) -> int:
@@ -300,7 +308,7 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
     config = None if started_sparse else DotMoeConfig.for_dense(text, **topology)
     tokenizer = find_tokenizer(args)
     _check_teacher(args, tokenizer)
-    train, held = _read_data(args, tokenizer, text.vocab_size)
+    train, held = _read_data(args, tokenizer, text.vocab_size, run)
     figures: dict[str, Any] = {"base_model": args.model, "data": " ".join(args.data), "held-out tokens": held.numel()}
     rerun: dict[str, Any] = {"resume": args.resume, "progress": not args.no_progress, "stop": stop}
     dense_perplexity, dense_logits = None, None
@@ -352,6 +360,7 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
         print(f"dotmoe convert: warning: {unused_line(unused, counts.slots)} on the held-out text: {COLLAPSE}", file=sys.stderr)
     if not checks["passed"]:
         return _failed(checks)
+    clear_tokens(run)
     clear_run(run, logs=False)
     logs = [str(log) for log in (run / "log.jsonl", run / "finetune" / "log.jsonl") if log.is_file()]
     ending = f"; log of the training: {', '.join(logs)}" if logs else ""

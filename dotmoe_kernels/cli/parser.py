@@ -215,6 +215,12 @@ def _add_convert(commands: Any) -> None:
     _add_topology(convert)
     _add_alignment(convert)
     _add_stages(convert)
+    convert.add_argument(
+        "--token-cache",
+        metavar="DIR",
+        help="where the token ids of the text are kept for further runs too, 4 bytes each (default: in the run's folder, until the "
+        "model is saved)",
+    )
     convert.add_argument("--run-folder", metavar="DIR", help="where log and checkpoints go (default: that of --output, with .run)")
     convert.add_argument("--resume", action="store_true", help="continue from the last checkpoint of the run")
     convert.add_argument(
