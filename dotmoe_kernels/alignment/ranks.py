@@ -163,12 +163,18 @@ class Ranks:
         if self.first:
             try:
                 result = action()
-            except (ValueError, OSError) as caught:
+            except (ValueError, ImportError, OSError) as caught:
                 error = caught
         result, error = self.tell((result, error))
         if error is not None:
             raise error
         return result  # type: ignore[return-value]
+
+    def in_turn(self, action: Callable[[], _T]) -> _T:
+        """Does it on the first rank, whose error is that of all, and then on the others, which find what it left on disk."""
+        done: list[_T] = []
+        self.once(lambda: done.append(action()))
+        return done[0] if done else action()
 
     def wait(self) -> None:
         """Until all are here."""

@@ -11,6 +11,7 @@ import errno
 import io
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +20,13 @@ from safetensors import SafetensorError
 
 from ..alignment.stopping import Stopped
 from .commands import COMMANDS
-from .inputs import require_text
+from .inputs import process_rank, require_text
 from .parser import build_parser
 
 __all__ = ["build_parser", "main"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, or none left for this user or file
+_PATIENCE = 5.0  # seconds
 _SMALLER = {"convert": "--micro-batch-size or --sequence-length", "eval": "--batch-size or --sequence-length"}
 
 
@@ -58,26 +60,36 @@ def _run(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except FloatingPointError as error:
-        print(f"dotmoe {args.command}: error: {error}", file=sys.stderr)
+        _say(f"dotmoe {args.command}: error: {error}")
         return 1
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # of torch, which need not be imported here
             less = f" A smaller {_SMALLER[args.command]} takes less." if args.command in _SMALLER else ""
-            print(f"dotmoe {args.command}: error: {' '.join(str(error).split())}{less}", file=sys.stderr)
+            _say(f"dotmoe {args.command}: error: {' '.join(str(error).split())}{less}")
             return 1
         # the bare class is what tokenizers raises when a file cannot be written
         if type(error) is not Exception and not isinstance(error, ValueError | ImportError | OSError | SafetensorError):
             raise
         line = " ".join(str(error).split())
         full = isinstance(error, OSError) and error.errno in _FULL
-        print(f"dotmoe {args.command}: error: {line}{_hint(args, '; with more room ') if full else ''}", file=sys.stderr)
+        _say(f"dotmoe {args.command}: error: {line}{_hint(args, '; with more room ') if full else ''}")
         return 2
     except Stopped as stop:
-        print(f"dotmoe {args.command}: {stop}{_hint(args)}", file=sys.stderr)
+        if process_rank() == 0:
+            _say(f"dotmoe {args.command}: {stop}{_hint(args)}")
         return 0
     except KeyboardInterrupt:
-        print(f"dotmoe {args.command}: interrupted{_hint(args)}", file=sys.stderr)
+        _say(f"dotmoe {args.command}: interrupted{_hint(args)}")
         return 130
+
+
+def _say(line: str) -> None:
+    """On stderr. Of several processes the first speaks; torchrun then ends the others, and one that is still here has an error of
+    its own."""
+    rank = process_rank()
+    if rank:
+        time.sleep(_PATIENCE)
+    print(line if not rank else f"rank {rank}: {line}", file=sys.stderr)
 
 
 def _hint(args: argparse.Namespace, start: str = "; ") -> str:

@@ -13,7 +13,17 @@ from .._checks import require
 from ..alignment.config import SOFT_OPTIONS, AlignmentConfig
 from ..conversion.recipes import Recipe, load_recipe
 from .folders import clear_run, clear_tokens, convert_folders, has_checkpoints, token_folder
-from .inputs import DATA, find_device, find_tokenizer, named, reading, require_model_folder, require_seed, require_vocabulary
+from .inputs import (
+    DATA,
+    find_device,
+    find_tokenizer,
+    joined_ranks,
+    named,
+    reading,
+    require_model_folder,
+    require_seed,
+    require_vocabulary,
+)
 from .parser import SEQUENCE_LENGTH, STAGES
 from .signals import stop_on_sigterm
 from .untrained import is_untrained, run_untrained
@@ -21,6 +31,7 @@ from .untrained import is_untrained, run_untrained
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ..alignment.ranks import Ranks
     from ..alignment.stopping import Stop
     from ..conversion.finetuning import FinetuneConfig
     from ..models.config import DotMoeConfig
@@ -284,12 +295,26 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
         return _dry_run(args, recipe, options, topology, stages)
     require(not args.json, "--json", "given", "together with --dry-run")
     args.model = args.model or recipe.model
-    if is_untrained(args, options, stages):
-        return run_untrained(args, options, topology, convert_folders(args)[0])
+    untrained = is_untrained(args, options, stages)
     missing = [name for name, value in (("MODEL", args.model), ("--data", args.data), ("--output", args.output)) if not value]
-    if missing:
+    if missing and not untrained:
         raise ValueError(f"the following arguments are required: {', '.join(missing)}")
-    output, run = convert_folders(args)
+    with joined_ranks(args) as ranks:
+        if untrained:
+            return ranks.once(lambda: run_untrained(args, options, topology, convert_folders(args)[0]))
+        return _train(args, options, topology, stages, stop, ranks)
+
+
+def _train(
+    args: argparse.Namespace,
+    options: AlignmentConfig,
+    topology: dict[str, Any],
+    stages: list[str],
+    stop: Stop,
+    ranks: Ranks,
+) -> int:
+    output, run = ranks.once(lambda: convert_folders(args))
+    ranks.require_passes(options.batch_size, options.micro_batch_size)
     require_model_folder(args.model, gguf=True)
     device = find_device(args.device)
     import torch
@@ -308,7 +333,7 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
     config = None if started_sparse else DotMoeConfig.for_dense(text, **topology)
     tokenizer = find_tokenizer(args)
     _check_teacher(args, tokenizer)
-    train, held = _read_data(args, tokenizer, text.vocab_size, run)
+    train, held = ranks.in_turn(lambda: _read_data(args, tokenizer, text.vocab_size, run))
     figures: dict[str, Any] = {"base_model": args.model, "data": " ".join(args.data), "held-out tokens": held.numel()}
     rerun: dict[str, Any] = {"resume": args.resume, "progress": not args.no_progress, "stop": stop}
     dense_perplexity, dense_logits = None, None
@@ -317,8 +342,8 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
         with torch.no_grad():
             dense_logits = model(input_ids=held[:1].to(device), use_cache=False).logits
     if args.overwrite and not args.resume:
-        clear_run(run, logs=True)
-    if args.resume and not has_checkpoints(run, stages):
+        ranks.once(lambda: clear_run(run, logs=True))
+    if args.resume and not ranks.once(lambda: has_checkpoints(run, stages)):
         print(f"dotmoe convert: --resume: nothing to resume in {run}, the run starts anew", file=sys.stderr)
     if config is not None:
         model = convert(
@@ -340,6 +365,8 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
         with named(teacher="--teacher", zero_experts="--zero-experts"):
             rerun |= {"teacher": _teacher(args, model), "held_out": held, "folder": run / "finetune"}
             model, dense_logits = finetune(model, train, tuning, **rerun), None
+    if not ranks.first:  # what is left to do is for one
+        return 0
     with collect_load(model) as counts:
         value = perplexity(model, held, batch_size=1)
     means, unused = counts.mean_active(), unused_experts(counts.slots)

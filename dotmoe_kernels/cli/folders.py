@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -105,7 +106,13 @@ def demo_folder(args: argparse.Namespace) -> Path:
 def _checkpoints(run: Path, stages: list[str]) -> Iterator[Path]:
     for stage in stages:
         for folder in run.glob(_CHECKPOINTS[stage]):
-            yield from folder.glob("step-*.pt")
+            yield from (
+                path for path in folder.glob("step-*") if path.suffix == ".pt" or path.is_dir()
+            )  # of several ranks a folder
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def has_checkpoints(run: Path, stages: list[str]) -> bool:
@@ -116,13 +123,13 @@ def has_checkpoints(run: Path, stages: list[str]) -> bool:
 def clear_run(run: Path, *, logs: bool) -> None:
     """Removes the checkpoints of a run, if ``logs`` its logs too, and the folders that are empty then; nothing else."""
     for path in list(_checkpoints(run, list(_CHECKPOINTS))):
-        path.unlink()
+        _remove(path)
     if logs:
         for path in (run / _LOG, run / "finetune" / _LOG):
             path.unlink(missing_ok=True)
     for folder in [found for pattern in _CHECKPOINTS.values() for found in run.glob(pattern)]:
         for left in folder.glob(".step-*"):  # of a write that was killed
-            left.unlink()
+            _remove(left)
         with suppress(OSError):  # not empty
             folder.rmdir()
     for folder in (run / "reconstruct", run / "finetune", run):
