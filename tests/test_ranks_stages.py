@@ -6,18 +6,24 @@ import pytest
 import torch
 from processes import run_ranks
 from tiny import E, K, dense_model, sparse_model, tokens
+from torch.distributed.tensor import DTensor
 
 import dotmoe_kernels as dk
 from dotmoe_kernels.alignment.checkpoints import read_log
 from dotmoe_kernels.alignment.config import AlignmentConfig
-from dotmoe_kernels.conversion import DotMoeConfig
+from dotmoe_kernels.alignment.ranks import find_ranks
+from dotmoe_kernels.alignment.sharding import twin
+from dotmoe_kernels.conversion import DotMoeConfig, find_ffns
 from dotmoe_kernels.conversion.finetuning import FinetuneConfig, finetune
+from dotmoe_kernels.conversion.pipeline import _build_layers
 
 DATA = tokens(12, 12, seed=5)
 CONVERSIONS = {
     "reconstruct and align": ({"micro_batch_size": 1}, {"stages": ("reconstruct", "align"), "reconstruct_steps": 2}),
     "soft router": ({"hidden": 0.5}, {"router": "soft"}),
     "fixed assignment": ({}, {"method": "kmeans"}),
+    "sharded": ({"micro_batch_size": 1}, {"shard": True}),
+    "sharded and computed again": ({"hidden": 0.5}, {"shard": True, "activation_checkpointing": True}),
 }
 TUNINGS = {
     "text alone": ({"micro_batch_size": 1}, {}),
@@ -30,6 +36,8 @@ TUNINGS = {
 def convert(case, folder, **options):
     fields, arguments = CONVERSIONS[case]
     arguments = dict(arguments)
+    if not (torch.distributed.is_initialized()):
+        arguments.pop("shard", None)
     topology = DotMoeConfig(num_experts=E, top_k=K, router=arguments.pop("router", "top_k"))
     values = {"steps": 4, "batch_size": 4, "num_iters": 10, "checkpoint_every": 2, "affinity_lr": 0.05} | fields | options
     model = dk.convert(dense_model(), topology, data=DATA, alignment=AlignmentConfig(**values), folder=folder / case, **arguments)
@@ -49,8 +57,22 @@ def tune(case, folder, **options):
     return read_log(folder / f"tune {case}" / "log.jsonl"), model.state_dict(), model.config.stages
 
 
+def shares():
+    """Entries of the blocks' frozen weights that this rank holds, that there are, and whether the model kept its own."""
+    model = dense_model()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    work, ffns = twin(model), find_ffns(model)
+    topology, options = DotMoeConfig(num_experts=E, top_k=K), AlignmentConfig(init="noise")
+    layers = _build_layers(work, ffns, topology, "dot", options, None, ranks=find_ranks())
+    sharded = [p for p in work.parameters() if isinstance(p, DTensor)]
+    whole = {name for name, p in work.named_parameters() if not isinstance(p, DTensor)}
+    kept = all(torch.equal(p, before[name]) and not isinstance(p, DTensor) for name, p in model.named_parameters())
+    return sum(p.to_local().numel() for p in sharded), sum(p.numel() for p in sharded), whole, kept, len(layers)
+
+
 def all_cases(folder):
-    return {case: convert(case, folder) for case in CONVERSIONS} | {f"tune {case}": tune(case, folder) for case in TUNINGS}
+    found = {case: convert(case, folder) for case in CONVERSIONS} | {f"tune {case}": tune(case, folder) for case in TUNINGS}
+    return found | {"shares": shares()}
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +104,34 @@ def test_a_conversion_by_two_is_that_of_one(by_two, case, tmp_path):
         assert errors.keys() == others.keys()
         for name, pair in errors.items():
             assert pair == pytest.approx(others[name], rel=1e-4)
+
+
+def test_each_rank_holds_half_of_the_frozen_weights(by_two):
+    model = dense_model()
+    inside = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
+    for held, total, whole, kept, count in (found["shares"] for found in by_two):
+        assert total == inside
+        assert held == inside // 2
+        trained = {f"model.layers.{n}.mlp.{name}" for n in range(count) for name in ("affinity", "router_weight")}
+        assert whole == trained | {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+        assert kept
+
+
+def test_sharding_without_ranks_is_refused():
+    with pytest.raises(ValueError) as raised:
+        dk.convert(dense_model(), DotMoeConfig(num_experts=E, top_k=K), data=DATA, shard=True)
+    assert str(raised.value) == "shard is True; allowed: in a process group, such as torchrun's"
+
+
+@pytest.mark.parametrize("router", ["top_k", "soft"])
+def test_computing_blocks_again_changes_nothing(router):
+    def trained(again):
+        topology = DotMoeConfig(num_experts=E, top_k=K, router=router)
+        options = AlignmentConfig(steps=3, batch_size=2, num_iters=10, hidden=0.5, checkpoint_every=0)
+        return dk.convert(dense_model(), topology, data=DATA, alignment=options, activation_checkpointing=again).state_dict()
+
+    for (name, value), other in zip(trained(True).items(), trained(False).values(), strict=True):
+        assert torch.equal(value, other), name
 
 
 @pytest.mark.parametrize("case", TUNINGS)

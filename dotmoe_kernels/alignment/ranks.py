@@ -41,6 +41,11 @@ class Ranks:
         self._seconds, self._events = 0.0, list[tuple[Any, Any]]()
 
     @property
+    def grouped(self) -> bool:
+        """Whether there is a process group, be it of one."""
+        return dist.is_available() and dist.is_initialized()
+
+    @property
     def first(self) -> bool:
         """This one prints, and writes what one alone can write."""
         return self.rank == 0
