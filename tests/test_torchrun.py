@@ -81,3 +81,36 @@ def test_a_refusal_is_said_once(here, tmp_path):
     said = [line for line in refused.stderr.splitlines() if line.startswith("dotmoe convert")]
     assert said == ["dotmoe convert: error: --micro-batch-size is 4; allowed: at most 3: a pass for each of the 2 ranks"]
     assert refused.returncode != 0
+
+
+def test_sharded_weights_give_the_same_model(capsys, here, tmp_path):
+    command = ("-m", "dotmoe_kernels", *convert_arguments(here, tmp_path / "moe", *FLAGS))
+    done = torchrun(*command, "--shard", "--activation-checkpointing")
+    assert done.returncode == 0, done.stderr
+    status, out, _ = call(capsys, *convert_arguments(here, tmp_path / "whole", *FLAGS))
+    assert status == 0
+    for name in ("dense", "sparse"):
+        found, expected = (re.search(rf"{name} ([\d.]+)", text)[1] for text in (done.stdout, out))
+        assert float(found) == pytest.approx(float(expected), rel=1e-4)
+    log, expected = entries(tmp_path / "moe.run"), entries(tmp_path / "whole.run")
+    assert [entry["loss"] for entry in log] == pytest.approx([entry["loss"] for entry in expected], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--shard",), "--shard is given; allowed: under torchrun, whose processes share the weights"),
+        (
+            ("--shard", "--stage", "reconstruct,align"),
+            "--shard is given; allowed: the stage align alone: the others need the whole ",
+        ),
+        (("--gpus", "8"), "--gpus is 8; allowed: together with --dry-run; a run gets its GPUs from torchrun --nproc-per-node"),
+        (("--gpus", "65", "--dry-run"), "--gpus is 65; allowed: 1 to 64"),
+        (("--gpus", "0", "--dry-run"), "--gpus is 0; allowed: 1 to 64"),
+    ],
+)
+def test_refused(capsys, here, tmp_path, flags, message):
+    status, _, err = call(capsys, *convert_arguments(here, tmp_path / "moe", *flags))
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith(f"dotmoe convert: error: {message}")
+    assert not (tmp_path / "moe").exists()

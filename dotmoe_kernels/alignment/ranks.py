@@ -220,6 +220,12 @@ class Ranks:
         return {"tokens_per_second": tokens / seconds / self.count, "communication": min(self.communication() / seconds, 1.0)}
 
 
+def computing_device(device: torch.device) -> torch.device:
+    """Of this rank, whose model lies on ``device``: the GPU that was set for it if the group connects GPUs, else that."""
+    gpus = torch.cuda.is_available() and dist.is_initialized() and "nccl" in dist.get_backend_config()
+    return torch.device("cuda", torch.cuda.current_device()) if gpus else device
+
+
 def find_ranks(device: torch.device | None = None) -> Ranks:
     """Those of the process group, if there is one."""
     if not (dist.is_available() and dist.is_initialized()):

@@ -5,7 +5,7 @@ block, in the forward and once more in the backward pass. What trains, the embed
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -23,8 +23,9 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def shard_blocks(model: nn.Module, layers: dict[str, AlignmentFFN], ranks: Ranks) -> None:
+def shard_blocks(model: nn.Module, layers: Mapping[str, nn.Module], ranks: Ranks) -> None:
     """Divides the blocks of ``model``, a twin whose FFNs are ``layers``, and brings the rest to the device of ``ranks``.
+    An AlignmentFFN keeps what trains of it.
 
     Raises:
         ValueError: a layer is in no block.
@@ -32,8 +33,9 @@ def shard_blocks(model: nn.Module, layers: dict[str, AlignmentFFN], ranks: Ranks
     from torch.distributed.device_mesh import init_device_mesh  # half a second to import
     from torch.distributed.fsdp import fully_shard
 
-    whole = {p for layer in layers.values() for p in layer.parameters()}
-    for layer in layers.values():
+    aligned = [layer for layer in layers.values() if isinstance(layer, AlignmentFFN)]
+    whole = {p for layer in aligned for p in layer.parameters()}
+    for layer in aligned:
         for name in _WEIGHTS:
             setattr(layer, name, nn.Parameter(getattr(layer, name).contiguous(), requires_grad=False))
     blocks = find_blocks(model, layers)
@@ -52,8 +54,16 @@ def shard_blocks(model: nn.Module, layers: dict[str, AlignmentFFN], ranks: Ranks
         fully_shard(backbone, mesh=mesh, ignored_params=whole)
 
 
+def spread(model: nn.Module, names: Iterable[str], ranks: Ranks) -> nn.Module:
+    """A twin of ``model``, whose FFNs have these ``names``, with its blocks divided over the ranks: to compute what the model gives
+    where it fits no GPU. All ranks call it, and call it alike."""
+    other = twin(model)
+    shard_blocks(other, {name: other.get_submodule(name) for name in names}, ranks)
+    return other
+
+
 @contextmanager
-def recomputed(model: nn.Module, layers: dict[str, AlignmentFFN]) -> Iterator[None]:
+def recomputed(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Inside, of a pass through a block with ``layers`` its input alone is kept, and the backward pass computes the block again."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 

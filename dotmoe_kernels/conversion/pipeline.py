@@ -19,7 +19,7 @@ from ..alignment.checkpoints import read_log, tokens_checksum, weights_checksum
 from ..alignment.config import INITS, AlignmentConfig
 from ..alignment.loop import align
 from ..alignment.module import AlignmentFFN, collect_inputs
-from ..alignment.ranks import Ranks, find_ranks
+from ..alignment.ranks import Ranks, computing_device, find_ranks
 from ..alignment.reconstruction import reconstruct
 from ..alignment.schedule import ends
 from ..alignment.sharding import recomputed, shard_blocks, twin
@@ -243,8 +243,7 @@ def _warn_of_unused(loads: dict[str, Tensor], tokens: int, layers: dict[str, Ali
 
 def _sharing(model: PreTrainedModel, stages: Sequence[str], reconstruct_steps: int) -> Ranks:
     """The ranks that share the weights of ``model``, each with the device that it computes on."""
-    gpu = model.device.type == "cuda" or torch.cuda.is_available()
-    ranks = find_ranks(torch.device("cuda", torch.cuda.current_device()) if gpu else model.device)
+    ranks = find_ranks(computing_device(model.device))
     require(ranks.grouped, "shard", True, "in a process group, such as torchrun's")
     early = "reconstruct" in stages and reconstruct_steps > 0
     require(not early, "shard", True, "without the stage reconstruct, which takes a layer at a time on one GPU")
