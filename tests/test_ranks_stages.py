@@ -9,7 +9,7 @@ from tiny import E, K, dense_model, sparse_model, tokens
 from torch.distributed.tensor import DTensor
 
 import dotmoe_kernels as dk
-from dotmoe_kernels.alignment.checkpoints import read_log
+from dotmoe_kernels.alignment.checkpoints import checkpoints_in, read_log
 from dotmoe_kernels.alignment.config import AlignmentConfig
 from dotmoe_kernels.alignment.ranks import find_ranks
 from dotmoe_kernels.alignment.sharding import twin
@@ -44,16 +44,30 @@ def convert(case, folder, **options):
     return read_log(folder / case / "log.jsonl"), model.state_dict(), model.config.stages
 
 
-def tune(case, folder, **options):
+class Stopped(Exception):
+    pass
+
+
+def tune(case, folder, *, until=math.inf, resume=False, **options):
+    """``until``: the run is interrupted after so many steps; None then."""
     fields, arguments = TUNINGS[case]
     model = sparse_model()
     if arguments.get("router") == "soft":
         model = dk.convert(
             dense_model(), DotMoeConfig(num_experts=E, top_k=K, router="soft"), data=DATA, alignment=AlignmentConfig(steps=0)
         )
-    values = FinetuneConfig(**({"steps": 4, "batch_size": 4, "checkpoint_every": 2, "lr": 2e-4} | fields | options))
+    values = FinetuneConfig(**({"steps": 5, "batch_size": 4, "checkpoint_every": 2, "lr": 2e-4} | fields | options))
     teacher = model if arguments.get("teach") else None
-    finetune(model, DATA, values, teacher=teacher, folder=folder / f"tune {case}", held_out=DATA[:2])
+
+    def on_step(done):
+        if done >= until:
+            raise Stopped
+
+    place = folder / f"tune {case}"
+    try:
+        finetune(model, DATA, values, teacher=teacher, folder=place, held_out=DATA[:2], resume=resume, on_step=on_step)
+    except Stopped:
+        return None
     return read_log(folder / f"tune {case}" / "log.jsonl"), model.state_dict(), model.config.stages
 
 
@@ -70,14 +84,29 @@ def shares():
     return sum(p.to_local().numel() for p in sharded), sum(p.numel() for p in sharded), whole, kept, len(layers)
 
 
-def all_cases(folder):
-    found = {case: convert(case, folder) for case in CONVERSIONS} | {f"tune {case}": tune(case, folder) for case in TUNINGS}
-    return found | {"shares": shares()}
+def convert_all(folder):
+    return {case: convert(case, folder) for case in CONVERSIONS} | {"shares": shares()}
+
+
+def tune_all(folder):
+    tune("the model teaches", folder / "begun", until=4, resume=True)
+    return {case: tune(case, folder) for case in TUNINGS}
 
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory):
-    return run_ranks(2, tmp_path_factory.mktemp("ranks"), all_cases, tmp_path_factory.mktemp("run"))
+    return run_ranks(2, tmp_path_factory.mktemp("ranks"), convert_all, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def tuned_by_two(folder, tmp_path_factory):
+    tune("the model teaches", folder / "begun", until=2)
+    return run_ranks(2, tmp_path_factory.mktemp("ranks"), tune_all, folder)
 
 
 def assert_same(found, expected, names):
@@ -135,10 +164,17 @@ def test_computing_blocks_again_changes_nothing(router):
 
 
 @pytest.mark.parametrize("case", TUNINGS)
-def test_a_fine_tuning_by_two_is_that_of_one(by_two, case, tmp_path):
-    first, second = (found[f"tune {case}"] for found in by_two)
+def test_a_fine_tuning_by_two_is_that_of_one(tuned_by_two, case, tmp_path):
+    first, second = (found[case] for found in tuned_by_two)
     expected = tune(case, tmp_path)
     assert_same(first, expected, {"loss", "ce", "z", "balance"} | ({"kl"} & expected[0][0].keys()))
     assert all(torch.equal(value, second[1][name]) for name, value in first[1].items())
     figures, others = (found[2]["finetune"][0] for found in (first, expected))
     assert figures["perplexity"] == pytest.approx(others["perplexity"], rel=1e-4)
+
+
+def test_a_fine_tuning_by_one_then_two_then_one(tuned_by_two, folder, tmp_path):
+    found = tune("the model teaches", folder / "begun", resume=True)
+    checkpoints = folder / "begun" / "tune the model teaches" / "checkpoints"
+    assert [path.name for path in checkpoints_in(checkpoints)] == ["step-0000004", "step-0000005.pt"]
+    assert_same(found, tune("the model teaches", tmp_path), {"loss", "ce", "kl", "z", "balance"})
