@@ -2,9 +2,10 @@
 
     python -m bench.soak [--kills N] [--seed N] [--out FILE]
 
-A tiny model goes through every stage of `dotmoe convert` and is killed (SIGKILL) at random moments, up to three times before it may
-end; the same command with --resume goes on. After every kill the output folder must be one that ``load`` refuses, or the very one
-of a run that nobody disturbed, and no checkpoint may be broken; in the end model and log are those of that run, bit for bit.
+A tiny model goes through every stage of `dotmoe convert` and is killed (SIGKILL), up to three times before it may end; the same
+command with --resume goes on. The moments are random: by turns right before one of the run's operations on files, and at a time.
+After every kill the output folder must be one that ``load`` refuses, or the very one of a run that nobody disturbed, and no
+checkpoint may be broken; in the end model and log are those of that run, bit for bit.
 
 The processes are forks of one that has imported everything: starting takes no time, and so any moment may be hit.
 """
@@ -57,11 +58,28 @@ def _prepare(place: Path) -> int:
     return 0
 
 
-def _convert(place: Path, run: Path, resume: bool) -> int:
+def _count_files(place: Path, kill_at: int | None) -> list[int]:
+    """The number of operations on files inside ``place`` from now on; this process dies before the one of that number."""
+    count, inside = [0], str(place)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event.startswith(("open", "os.", "shutil.", "tempfile.")) and any(inside in str(one) for one in arguments):
+            count[0] += 1
+            if count[0] == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    return count
+
+
+def _convert(place: Path, run: Path, resume: bool, kill_at: int | None = None) -> int:
     token_cache._PART = 100  # several parts of so little text
+    count = _count_files(run, kill_at)
     more = ("--resume", "--overwrite") if resume else ()  # it may have been killed with the model in its place
     where = (str(place / "dense"), "--data", str(place / "text.jsonl"), "--output", str(run / "moe"))
-    return cli.main(["convert", *where, *_OPTIONS, *more])
+    status = cli.main(["convert", *where, *_OPTIONS, *more])
+    (place / "operations").write_text(str(count[0]))
+    return status
 
 
 def _fork(call: Callable[[], int], output: Path) -> int:
@@ -163,7 +181,7 @@ def soak(place: Path, kills: int, seed: int) -> dict[str, Any]:
     begin = time.monotonic()
     if _finish(lambda: _convert(place, undisturbed, False), output):
         raise RuntimeError(output.read_text())
-    seconds = time.monotonic() - begin
+    seconds, operations = time.monotonic() - begin, int((place / "operations").read_text())
     model, log = _hashes(undisturbed / "moe"), _log(undisturbed)
     moments: list[dict[str, Any]] = []
     wrong: list[str] = []
@@ -173,14 +191,18 @@ def soak(place: Path, kills: int, seed: int) -> dict[str, Any]:
         run, inside, status = place / f"round-{rounds:03d}", 0, None
         run.mkdir()
         while status is None:
-            pid = _fork(lambda: _convert(place, run, inside > 0), output)  # noqa: B023
-            after = draw.uniform(0, seconds) if inside < _A_ROUND and len(moments) < kills else None
-            status = _wait(pid, after)
+            moment: dict[str, Any] = {}
+            if inside < _A_ROUND and len(moments) < kills:
+                by_time = len(moments) % 2 == 1
+                moment = {"seconds": draw.uniform(0, seconds)} if by_time else {"operation": draw.randint(1, operations)}
+            pid = _fork(lambda: _convert(place, run, inside > 0, moment.get("operation")), output)  # noqa: B023
+            status = _wait(pid, moment.get("seconds"))
             if status is None:
                 os.kill(pid, signal.SIGKILL)
-                _wait(pid)
-                inside += 1
-                moments.append({"round": rounds, "after_seconds": round(after or 0.0, 3), "reached": _reached(run)})
+                status = _wait(pid)
+            if status == -signal.SIGKILL:
+                status, inside = None, inside + 1
+                moments.append({"round": rounds, **moment, "reached": _reached(run)})
                 if _finish(lambda: _whole(run, model), output):  # noqa: B023
                     wrong.append(f"round {rounds}, kill {inside}: what is left is accepted and wrong")
         if status:
@@ -189,7 +211,16 @@ def soak(place: Path, kills: int, seed: int) -> dict[str, Any]:
             wrong.append(f"round {rounds}: another model")
         elif _log(run) != log:
             wrong.append(f"round {rounds}: another log")
-    result = {"kills": len(moments), "rounds": rounds, "seed": seed, "options": list(_OPTIONS), "wrong": wrong, "moments": moments}
+    said = {"seconds": seconds, "operations": operations}  # of the undisturbed run
+    result = {
+        "kills": len(moments),
+        "rounds": rounds,
+        "seed": seed,
+        "undisturbed": said,
+        "options": list(_OPTIONS),
+        "wrong": wrong,
+        "moments": moments,
+    }
     return {**result, "output": output.read_text().splitlines()[-30:]} if wrong else result
 
 
