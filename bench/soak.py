@@ -35,6 +35,7 @@ from transformers.utils import logging
 import dotmoe_kernels as dk
 from bench import machine
 from dotmoe_kernels import cli
+from dotmoe_kernels._files import TEMPORARY
 from dotmoe_kernels.alignment.checkpoints import newest_checkpoint, read_log
 from dotmoe_kernels.conversion import token_cache
 from dotmoe_kernels.conversion.demo import train_tokenizer
@@ -122,7 +123,8 @@ def _finish(call: Callable[[], int], output: Path) -> int:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file())
+    """Of a model; what a killed write had prepared beside it stays there, and no program reads it."""
+    files = (path for path in folder.rglob("*") if path.is_file() and TEMPORARY not in str(path))
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -143,7 +145,7 @@ def _whole(run: Path, wanted: dict[str, str]) -> int:
     """After a kill: 0, or 1 if there is something that is accepted and wrong."""
     output = run / "moe"
     if output.exists() and _loads(output):
-        found = {name: value for name, value in _hashes(output).items() if not name.startswith(".dotmoe-")}
+        found = _hashes(output)
         if found != wanted:
             print(f"{output} loads and is another model: {sorted(set(found.items()) ^ set(wanted.items()))}")
             return 1
@@ -207,8 +209,8 @@ def soak(place: Path, kills: int, seed: int) -> dict[str, Any]:
                     wrong.append(f"round {rounds}, kill {inside}: what is left is accepted and wrong")
         if status:
             wrong.append(f"round {rounds}: the run that was resumed ended with {status}")
-        elif _hashes(run / "moe") != model:
-            wrong.append(f"round {rounds}: another model")
+        elif other := sorted({name for name, _ in set(_hashes(run / "moe").items()) ^ set(model.items())}):
+            wrong.append(f"round {rounds}: another model in {', '.join(other)}")
         elif _log(run) != log:
             wrong.append(f"round {rounds}: another log")
     said = {"seconds": seconds, "operations": operations}  # of the undisturbed run
