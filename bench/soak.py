@@ -2,9 +2,10 @@
 
     python -m bench.soak [--kills N] [--seed N] [--out FILE]
 
-A tiny model goes through every stage of `dotmoe convert` and is killed (SIGKILL) at random moments, up to three times before it may
-end; the same command with --resume goes on. After every kill the output folder must be one that ``load`` refuses, or the very one
-of a run that nobody disturbed, and no checkpoint may be broken; in the end model and log are those of that run, bit for bit.
+A tiny model goes through every stage of `dotmoe convert` and is killed (SIGKILL), up to three times before it may end; the same
+command with --resume goes on. The moments are random: by turns right before one of the run's operations on files, and at a time.
+After every kill the output folder must be one that ``load`` refuses, or the very one of a run that nobody disturbed, and no
+checkpoint may be broken; in the end model and log are those of that run, bit for bit.
 
 The processes are forks of one that has imported everything: starting takes no time, and so any moment may be hit.
 """
@@ -34,6 +35,7 @@ from transformers.utils import logging
 import dotmoe_kernels as dk
 from bench import machine
 from dotmoe_kernels import cli
+from dotmoe_kernels._files import TEMPORARY
 from dotmoe_kernels.alignment.checkpoints import newest_checkpoint, read_log
 from dotmoe_kernels.conversion import token_cache
 from dotmoe_kernels.conversion.demo import train_tokenizer
@@ -51,17 +53,42 @@ def _prepare(place: Path) -> int:
     (place / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     tokenizer = train_tokenizer(rows, vocab_size=300)
     torch.manual_seed(0)
-    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.2, eos_token_id=0)).save_pretrained(place / "dense")
+    sizes: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, initializer_range=0.2, eos_token_id=0)).save_pretrained(
+        place / "dense"
+    )
     tokenizer.save_pretrained(place / "dense")
     return 0
 
 
-def _convert(place: Path, run: Path, resume: bool) -> int:
+def _count_files(place: Path, kill_at: int | None) -> list[int]:
+    """The number of operations on files inside ``place`` from now on; this process dies before the one of that number."""
+    count, inside = [0], str(place)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event.startswith(("open", "os.", "shutil.", "tempfile.")) and any(inside in str(one) for one in arguments):
+            count[0] += 1
+            if count[0] == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    return count
+
+
+def _convert(place: Path, run: Path, resume: bool, kill_at: int | None = None) -> int:
     token_cache._PART = 100  # several parts of so little text
+    count = _count_files(run, kill_at)
     more = ("--resume", "--overwrite") if resume else ()  # it may have been killed with the model in its place
     where = (str(place / "dense"), "--data", str(place / "text.jsonl"), "--output", str(run / "moe"))
-    return cli.main(["convert", *where, *_OPTIONS, *more])
+    status = cli.main(["convert", *where, *_OPTIONS, *more])
+    (place / "operations").write_text(str(count[0]))
+    return status
 
 
 def _fork(call: Callable[[], int], output: Path) -> int:
@@ -104,7 +131,8 @@ def _finish(call: Callable[[], int], output: Path) -> int:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file())
+    """Of a model; what a killed write had prepared beside it stays there, and no program reads it."""
+    files = (path for path in folder.rglob("*") if path.is_file() and TEMPORARY not in str(path))
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -125,7 +153,7 @@ def _whole(run: Path, wanted: dict[str, str]) -> int:
     """After a kill: 0, or 1 if there is something that is accepted and wrong."""
     output = run / "moe"
     if output.exists() and _loads(output):
-        found = {name: value for name, value in _hashes(output).items() if not name.startswith(".dotmoe-")}
+        found = _hashes(output)
         if found != wanted:
             print(f"{output} loads and is another model: {sorted(set(found.items()) ^ set(wanted.items()))}")
             return 1
@@ -163,7 +191,7 @@ def soak(place: Path, kills: int, seed: int) -> dict[str, Any]:
     begin = time.monotonic()
     if _finish(lambda: _convert(place, undisturbed, False), output):
         raise RuntimeError(output.read_text())
-    seconds = time.monotonic() - begin
+    seconds, operations = time.monotonic() - begin, int((place / "operations").read_text())
     model, log = _hashes(undisturbed / "moe"), _log(undisturbed)
     moments: list[dict[str, Any]] = []
     wrong: list[str] = []
@@ -173,23 +201,36 @@ def soak(place: Path, kills: int, seed: int) -> dict[str, Any]:
         run, inside, status = place / f"round-{rounds:03d}", 0, None
         run.mkdir()
         while status is None:
-            pid = _fork(lambda: _convert(place, run, inside > 0), output)  # noqa: B023
-            after = draw.uniform(0, seconds) if inside < _A_ROUND and len(moments) < kills else None
-            status = _wait(pid, after)
+            moment: dict[str, Any] = {}
+            if inside < _A_ROUND and len(moments) < kills:
+                by_time = len(moments) % 2 == 1
+                moment = {"seconds": draw.uniform(0, seconds)} if by_time else {"operation": draw.randint(1, operations)}
+            pid = _fork(lambda: _convert(place, run, inside > 0, moment.get("operation")), output)  # noqa: B023
+            status = _wait(pid, moment.get("seconds"))
             if status is None:
                 os.kill(pid, signal.SIGKILL)
-                _wait(pid)
-                inside += 1
-                moments.append({"round": rounds, "after_seconds": round(after or 0.0, 3), "reached": _reached(run)})
+                status = _wait(pid)
+            if status == -signal.SIGKILL:
+                status, inside = None, inside + 1
+                moments.append({"round": rounds, **moment, "reached": _reached(run)})
                 if _finish(lambda: _whole(run, model), output):  # noqa: B023
                     wrong.append(f"round {rounds}, kill {inside}: what is left is accepted and wrong")
         if status:
             wrong.append(f"round {rounds}: the run that was resumed ended with {status}")
-        elif _hashes(run / "moe") != model:
-            wrong.append(f"round {rounds}: another model")
+        elif other := sorted({name for name, _ in set(_hashes(run / "moe").items()) ^ set(model.items())}):
+            wrong.append(f"round {rounds}: another model in {', '.join(other)}")
         elif _log(run) != log:
             wrong.append(f"round {rounds}: another log")
-    result = {"kills": len(moments), "rounds": rounds, "seed": seed, "options": list(_OPTIONS), "wrong": wrong, "moments": moments}
+    said = {"seconds": seconds, "operations": operations}  # of the undisturbed run
+    result = {
+        "kills": len(moments),
+        "rounds": rounds,
+        "seed": seed,
+        "undisturbed": said,
+        "options": list(_OPTIONS),
+        "wrong": wrong,
+        "moments": moments,
+    }
     return {**result, "output": output.read_text().splitlines()[-30:]} if wrong else result
 
 

@@ -82,6 +82,7 @@ def test_the_same_as_in_memory_and_tokenised_once(corpus, tmp_path):
     assert index["complete"]
     assert [part[:2] for part in index["parts"]] == [[3, 24]] * 13 + [[1, 8]]
     assert one("tokens.bin", cache).stat().st_size == 4 * 320
+    assert one("index.json", cache).stat().st_mode == one("tokens.bin", cache).stat().st_mode  # who may read one reads both
 
 
 def test_more_tokens_than_before_are_tokenised_on(corpus, tmp_path):

@@ -140,7 +140,7 @@ class TokenCache:
             last = first + part.tokens
             fits = last <= size
             if fits and part.tokens:
-                fits = zlib.crc32(self._mapped(last)[first:].numpy()) == part.crc32
+                fits = zlib.crc32(self._mapped(last)[first:].numpy().data) == part.crc32
             if not fits:
                 return parts[:number]
             first = last
@@ -185,4 +185,10 @@ class TokenCache:
         os.fsync(file.fileno())
         parts.append(part)
         text = json.dumps({"source": self.source, "complete": complete, "parts": parts}, indent=1)
-        write_file(self.index, lambda index: index.write(text.encode()))
+        mode = self.path.stat().st_mode & 0o777  # a temporary file is its owner's alone, and others may read this one
+
+        def write(index: BinaryIO) -> None:
+            index.write(text.encode())
+            os.fchmod(index.fileno(), mode)
+
+        write_file(self.index, write)
