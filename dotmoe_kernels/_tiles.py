@@ -11,6 +11,9 @@ BACKEND = "hip" if torch.version.hip else "cuda"
 # of one H200, measured elsewhere: what predictions are made from
 H200_BANDWIDTH = 4.3e12  # bytes/s, device copy, read plus written
 H200_BF16 = 790e12  # flops/s, bfloat16 matrix product
+NVLINK = 450e9  # bytes/s a direction between two GPUs of a machine, as published
+NETWORK = 50e9  # bytes/s a direction and GPU between machines, as published of 400 Gbit/s adapters
+GPUS_A_MACHINE = 8
 TRITON_SHARE = 0.75  # of that rate, which a product in Triton reaches [estimate]
 
 # bytes of one float32 [tokens, vocabulary] of a chunk of the distillation loss: a core's cache; what keeps a GPU's product busy

@@ -36,7 +36,7 @@ def perplexity(model: nn.Module, tokens: Tensor, *, batch_size: int = 8) -> floa
     device = next(model.parameters()).device
     total = 0.0
     for batch in tokens.split(batch_size):
-        batch = batch.to(device)
+        batch = batch.long().to(device)
         logits = model(input_ids=batch, use_cache=False).logits.float()
         total += float(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
     return to_perplexity(total / (tokens.shape[0] * (tokens.shape[1] - 1)))

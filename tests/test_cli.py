@@ -264,7 +264,7 @@ def test_an_interrupted_conversion_exits_130_and_resumes_bit_for_bit(capsys, her
     assert err == "dotmoe convert: interrupted; the same command with --resume continues it\n"
     assert not parts.exists()
     run = contents(tmp_path / "parts.run")
-    assert sorted(run) == ["checkpoints/step-0000003.pt", "log.jsonl"]
+    assert sorted(name for name in run if not name.startswith("tokens/")) == ["checkpoints/step-0000003.pt", "log.jsonl"]
 
     status, _, err = call(capsys, *convert_arguments(here, parts, *options))
     assert status == 2

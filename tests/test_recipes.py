@@ -18,7 +18,7 @@ from dotmoe_kernels import cli
 from dotmoe_kernels._tiles import leaves_zeros_out
 from dotmoe_kernels.alignment.config import AlignmentConfig
 from dotmoe_kernels.alignment.transport import Transport
-from dotmoe_kernels.conversion import DotMoeConfig, count_parameters, find_ffns, finetuning, materialize, moe_blocks, pipeline
+from dotmoe_kernels.conversion import DotMoeConfig, count_parameters, find_ffns, materialize, moe_blocks, passes, pipeline
 from dotmoe_kernels.conversion.dryrun import dense_config, predict_run, run_lines
 from dotmoe_kernels.conversion.finetuning import FinetuneConfig
 from dotmoe_kernels.conversion.recipes import load_recipe, recipe_names
@@ -260,7 +260,7 @@ def finetune_bytes(num_layers, length, half, router, **fields):
         return tensor
 
     saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with saving, torch.autocast("cpu", torch.bfloat16, enabled=half), finetuning._router_losses(model):
+    with saving, torch.autocast("cpu", torch.bfloat16, enabled=half), passes.router_losses(model):
         model.model(input_ids=torch.randint(3, 64, (1, length)), use_cache=False)
     return sum(storage.nbytes() for address, storage in kept.items() if address not in known)
 
@@ -292,7 +292,7 @@ def test_flops_of_the_fine_tuning_are_those_of_autograd(monkeypatch):
     model = sparse_model("llama").train()
     model.set_attn_implementation("eager")
     S = 16
-    with FlopCounterMode(display=False) as counter, finetuning._router_losses(model) as losses:
+    with FlopCounterMode(display=False) as counter, passes.router_losses(model) as losses:
         ids = torch.randint(3, 64, (2, S))
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         (loss + sum(terms["z"] + terms["balance"] for terms in losses)).backward()

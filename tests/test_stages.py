@@ -667,7 +667,7 @@ def test_the_command_takes_every_stage_and_resumes(capsys, here, tmp_path, monke
             if done == 3:
                 raise KeyboardInterrupt
 
-        return real(*args[:-1], stop)
+        return real(*args[:-2], stop, args[-1])
 
     with monkeypatch.context() as patch:
         patch.setattr(finetuning, "_train", interrupted)

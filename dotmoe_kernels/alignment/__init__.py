@@ -11,9 +11,13 @@ losses.py          the terms together
 reconstruction.py  one layer after the other against its dense FFN, a start for the rest
 schedule.py        order of the data and learning rate of a step
 checkpoints.py     state on disk, so that a run continues bit for bit
+stopping.py        a training that is asked to stop
+ranks.py           several processes: who does what, and what they tell one another
+distributed.py     their state on disk, which any number of them continues
 loop.py            the training loop
 """
 
 from .config import AlignmentConfig
+from .stopping import Stop, Stopped
 
-__all__ = ["AlignmentConfig"]
+__all__ = ["AlignmentConfig", "Stop", "Stopped"]

@@ -9,7 +9,7 @@ until the sparse pass gets there; then, in its place, the gradient to h.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from .module import AlignmentFFN
 CAP = 4.0  # of a token's term
 
 
-def find_blocks(model: nn.Module, layers: dict[str, AlignmentFFN]) -> list[nn.Module]:
+def find_blocks(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[nn.Module]:
     """The blocks of ``model`` that hold ``layers``, each once, in the model's order.
 
     Raises:

@@ -27,6 +27,10 @@ class ExpertLoads:
         found = share * torch.cat([f.routing.load.float() for f in self.layers.values() if f.routing is not None])
         self._sum = found if self._sum is None else self._sum + found
 
+    def sums(self) -> list[Tensor]:
+        """What several ranks must add."""
+        return [] if self._sum is None else [self._sum]
+
     def log(self) -> dict[str, Tensor]:
         """experts_in_use: the share of all experts that a token of the step visits. largest_load: of the most visited one, as a
         multiple of the even share, which is at most E / K."""

@@ -143,7 +143,7 @@ def centred_routers(model: nn.Module, layers: dict[str, AlignmentFFN], data: Ten
     afterwards the weights are those that acted.
 
     That one vector is much of every input of a trained model: through it a router sends all tokens to the same experts."""
-    rows = data[: -(-_CENTRE_TOKENS // data.shape[1])].to(next(iter(layers.values())).router_weight.device)
+    rows = data[: -(-_CENTRE_TOKENS // data.shape[1])].long().to(next(iter(layers.values())).router_weight.device)
     for name, inputs in collect_inputs(model, layers, rows).items():
         layers[name].centre = nn.functional.normalize(inputs.float().mean(0), dim=0)
     try:

@@ -4,6 +4,7 @@
 
 over X, what enters the FFN in the dense model; Y the dense output and Y^ the masked one (eq. 4), with the straight-through
 gradients of the alignment. Nothing passes through the rest of the model, so that a step costs one FFN, not all layers and the head.
+Several ranks take the layers in turn.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,11 +25,13 @@ from tqdm.auto import tqdm
 
 from .._checks import is_integer, require, require_indices
 from ..evaluation import reconstruction_error
-from .checkpoints import last_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoints import BrokenCheckpoint, resume_from, save_checkpoint
 from .config import SOFT_OPTIONS, AlignmentConfig
 from .module import AlignmentFFN, all_experts, centred_routers, collect_inputs
+from .ranks import Ranks, find_ranks
 from .schedule import learning_rate, shuffled_rows
 from .soft import SoftRouting
+from .stopping import Stop, Stopped, stopped
 from .transport import Transport
 
 _MEMORY = 1 << 30  # bytes of inputs that are held at a time, but for one layer's, which always are
@@ -42,6 +46,29 @@ class ReconstructionResult(NamedTuple):
     tokens: int  # that it trained on
     seconds: float
     errors: dict[str, tuple[float, float]]  # |Y^ - Y| / |Y| before and after, by layer, on tokens held out
+
+
+class _Place(NamedTuple):
+    """Where a layer that is done goes, or one that is begun if the training is asked to stop."""
+
+    folder: Path | None
+    marks: dict[str, Any]
+
+    def read(self) -> dict[str, Any] | None:
+        try:
+            found = None if self.folder is None else resume_from(self.folder, self.marks)
+        except BrokenCheckpoint as error:
+            warnings.warn(f"{error}; the layer is trained anew", stacklevel=3)
+            return None
+        return None if found is None else found[1]
+
+    def write(self, step: int, state: dict[str, Any]) -> Path | None:
+        return None if self.folder is None else save_checkpoint(self.folder, step, {"fingerprint": self.marks, **state})
+
+    def write_done(self, step: int, layer: AlignmentFFN, errors: tuple[float, float]) -> Path | None:
+        affinity = None if layer.affinity is None else layer.affinity.detach()
+        state = {"router_weight": layer.router_weight.detach(), "affinity": affinity, "expert_of": layer.expert_of}
+        return self.write(step, {**state, "errors": errors})
 
 
 @torch.no_grad()
@@ -69,9 +96,18 @@ def _inputs(model: nn.Module, layers: dict[str, AlignmentFFN], names: list[str],
 
 
 def _fit(
-    name: str, layer: AlignmentFFN, x: Tensor, held: Tensor, config: AlignmentConfig, batch_tokens: int, bar: Any
+    name: str,
+    layer: AlignmentFFN,
+    x: Tensor,
+    held: Tensor,
+    config: AlignmentConfig,
+    batch_tokens: int,
+    bar: Any,
+    place: _Place,
+    begun: dict[str, Any] | None,
+    stop: Stop,
 ) -> tuple[float, float]:
-    """Trains one layer on x [T, H]; its relative error on ``held`` before and after."""
+    """Trains one layer on x [T, H], from the state ``begun`` on if any; its relative error on ``held`` before and after."""
     y, y_held = _dense_outputs(name, layer, x), _dense_outputs(name, layer, held)
     scale = y.float().square().mean().clamp(min=torch.finfo(torch.float32).tiny)
     alone = {name: layer}
@@ -92,9 +128,19 @@ def _fit(
         return reconstruction_error(y_held, _outputs(layer, held))
 
     rows = torch.arange(len(x), device=x.device)
-    refresh(0)
-    before = error()
-    for step in range(config.steps):
+    first = 0
+    if begun is None:
+        refresh(0)
+        before = error()
+    else:
+        first, before, layer.expert_of = begun["step"], begun["before"], begun["expert_of"].to(x.device)
+        with torch.no_grad():
+            for parameter, value in zip(trained, begun["parameters"], strict=True):
+                parameter.copy_(value)
+        optimizer.load_state_dict(begun["optimizer"])
+        transport.tau = begun["tau"]
+        transport.log_v = {key: value.to(x.device) for key, value in begun["log_v"].items()}
+    for step in range(first, config.steps):
         refresh(step, rounding=step % config.refresh_every == 0)
         share = learning_rate(step, config.steps, config.warmup)
         for group in optimizer.param_groups:
@@ -115,11 +161,47 @@ def _fit(
         optimizer.step()
         bar.set_postfix(layer=name, error=f"{math.sqrt(values[0]):.3f}", refresh=False)
         bar.update()
+        if stop.asked and step + 1 < config.steps:
+            state: dict[str, Any] = {"step": step + 1, "before": before, "expert_of": layer.expert_of, "tau": transport.tau}
+            state |= {"parameters": [p.detach() for p in trained], "log_v": transport.log_v, "optimizer": optimizer.state_dict()}
+            raise stopped(f"reconstruct of layer {name}", step + 1, config.steps, place.write(step + 1, state))
     refresh(max(config.steps - 1, 0))  # the assignment after the last update
     after = error()
     optimizer.zero_grad(set_to_none=True)
     layer.plan = layer.routing = layer.finite = None
     return before, after
+
+
+def _take_over(
+    layers: dict[str, AlignmentFFN], places: dict[str, _Place]
+) -> tuple[dict[str, tuple[float, float]], dict[str, dict[str, Any]]]:
+    """The errors of the layers that are done, which get what they learned, and the states of those that are begun."""
+    errors: dict[str, tuple[float, float]] = {}
+    begun: dict[str, Any] = {}
+    for name, place in places.items():
+        state, layer = place.read(), layers[name]
+        if state is not None and "errors" not in state:
+            begun[name] = state
+        elif state is not None:
+            with torch.no_grad():
+                layer.router_weight.copy_(state["router_weight"])
+                if layer.affinity is not None:
+                    layer.affinity.copy_(state["affinity"])
+            layer.expert_of = state["expert_of"].to(layer.router_weight.device)
+            errors[name] = tuple(state["errors"])
+    return errors, begun
+
+
+def _share(ranks: Ranks, layers: dict[str, AlignmentFFN], errors: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Gives all ranks what each has made of its layers, and returns the errors of all."""
+    found = {}
+    for n, (name, layer) in enumerate(layers.items()):
+        owner = n % ranks.count
+        if layer.expert_of is None:
+            layer.expert_of = torch.zeros(len(layer.gate_proj), dtype=torch.int64, device=layer.router_weight.device)
+        ranks.agree([layer.router_weight, layer.affinity, layer.expert_of], owner)
+        found[name] = ranks.tell(errors.get(name, (0.0, 0.0)), owner)
+    return found
 
 
 def reconstruct(
@@ -135,6 +217,7 @@ def reconstruct(
     progress: bool = True,
     label: str = "reconstruct",
     fingerprint: dict[str, Any] | None = None,
+    stop: Stop | None = None,
 ) -> ReconstructionResult:
     """Trains the affinity and the router of one layer after the other in place, and leaves the assignments in ``expert_of``.
 
@@ -150,6 +233,7 @@ def reconstruct(
         resume: take over the layers that are done in ``folder``.
         progress: show a bar.
         fingerprint: what else must agree with a layer that is taken over.
+        stop: looked at once a step.
 
     Returns:
         ReconstructionResult.
@@ -157,6 +241,7 @@ def reconstruct(
     Raises:
         ValueError: data of a wrong shape or dtype, tokens or batch_tokens below 1, a layer of a run with other options.
         FloatingPointError: a non-finite loss or gradient; names the step and the layer.
+        Stopped: ``stop`` asked for it; the layers that are done are in ``folder``, and the one that is begun.
     """
     require_indices(data, "data", 2, "[N, S]")
     require(data.shape[0] >= 1 and data.shape[1] >= 1, "data", f"of shape {list(data.shape)}", "at least one token")
@@ -165,7 +250,7 @@ def reconstruct(
         require(is_integer(value) and value >= 1, name, value, "an integer of at least 1")
     model.eval().requires_grad_(False)
     device = next(iter(layers.values())).router_weight.device
-    sequences = data[: max(1, tokens // data.shape[1])].to(device)
+    sequences = data[: max(1, tokens // data.shape[1])].long().to(device)
     keep = max(1, len(sequences) // 16) if len(sequences) > 1 else 0
     cut = (len(sequences) - keep) * data.shape[1]
 
@@ -175,39 +260,31 @@ def reconstruct(
     marks = {**(fingerprint or {}), "reconstruct_steps": config.steps, **options}
     marks |= {"batch_tokens": batch_tokens, "layers": list(layers)}
     marks = json.loads(json.dumps({**marks, "sequences": list(sequences.shape)}))
-    folders = {name: None if folder is None else Path(folder) / f"layer-{n:04d}" for n, name in enumerate(layers)}
+    folders = [None if folder is None else Path(folder) / f"layer-{n:04d}" for n in range(len(layers))]
+    places = {name: _Place(place, marks) for name, place in zip(layers, folders, strict=True)}
 
-    errors: dict[str, tuple[float, float]] = {}
-    for name, layer in layers.items():
-        place = folders[name]
-        found = last_checkpoint(place) if resume and place is not None else None
-        if found is not None:
-            state = load_checkpoint(found, marks)
-            with torch.no_grad():
-                layer.router_weight.copy_(state["router_weight"])
-                if layer.affinity is not None:
-                    layer.affinity.copy_(state["affinity"])
-            layer.expert_of = state["expert_of"].to(device)
-            errors[name] = tuple(state["errors"])
-
-    begin = time.monotonic()
+    errors, begun = _take_over(layers, places if resume else {})
+    begin, ranks = time.monotonic(), find_ranks(device)
+    ranks.wait()  # until all have seen the same layers done
     todo = [name for name in layers if name not in errors]
-    total = len(layers) * config.steps
+    mine = todo[ranks.rank :: ranks.count]
+    total, quiet = (len(errors) + len(mine)) * config.steps, not (progress and ranks.first)
     centred = centred_routers(model, layers, sequences) if config.centre else nullcontext()
-    shown = tqdm(total=total, initial=len(errors) * config.steps, desc=label, disable=not progress, dynamic_ncols=True)
-    with centred, shown as bar:
-        for name, x in _inputs(model, layers, todo, sequences):
-            layer, place = layers[name], folders[name]
-            errors[name] = _fit(name, layer, x[:cut] if keep else x, x[cut:] if keep else x, config, batch_tokens, bar)
-            if place is not None:
-                state = {
-                    "fingerprint": marks,
-                    "router_weight": layer.router_weight.detach(),
-                    "affinity": None if layer.affinity is None else layer.affinity.detach(),
-                    "expert_of": layer.expert_of,
-                    "errors": errors[name],
-                }
-                save_checkpoint(place, config.steps, state)
+    shown = tqdm(total=total, initial=len(errors) * config.steps, desc=label, disable=quiet, dynamic_ncols=True)
+    stop, end = Stop() if stop is None else stop, None
+    with centred, shown as bar, stop.finishing():
+        try:
+            for name, x in _inputs(model, layers, mine, sequences):
+                layer, parts = layers[name], (x[:cut], x[cut:]) if keep else (x, x)
+                errors[name] = _fit(name, layer, *parts, config, batch_tokens, bar, places[name], begun.pop(name, None), stop)
+                written = places[name].write_done(config.steps, layer, errors[name])
+                if stop.asked:
+                    raise stopped(f"reconstruct of layer {name}", config.steps, config.steps, written)
+        except Stopped as asked:
+            end = asked
+        if ranks.any(end is not None):
+            raise end or Stopped("reconstruct stopped, as another rank was asked")
+        errors |= _share(ranks, {name: layers[name] for name in todo}, errors)
     return ReconstructionResult(
         config.steps, cut if keep else sequences.numel(), time.monotonic() - begin, {n: errors[n] for n in layers}
     )

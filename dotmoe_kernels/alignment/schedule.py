@@ -11,14 +11,15 @@ from torch import Tensor
 
 
 def shuffled_rows(data: Tensor, step: int, batch_size: int, seed: int) -> Tensor:
-    """The [batch_size, ...] rows of a step (0-based): epochs of the data, each in an order of its own."""
+    """The [batch_size, ...] rows of a step (0-based) as int64: epochs of the data, each in an order of its own, which takes 8 bytes
+    a row while the batch is made."""
     first = step * batch_size
     rows = []
     for epoch in range(first // len(data), (first + batch_size - 1) // len(data) + 1):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         start, stop = first - epoch * len(data), first + batch_size - epoch * len(data)
         rows.append(order[max(start, 0) : min(stop, len(data))])
-    return data[torch.cat(rows).to(data.device)]
+    return data[torch.cat(rows).to(data.device)].long()
 
 
 def learning_rate(step: int, steps: int, warmup: float) -> float:

@@ -58,6 +58,14 @@ class SoftRouting:
         active = weight * torch.stack(found)
         self.active = active if self.active is None else self.active + active
 
+    def sums(self) -> list[Tensor]:
+        """What several ranks must add: the gradients of the budgets, and the active experts."""
+        assert self.active is not None
+        for layer in self.layers:
+            k = layer.soft.k  # type: ignore[union-attr]
+            k.grad = torch.zeros_like(k) if k.grad is None else k.grad  # type: ignore[union-attr, arg-type]
+        return [self.active, *(f.soft.k.grad for f in self.layers)]  # type: ignore[union-attr, list-item]
+
     def backward(self) -> None:
         """Carries the gradient that the budgets collected on to eta."""
         assert self._k is not None

@@ -12,14 +12,29 @@ from typing import TYPE_CHECKING, Any
 from .._checks import require
 from ..alignment.config import SOFT_OPTIONS, AlignmentConfig
 from ..conversion.recipes import Recipe, load_recipe
-from .folders import clear_run, convert_folders, has_checkpoints
-from .inputs import DATA, find_device, find_tokenizer, named, reading, require_model_folder, require_seed, require_vocabulary
+from .ending import failed, save_and_report
+from .folders import clear_run, clear_tokens, convert_folders, has_checkpoints, token_folder
+from .inputs import (
+    DATA,
+    find_device,
+    find_tokenizer,
+    joined_ranks,
+    named,
+    reading,
+    require_model_folder,
+    require_seed,
+    require_vocabulary,
+)
 from .parser import SEQUENCE_LENGTH, STAGES
+from .signals import stop_on_sigterm
 from .untrained import is_untrained, run_untrained
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..alignment.ranks import Ranks
+    from ..alignment.stopping import Stop
     from ..conversion.finetuning import FinetuneConfig
-    from ..models.config import DotMoeConfig
 
 _HELD_OUT = 64  # most sequences that are kept back to measure on
 _PAIRS = (("expert_size", "num_experts"), ("active_fraction", "top_k"))  # one of a pair gives the other
@@ -27,7 +42,7 @@ _TOPOLOGY = (*_PAIRS[0], *_PAIRS[1], "router")
 _BOTH = "reconstruct or align"
 _OF_STAGE = {  # flags that no other stage reads
     "reconstruct": ("reconstruct_steps",),
-    "align": ("steps", "hidden", "budget_lr"),
+    "align": ("steps", "hidden", "budget_lr", "shard", "activation_checkpointing"),
     "finetune": ("finetune_steps", "finetune_lr", "finetune_router_lr", "lora_rank", "zero_experts", "teacher", "no_teacher"),
     _BOTH: (
         *("method", "init", "shared", "centre", "affinity_lr", "router_lr", "tau_start", "tau_end", "refresh_every"),
@@ -46,7 +61,7 @@ def _flag(name: str) -> str:
 def _option_names(args: argparse.Namespace, recipe: Recipe) -> dict[str, str]:
     """What errors call an argument: its flag, the flag of the pair that gives it, or the recipe where that alone says it."""
     names = {f.name: _flag(f.name) for f in dataclasses.fields(AlignmentConfig) if hasattr(args, f.name)}
-    names |= DATA | {name: _flag(name) for name in (*_TOPOLOGY, "reconstruct_steps")}
+    names |= DATA | {"gpus": "--gpus"} | {name: _flag(name) for name in (*_TOPOLOGY, "reconstruct_steps")}
     partner = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}
     said = recipe.alignment.keys() | recipe.topology.keys()
     for name in names.keys() - DATA.keys():
@@ -105,6 +120,7 @@ def _dry_run(
             learned=args.method == "dot",
             stages=stages,
             tuning=tuning,
+            gpus=args.gpus,
             teacher="another" if args.teacher else "itself" if itself and not args.no_teacher else None,
             **({} if args.reconstruct_steps is None else {"reconstruct_steps": args.reconstruct_steps}),
         )
@@ -225,33 +241,34 @@ def _teacher(args: argparse.Namespace, model: Any) -> Any:
     return None if args.no_teacher else args.teacher or (None if runs else model)
 
 
-def _read_data(args: argparse.Namespace, tokenizer: Any, vocabulary: int) -> tuple[Any, Any]:
-    """Sequences to train on and to measure on."""
+def _read_data(args: argparse.Namespace, tokenizer: Any, vocabulary: int, run: Path) -> tuple[Any, Any]:
+    """Sequences to train on and to measure on; of text that is refused nothing is kept."""
     from ..conversion import load_tokens
 
-    tokens = load_tokens(
-        args.data,
-        tokenizer,
-        sequence_length=args.sequence_length,
-        max_tokens=args.max_tokens,
-        text_field=args.text_field,
-        seed=args.seed,
-    )
-    require(
-        len(tokens) >= 2,
-        "--data",
-        f"{tokens.numel()} tokens",
-        f"at least two sequences of {args.sequence_length}, one to train and one to measure on",
-    )
-    require_vocabulary(tokens, vocabulary, args)
+    try:
+        tokens = load_tokens(
+            args.data,
+            tokenizer,
+            sequence_length=args.sequence_length,
+            max_tokens=args.max_tokens,
+            text_field=args.text_field,
+            seed=args.seed,
+            cache=token_folder(args, run),
+            progress=not args.no_progress,
+        )
+        require(
+            len(tokens) >= 2,
+            "--data",
+            f"{tokens.numel()} tokens",
+            f"at least two sequences of {args.sequence_length}, one to train and one to measure on",
+        )
+        require_vocabulary(tokens, vocabulary, args)
+    except (ValueError, ImportError):
+        clear_tokens(run)
+        raise
     keep = min(max(len(tokens) // 20, 1), _HELD_OUT)
     print(f"data: {tokens[:-keep].numel():,} tokens to train on, {tokens[-keep:].numel():,} held out (the end of the data)")
-    return tokens[:-keep], tokens[-keep:]
-
-
-def _failed(checks: dict[str, Any]) -> int:
-    print(f"dotmoe convert: error: a self-check failed: {checks}", file=sys.stderr)
-    return 1
+    return tokens[:-keep], tokens[-keep:].long()
 
 
 def run_convert(args: argparse.Namespace) -> int:
@@ -259,58 +276,80 @@ def run_convert(args: argparse.Namespace) -> int:
     with named(recipe="--recipe"):
         recipe = Recipe("") if args.recipe is None else load_recipe(args.recipe)
     names = _option_names(args, recipe)
-    with named(**names), warnings.catch_warnings():
+    with named(**names), warnings.catch_warnings(), stop_on_sigterm() as stop:
         warnings.filterwarnings("ignore", message=".*leave experts without a token")  # said of the held-out text, at the end
         options, topology = _fill_in(args, recipe)
         require_seed(args.seed, names["seed"])
         for name, least in (("sequence_length", 2), ("reconstruct_steps", 0)):
             value = getattr(args, name)
             require(value is None or value >= least, _flag(name), value, f"at least {least}")
-        return _run(args, recipe, options, topology)
+        return _run(args, recipe, options, topology, stop)
 
 
-def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, topology: dict[str, Any]) -> int:
+def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, topology: dict[str, Any], stop: Stop) -> int:
     stages = _stages(args)
     _refuse_unread(args, recipe, topology.get("router", "top_k"))
     if args.dry_run:
         return _dry_run(args, recipe, options, topology, stages)
     require(not args.json, "--json", "given", "together with --dry-run")
+    require(args.gpus is None, "--gpus", args.gpus, "together with --dry-run; a run gets its GPUs from torchrun --nproc-per-node")
     args.model = args.model or recipe.model
-    if is_untrained(args, options, stages):
-        return run_untrained(args, options, topology, convert_folders(args)[0])
+    untrained = is_untrained(args, options, stages)
     missing = [name for name, value in (("MODEL", args.model), ("--data", args.data), ("--output", args.output)) if not value]
-    if missing:
+    if missing and not untrained:
         raise ValueError(f"the following arguments are required: {', '.join(missing)}")
-    output, run = convert_folders(args)
+    alone = "the stage align alone: the others need the whole model on every GPU"
+    require(not args.shard or stages == ["align"], "--shard", "given", alone)
+    with joined_ranks(args) as ranks:
+        require(not args.shard or ranks.grouped, "--shard", "given", "under torchrun, whose processes share the weights")
+        if untrained:
+            return ranks.once(lambda: run_untrained(args, options, topology, convert_folders(args)[0]))
+        return _train(args, options, topology, stages, stop, ranks)
+
+
+def _train(
+    args: argparse.Namespace,
+    options: AlignmentConfig,
+    topology: dict[str, Any],
+    stages: list[str],
+    stop: Stop,
+    ranks: Ranks,
+) -> int:
+    output, run = ranks.once(lambda: convert_folders(args))
+    ranks.require_passes(options.batch_size, options.micro_batch_size)
     require_model_folder(args.model, gguf=True)
     device = find_device(args.device)
     import torch
 
-    from ..conversion import DotMoeConfig, check_lines, convert, count_parameters, finetune, save, self_check
+    from ..alignment.sharding import spread
+    from ..conversion import DotMoeConfig, convert, find_ffns, finetune, moe_blocks, self_check
     from ..conversion.finetuning import require_lora
-    from ..evaluation import COLLAPSE, collect_load, perplexity, retention, unused_experts, unused_line
+    from ..evaluation import collect_load, perplexity
 
     tuning = _finetune_options(args, options) if "finetune" in stages else None
     if tuning is not None and tuning.lora_rank:
         with named(lora_rank="--lora-rank"):
             require_lora()
     started_sparse = _is_tuning_alone(args, stages)
+    device = "cpu" if args.shard else device  # no GPU holds all of it
     model = _load_converted(args, device) if started_sparse else _load_dense(args, stages, device)
     text = model.config.get_text_config()
     config = None if started_sparse else DotMoeConfig.for_dense(text, **topology)
     tokenizer = find_tokenizer(args)
     _check_teacher(args, tokenizer)
-    train, held = _read_data(args, tokenizer, text.vocab_size)
+    train, held = ranks.in_turn(lambda: _read_data(args, tokenizer, text.vocab_size, run))
     figures: dict[str, Any] = {"base_model": args.model, "data": " ".join(args.data), "held-out tokens": held.numel()}
-    rerun: dict[str, Any] = {"resume": args.resume, "progress": not args.no_progress}
+    rerun: dict[str, Any] = {"resume": args.resume, "progress": not args.no_progress, "stop": stop}
     dense_perplexity, dense_logits = None, None
     if config is not None:
-        dense_perplexity = figures["dense perplexity"] = perplexity(model, held, batch_size=1)
+        measured = spread(model, find_ffns(model), ranks) if args.shard else model
+        dense_perplexity = figures["dense perplexity"] = perplexity(measured, held, batch_size=1)
+        del measured
         with torch.no_grad():
             dense_logits = model(input_ids=held[:1].to(device), use_cache=False).logits
     if args.overwrite and not args.resume:
-        clear_run(run, logs=True)
-    if args.resume and not has_checkpoints(run, stages):
+        ranks.once(lambda: clear_run(run, logs=True))
+    if args.resume and not ranks.once(lambda: has_checkpoints(run, stages)):
         print(f"dotmoe convert: --resume: nothing to resume in {run}, the run starts anew", file=sys.stderr)
     if config is not None:
         model = convert(
@@ -322,55 +361,25 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
             stages=[stage for stage in stages if stage != "finetune"],
             **({} if args.reconstruct_steps is None else {"reconstruct_steps": args.reconstruct_steps}),
             folder=run,
+            shard=bool(args.shard),
+            activation_checkpointing=bool(args.activation_checkpointing),
             **rerun,
         )
     if tuning is not None:
         if dense_logits is not None:  # afterwards every expert on is another model than the dense one
             checks = self_check(model, dense_logits, held[:1])
             if not checks["passed"]:
-                return _failed(checks)
+                return failed(checks)
         with named(teacher="--teacher", zero_experts="--zero-experts"):
             rerun |= {"teacher": _teacher(args, model), "held_out": held, "folder": run / "finetune"}
             model, dense_logits = finetune(model, train, tuning, **rerun), None
-    with collect_load(model) as counts:
-        value = perplexity(model, held, batch_size=1)
-    means, unused = counts.mean_active(), unused_experts(counts.slots)
-    mean = sum(means.values()) / len(means)
-    figures |= {"sparse perplexity": value, "active experts a token": round(mean, 4)}
-    if unused:
-        figures["unused experts"] = {name: f"{count} of {model.config.num_experts}" for name, count in unused.items()}
-    save(model, output, tokenizer=tokenizer, overwrite=args.overwrite, card=figures)
-    checks = self_check(model, dense_logits, held[:1], folder=output)
-    total, active = count_parameters(model, means)
-    for line in [*check_lines(checks), *_stage_lines(model.config)]:
-        print(line)
-    print(f"parameters: {total:,}, active a token {active:,} ({active / total:.1%}) at {mean:.2f} experts a token")
-    if dense_perplexity is not None:
-        kept = f"({retention(dense_perplexity, value):.1%} retained)"
-        print(f"held-out perplexity: dense {dense_perplexity:.3f}, sparse {value:.3f} {kept}")
-    if unused:
-        print(f"dotmoe convert: warning: {unused_line(unused, counts.slots)} on the held-out text: {COLLAPSE}", file=sys.stderr)
-    if not checks["passed"]:
-        return _failed(checks)
-    clear_run(run, logs=False)
-    logs = [str(log) for log in (run / "log.jsonl", run / "finetune" / "log.jsonl") if log.is_file()]
-    ending = f"; log of the training: {', '.join(logs)}" if logs else ""
-    print(f"saved: {output}" + (ending if model.config.stages else "; nothing was trained (--steps 0)"))
-    return 0
-
-
-def _stage_lines(config: DotMoeConfig) -> list[str]:
-    """What the stages beside the alignment reached."""
-    lines, stages = [], config.stages or {}
-    if "reconstruct" in stages:
-        errors = stages["reconstruct"]["relative_error"]
-        lines = ["reconstruct, relative error of an FFN's output on tokens held out:"]
-        lines += [f"  {name:<28}{before:>8.3f} -> {after:.3f}" for name, (before, after) in errors.items()]
-    for n, figures in enumerate(config.finetune_runs, 1):
-        curves = sorted(
-            ((key, ends) for key, ends in figures.items() if isinstance(ends, list)), key=lambda curve: curve[0] != "loss"
-        )
-        pairs = [f"{key} {ends[0]:.3f} -> {ends[1]:.3f}" for key, ends in curves]
-        taught = [f"teacher {figures['teacher']}"] if "teacher" in figures else []
-        lines.append(f"finetune, run {n}: {', '.join(pairs + taught)}")
-    return lines
+    if not ranks.first and not args.shard:  # what is left to do is for one
+        return 0
+    measured = spread(model, moe_blocks(model), ranks) if args.shard else model
+    with collect_load(measured) as counts:
+        value = perplexity(measured, held, batch_size=1)
+    del measured
+    if not ranks.first:
+        return 0
+    dense = (dense_perplexity, dense_logits)
+    return save_and_report(args, model, tokenizer, held, figures, dense, (value, counts), output, run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 from .._checks import refuse, require
 from .._files import probe_folder
 
-_LOG, _OF_A_RUN = "log.jsonl", ("log.jsonl", "checkpoints", "reconstruct", "finetune")
+_LOG, _TOKENS = "log.jsonl", "tokens"
+_OF_A_RUN = (_LOG, "checkpoints", "reconstruct", "finetune", _TOKENS)
 _CHECKPOINTS = {"reconstruct": "reconstruct/layer-*", "align": "checkpoints", "finetune": "finetune/checkpoints"}  # of a stage
 _ELSEWHERE = "another folder"
 
@@ -56,9 +58,30 @@ def convert_folders(args: argparse.Namespace) -> tuple[Path, Path]:
         require(fresh, "--output", f"{output}, with an interrupted run in {run}", allowed)
     ends = [os.path.realpath(output), os.path.realpath(run)]
     require(os.path.commonpath(ends) not in ends, flag, f"{run}, which is not apart from {output} of --output", _ELSEWHERE)
+    _check_token_cache(args, output)
     _probe(target, "--output", f"{output}, which")
     _probe(run, flag, given, file=True, allowed="a folder that can be made, or another --run-folder")
     return output, run
+
+
+def _check_token_cache(args: argparse.Namespace, output: Path) -> None:
+    if args.token_cache is None:
+        return
+    require(bool(args.token_cache), "--token-cache", "''", "a folder")
+    cache = os.path.realpath(os.path.expanduser(args.token_cache))
+    ends = [cache, os.path.realpath(output)]
+    given = f"{args.token_cache}, which is not apart from {output} of --output"
+    require(os.path.commonpath(ends) not in ends, "--token-cache", given, _ELSEWHERE)
+    for source in args.data or ():
+        inside = os.path.realpath(os.path.expanduser(source))
+        apart = not os.path.isdir(inside) or os.path.commonpath([inside, cache]) != inside
+        require(apart, "--token-cache", f"{args.token_cache}, which lies in {source} of --data", _ELSEWHERE)
+    _probe(Path(cache), "--token-cache", f"{args.token_cache}, which", file=True)
+
+
+def token_folder(args: argparse.Namespace, run: Path) -> Path:
+    """Where the token ids of the text go."""
+    return run / _TOKENS if args.token_cache is None else Path(os.path.expanduser(args.token_cache))
 
 
 def demo_folder(args: argparse.Namespace) -> Path:
@@ -83,7 +106,13 @@ def demo_folder(args: argparse.Namespace) -> Path:
 def _checkpoints(run: Path, stages: list[str]) -> Iterator[Path]:
     for stage in stages:
         for folder in run.glob(_CHECKPOINTS[stage]):
-            yield from folder.glob("step-*.pt")
+            yield from (
+                path for path in folder.glob("step-*") if path.suffix == ".pt" or path.is_dir()
+            )  # of several ranks a folder
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def has_checkpoints(run: Path, stages: list[str]) -> bool:
@@ -94,15 +123,26 @@ def has_checkpoints(run: Path, stages: list[str]) -> bool:
 def clear_run(run: Path, *, logs: bool) -> None:
     """Removes the checkpoints of a run, if ``logs`` its logs too, and the folders that are empty then; nothing else."""
     for path in list(_checkpoints(run, list(_CHECKPOINTS))):
-        path.unlink()
+        _remove(path)
     if logs:
         for path in (run / _LOG, run / "finetune" / _LOG):
             path.unlink(missing_ok=True)
     for folder in [found for pattern in _CHECKPOINTS.values() for found in run.glob(pattern)]:
         for left in folder.glob(".step-*"):  # of a write that was killed
-            left.unlink()
+            _remove(left)
         with suppress(OSError):  # not empty
             folder.rmdir()
     for folder in (run / "reconstruct", run / "finetune", run):
         with suppress(OSError):
+            folder.rmdir()
+
+
+def clear_tokens(run: Path) -> None:
+    """Removes the token ids that a run keeps for itself, and the folders that are empty then."""
+    caches = [path for path in (run / _TOKENS).glob("*") if path.is_dir()]
+    for cache in caches:
+        for name in ("index.json", "tokens.bin", ".lock"):  # without the first the others are nothing
+            (cache / name).unlink(missing_ok=True)
+    for folder in (*caches, run / _TOKENS, run):
+        with suppress(OSError):  # not empty
             folder.rmdir()

@@ -6,13 +6,16 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from .._checks import refuse, require
+
+if TYPE_CHECKING:
+    from ..alignment.ranks import Ranks
 
 # what load_tokens calls the options of the data
 DATA = {"sources": "--data", "text_field": "--text-field", "sequence_length": "--sequence-length", "max_tokens": "--max-tokens"}
@@ -60,8 +63,18 @@ def require_seed(seed: int, argument: str = "--seed") -> None:
 
 
 def find_device(name: str) -> str:
+    """Of several processes on a machine each has a GPU of its own."""
     import torch
 
+    from ..alignment.ranks import launched, local_rank
+
+    if launched():
+        place, gpus = local_rank(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+        require(name in ("auto", "cpu", "cuda"), "--device", repr(name), "auto, cpu or cuda with several processes")
+        if name == "cpu" or (name == "auto" and not gpus):
+            return "cpu"
+        require(place < gpus, "--nproc-per-node of torchrun", f"more than {place}", f"at most {gpus}, a GPU for each process")
+        return f"cuda:{place}"
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
@@ -71,6 +84,31 @@ def find_device(name: str) -> str:
     allowed = f"cpu, or cuda:N with N below {count}" if count else "cpu: this machine has no usable GPU"
     require(name == "cpu" or int(number or 0) < count, "--device", repr(name), allowed)
     return name
+
+
+def process_rank() -> int:
+    """Of this process among those of torchrun, or as far as it is known among those of this machine."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # what torch looks at, which is slow to import for an error in the arguments
+        return 0
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else dist.get_node_local_rank(0)
+
+
+@contextmanager
+def joined_ranks(args: argparse.Namespace) -> Iterator[Ranks]:
+    """Inside, the processes that torchrun started are connected, and all but the first are silent."""
+    import torch
+
+    from ..alignment.ranks import joined, launched
+
+    with joined(torch.device(find_device(args.device) if launched() else "cpu")) as ranks, ExitStack() as silence:
+        if not ranks.first:
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(redirect_stdout(nowhere))
+            silence.enter_context(redirect_stderr(nowhere))
+            args.no_progress = True
+        yield ranks
 
 
 def require_model_folder(name: str, *, weights: bool = True, gguf: bool = False) -> None:

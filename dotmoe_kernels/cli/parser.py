@@ -194,6 +194,8 @@ def _add_convert(commands: Any) -> None:
         "dotmoe convert ./llama --data corpus.jsonl --output ./llama-moe\n"
         "dotmoe convert ./llama --recipe llama3-8b --data corpus.jsonl --output ./llama-moe\n"
         "dotmoe convert --recipe llama3-8b-e128 --dry-run      # what it would take; needs no model, no data and no GPU\n"
+        "dotmoe convert --recipe llama3-8b --dry-run --gpus 64\n"
+        "torchrun --nproc-per-node 8 -m dotmoe_kernels convert ./llama --data corpus.jsonl --output ./llama-moe\n"
         "dotmoe convert ./llama --data a.txt b.txt --expert-size 128 --active-fraction 0.25 --steps 500 --output ./llama-moe\n"
         "dotmoe convert ./llama --data corpus.parquet --output ./llama-moe --resume      # after an interruption\n"
         "dotmoe convert ./llama --data corpus.jsonl --router soft --cap 1.5 --output ./llama-soft\n"
@@ -216,11 +218,33 @@ def _add_convert(commands: Any) -> None:
         help="only print topology, parameters, and the tokens, memory and time predicted of every stage, from the config alone",
     )
     convert.add_argument("--json", action="store_true", help="print JSON, with --dry-run")
+    convert.add_argument(
+        "--gpus", type=int, metavar="N", help="with --dry-run: memory and time on 1, 2, 4, ... N GPUs, and what bounds them"
+    )
     _add_data(convert, required=False, sequence_length=SEQUENCE_LENGTH)
     _add_tokenizer(convert)
     _add_topology(convert)
     _add_alignment(convert)
     _add_stages(convert)
+    convert.add_argument(
+        "--token-cache",
+        metavar="DIR",
+        help="where the token ids of the text are kept for further runs too, 4 bytes each (default: in the run's folder, until the "
+        "model is saved)",
+    )
+    convert.add_argument(
+        "--shard",
+        action="store_const",
+        const=True,
+        help="under torchrun, for a MODEL that fits no GPU: each holds a part of its weights (FSDP2) in the stage align",
+    )
+    convert.add_argument(
+        "--activation-checkpointing",
+        action="store_const",
+        const=True,
+        help="in align, keep the inputs of the blocks alone and compute each block once more in the backward pass: less memory, "
+        "more time",
+    )
     convert.add_argument("--run-folder", metavar="DIR", help="where log and checkpoints go (default: that of --output, with .run)")
     convert.add_argument("--resume", action="store_true", help="continue from the last checkpoint of the run")
     convert.add_argument(

@@ -2,9 +2,10 @@
 
 pipeline.py    convert: the FFNs found, aligned or partitioned, made sparse
 finetuning.py  the sparse model trained on text       teacher.py            whose distribution it then learns
-zero_experts.py  router rows whose choice is nothing
+passes.py      the passes of one of its steps         zero_experts.py      router rows whose choice is nothing
 checks.py      what every conversion checks of itself
 data.py        text -> packed token sequences         readers.py             kinds of files -> their documents
+token_cache.py  those on disk, mapped into memory
 recipes.py     topologies and options by name         dryrun.py, costs.py    what a run would take
 streaming.py   a conversion without training, folder to folder in the memory of a layer
 plans.py       the topologies that fit                speeds.py              predicted times of a routed FFN

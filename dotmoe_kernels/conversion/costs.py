@@ -108,6 +108,7 @@ class Sizes:
     active: int  # of the n, those that a token touches
     P: int
     adapters: int  # parameters of the adapters of rank 1
+    around: int  # of the N, those outside the blocks
     learned: bool  # the assignment is; otherwise the router alone trains
 
     @property
@@ -150,6 +151,11 @@ def _working(z: Sizes, T: int) -> float:
     return max(dense, z.w * (2 * z.F * z.H + 2 * T * z.slots * s) + rows)
 
 
+def sinkhorn_seconds(z: Sizes, options: AlignmentConfig) -> float:
+    """Of Sinkhorn and its adjoint in the steps of an alignment."""
+    return options.steps * 2 * options.num_iters * 4 * z.L * z.plan / H200_BANDWIDTH
+
+
 def align_cost(z: Sizes, options: AlignmentConfig) -> Cost:
     T = (options.micro_batch_size or options.batch_size) * z.S
     kept = z.w * (2 * z.F + 2 * z.q + 2 * z.v + z.E) + 4 * (3 * z.H + 2 * z.E) + 12 * z.K  # bytes a token and layer
@@ -167,15 +173,16 @@ def align_cost(z: Sizes, options: AlignmentConfig) -> Cost:
     whole = 6 * z.P - behind + 4.5 * z.attention + 6 * z.L * z.E * z.H + 2 * z.L * z.plan
     a_step = options.batch_size * z.S
     tokens = options.steps * a_step
-    transport = options.steps * 2 * options.num_iters * 4 * z.L * z.plan / H200_BANDWIDTH
-    seconds = tokens * (whole + in_time) / (SHARE * H200_BF16) + transport
+    seconds = tokens * (whole + in_time) / (SHARE * H200_BF16) + sinkhorn_seconds(z, options)
     return Cost(options.steps, tokens, a_step, T, memory, float(tokens * (whole + routed)), seconds)
 
 
-def reconstruct_cost(z: Sizes, options: AlignmentConfig, steps: int) -> Cost:
+def reconstruct_cost(z: Sizes, options: AlignmentConfig, steps: int, layers: int | None = None) -> Cost:
+    """``layers``: how many of them. None: all."""
+    own = z.L if layers is None else layers
     B, count = RECONSTRUCT_BATCH, max(1, RECONSTRUCT_TOKENS // z.S)
     sample, held = count * z.S, (max(1, count // 16) if count > 1 else 1) * z.S
-    group = min(max(1, _MEMORY // (sample * z.H * z.w)), z.L)
+    group = min(max(1, _MEMORY // (sample * z.H * z.w)), own)
     passes = max(1, _ROWS // z.S) * z.S
     memory: dict[str, float] = {
         "weights": z.w * z.N,
@@ -189,12 +196,12 @@ def reconstruct_cost(z: Sizes, options: AlignmentConfig, steps: int) -> Cost:
         ),
     }
     dense, router, rate = 6 * z.F * z.H, 2 * z.E * z.H, SHARE * H200_BF16
-    around = -(-z.L // group) * sample * (2 * z.P + z.attention) + z.L * (sample * dense + 2 * held * (dense + router))
+    around = -(-own // group) * sample * (2 * z.P + z.attention) + own * (sample * dense + 2 * held * (dense + router))
     routed, in_time = _behind_the_mask(z, B, 2 * z.F * z.H)
     whole = dense + 2 * router + 2 * z.plan  # gate, up and the gradient of their product: as many as in a dense pass
     a_step = B * (whole + routed)
     step_seconds = max(B * (whole + in_time) / rate + 2 * options.num_iters * 4 * z.plan / H200_BANDWIDTH, _LEAST_STEP)
-    flops, seconds = around + z.L * steps * a_step, around / rate + z.L * steps * step_seconds
+    flops, seconds = around + own * steps * a_step, around / rate + own * steps * step_seconds
     return Cost(steps, sample, B, B, memory, float(flops), seconds)
 
 
@@ -204,12 +211,19 @@ def _taught_loss(z: Sizes, T: int, trains: bool) -> int:
     return 12 * T * z.H + 16 * min(chunk_rows(z.V, torch.device("cuda"), head), T) * z.V + 8 * z.V * head
 
 
+def routers_train(z: Sizes, options: FinetuneConfig) -> bool:
+    return z.soft or options.zero_experts > 0 or bool(options.router_lr)
+
+
+def trained_parameters(z: Sizes, options: FinetuneConfig) -> int:
+    return z.L * z.E * z.H * routers_train(z, options) + options.lora_rank * z.adapters if options.lora_rank else z.n
+
+
 def finetune_cost(z: Sizes, options: FinetuneConfig, dtype: torch.dtype, teacher: str | None = None) -> Cost:
     """``teacher``: "itself", the model with every expert on, or "another"."""
     T, half = (options.micro_batch_size or options.batch_size) * z.S, dtype == torch.bfloat16
-    learn = z.soft or options.zero_experts > 0 or bool(options.router_lr)
-    routers, adapters = z.L * z.E * z.H * learn, options.lora_rank * z.adapters
-    trained = routers + adapters if options.lora_rank else z.n
+    routers = z.L * z.E * z.H if routers_train(z, options) else 0
+    adapters, trained = options.lora_rank * z.adapters, trained_parameters(z, options)
     width = 2 if half else 4  # bytes of what enters a product: a float16 model is float32 here
     kept = (
         (28 if half else 24) * z.H

@@ -8,13 +8,14 @@ import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from .._checks import is_integer, refuse, require, require_indices
 from .readers import KINDS, TextField, is_settings, kind_of, missing_extra, read_file
+from .token_cache import TokenCache, tokenizer_identity
 
 _SOURCES = "a file, a folder or a dataset's name"
 _TOKENS = "token ids: a tensor [N, S] int64, or an iterable of [S], such as the input_ids of each row"
@@ -31,7 +32,7 @@ def _row(row: Any, argument: str) -> Tensor:
 
 
 def as_tokens(data: Tensor | Iterable[Tensor], argument: str = "data") -> Tensor:
-    """Packed sequences [N, S] int64 on the CPU, of a tensor or of its rows one by one.
+    """Packed sequences [N, S] on the CPU, of a tensor, int64 or int32 as it is, or of its rows one by one, int64.
 
     Raises:
         ValueError: no token ids (a dictionary, say), no sequence, sequences of different lengths or below 2 tokens, another dtype;
@@ -47,11 +48,12 @@ def as_tokens(data: Tensor | Iterable[Tensor], argument: str = "data") -> Tensor
         require(bool(rows), argument, "empty", "sequences of at least 2 tokens")
         require(len(lengths) == 1, argument, f"of sequences of {lengths[0]} to {lengths[-1]} tokens", "sequences of one length")
         tokens = torch.stack(rows)
+        tokens = tokens.long() if tokens.dtype == torch.int32 else tokens
     require_indices(tokens, argument, 2, "[N, S]")
     require(
         tokens.shape[0] >= 1 and tokens.shape[1] >= 2, argument, f"of shape {list(tokens.shape)}", "sequences of at least 2 tokens"
     )
-    return tokens.long().cpu()
+    return tokens.cpu()  # int32 may lie on disk
 
 
 def _hub(name: str, field: TextField, seed: int) -> Iterator[str]:
@@ -113,7 +115,34 @@ def _folder(folder: Path, field: TextField) -> list[Path]:
     return sorted(files)
 
 
-def _documents(source: str, field: TextField, seed: int) -> Iterator[str]:
+class _Located(NamedTuple):
+    """A source: the files of a file or a folder and what is wrong where they hold no text, or the name of a dataset."""
+
+    name: str
+    files: list[Path] | None = None
+    reason: str = ""
+    allowed: str = ""
+
+    def identity(self, seed: int) -> list[Any]:
+        """What is another, once other text is read. A dataset is known by its name alone."""
+        if self.files is None:
+            return [self.name, seed]
+        states = [(os.path.realpath(file), file.stat()) for file in self.files]
+        return [[path, state.st_size, state.st_mtime_ns] for path, state in states]
+
+    def texts(self, field: TextField, seed: int) -> Iterator[str]:
+        if self.files is None:
+            yield from _hub(self.name, field, seed)
+            return
+        texts = (text for file in self.files for text in read_file(file, field))
+        first = next(texts, None)
+        if first is None:
+            refuse("sources", f"{Path(os.path.expanduser(self.name))}, {self.reason}", self.allowed)
+        yield first
+        yield from texts
+
+
+def _locate(source: str, field: TextField) -> _Located:
     require(bool(source), "sources", repr(source), _SOURCES)
     path = Path(os.path.expanduser(source))
     try:
@@ -126,20 +155,13 @@ def _documents(source: str, field: TextField, seed: int) -> Iterator[str]:
         link = os.path.islink(path)
         local = link or kind_of(path) or source.startswith((".", "/", "~")) or source.count("/") > 1
         require(not local, "sources", f"{source}, which {'leads to nothing' if link else 'does not exist'}", _SOURCES)
-        yield from _hub(source, field, seed)
-        return
+        return _Located(source)
     if stat.S_ISDIR(mode):
-        files, reason, allowed = _folder(path, field), "a folder without text", f"a folder with {KINDS}, not all of them empty"
-    else:
-        require(stat.S_ISREG(mode), "sources", f"{path}, which is no regular file but a pipe or a device", _SOURCES)
-        require(kind_of(path) is not None, "sources", str(path), f"files ending in {KINDS}")
-        files, reason, allowed = [path], "which is empty", "files with text"
-    texts = (text for file in files for text in read_file(file, field))
-    first = next(texts, None)
-    if first is None:
-        refuse("sources", f"{path}, {reason}", allowed)
-    yield first
-    yield from texts
+        files = _folder(path, field)
+        return _Located(source, files, "a folder without text", f"a folder with {KINDS}, not all of them empty")
+    require(stat.S_ISREG(mode), "sources", f"{path}, which is no regular file but a pipe or a device", _SOURCES)
+    require(kind_of(path) is not None, "sources", str(path), f"files ending in {KINDS}")
+    return _Located(source, [path], "which is empty", "files with text")
 
 
 def _names(sources: Any) -> list[str]:
@@ -161,29 +183,40 @@ def read_documents(
     """The documents of ``sources``, one by one; arguments and errors as of ``load_tokens``, but that the tokenizer, for its chat
     template alone, may be None."""
     require(isinstance(text_field, str), "text_field", repr(text_field), "a string")
+    field = TextField(text_field, tokenizer)
     for name in _names(sources):
-        yield from _documents(name, TextField(text_field, tokenizer), seed)
+        yield from _locate(name, field).texts(field, seed)
+
+
+def _check_lengths(sequence_length: int, max_tokens: int | None) -> None:
+    require(is_integer(sequence_length) and sequence_length >= 1, "sequence_length", sequence_length, "an integer >= 1")
+    enough = max_tokens is None or max_tokens >= sequence_length
+    require(enough, "max_tokens", max_tokens, f"at least one sequence, {sequence_length}, or None")
+
+
+def _encode(text: str, tokenizer: Any) -> list[int]:
+    """With the end-of-text token, where there is one."""
+    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    return found if end is None or found[-1:] == [end] else [*found, end]  # a chat template may have written it
+
+
+def _require_rows(count: int, sequence_length: int, given: str) -> int:
+    require(count >= sequence_length, "sources", f"{given}, {count} tokens", f"at least one sequence of {sequence_length} tokens")
+    return count // sequence_length
 
 
 def pack_documents(
     documents: Iterable[str], tokenizer: Any, *, sequence_length: int, max_tokens: int | None = None, given: str = "the documents"
 ) -> Tensor:
     """Tokenised ``documents`` packed into [M, N] int64 as ``load_tokens`` says; ``given`` names them in errors."""
-    require(is_integer(sequence_length) and sequence_length >= 1, "sequence_length", sequence_length, "an integer >= 1")
-    enough = max_tokens is None or max_tokens >= sequence_length
-    require(enough, "max_tokens", max_tokens, f"at least one sequence, {sequence_length}, or None")
-    end = tokenizer.eos_token_id
+    _check_lengths(sequence_length, max_tokens)
     ids = array("q")
     for text in documents:
-        found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids.extend(found)
-        if end is not None and found[-1:] != [end]:  # a chat template may have written it
-            ids.append(end)
+        ids.extend(_encode(text, tokenizer))
         if max_tokens is not None and len(ids) >= max_tokens:
             break
-    count = len(ids) if max_tokens is None else min(len(ids), max_tokens)
-    require(count >= sequence_length, "sources", f"{given}, {count} tokens", f"at least one sequence of {sequence_length} tokens")
-    rows = count // sequence_length
+    rows = _require_rows(len(ids) if max_tokens is None else min(len(ids), max_tokens), sequence_length, given)
     return torch.frombuffer(ids, dtype=torch.int64, count=rows * sequence_length).view(rows, sequence_length)  # not a copy
 
 
@@ -195,6 +228,8 @@ def load_tokens(
     max_tokens: int | None = None,
     text_field: str = "text",
     seed: int = 0,
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = False,
 ) -> Tensor:
     """Documents, joined by the end-of-text token where the tokenizer has one, cut into full sequences; the rest is dropped.
 
@@ -208,9 +243,13 @@ def load_tokens(
         text_field: the field of a row that holds the text, or a list of chat messages ({"role", "content"}), which the chat
             template of the tokenizer joins; "a.b" is b in the object a.
         seed: of the shuffle of a dataset's stream; files are read in order.
+        cache: a folder for the token ids, 4 bytes each, which then are read from there and take no memory. What is there already
+            is not tokenised again, also after an interruption and by several processes at once, as long as the tokenizer and the
+            files, by their names, sizes and times, are the same. None: in memory, 8 bytes each.
+        progress: show a bar while ``cache`` is written.
 
     Returns:
-        tokens [M, N] int64, the same for the same arguments.
+        tokens [M, N] int64, the same for the same arguments; with ``cache`` int32.
 
     Raises:
         ValueError: no source, an empty or broken file, no such field, an unknown kind of file, fewer tokens than one sequence.
@@ -219,10 +258,20 @@ def load_tokens(
     A warning says what a folder holds that is not read.
     """
     names = _names(sources)
-    return pack_documents(
-        read_documents(names, text_field=text_field, seed=seed, tokenizer=tokenizer),
-        tokenizer,
-        sequence_length=sequence_length,
-        max_tokens=max_tokens,
-        given=", ".join(names),
+    given, field = ", ".join(names), TextField(text_field, tokenizer)
+    if cache is None:
+        documents = read_documents(names, text_field=text_field, seed=seed, tokenizer=tokenizer)
+        return pack_documents(documents, tokenizer, sequence_length=sequence_length, max_tokens=max_tokens, given=given)
+    _check_lengths(sequence_length, max_tokens)
+    require(isinstance(text_field, str), "text_field", repr(text_field), "a string")
+    located = [_locate(name, field) for name in names]
+    source = {"files": [one.identity(seed) for one in located], "text_field": text_field}
+    store = TokenCache(Path(os.path.expanduser(cache)), source | {"tokenizer": tokenizer_identity(tokenizer)})
+    tokens = store.tokens(
+        lambda: (text for one in located for text in one.texts(field, seed)),
+        lambda text: _encode(text, tokenizer),
+        max_tokens,
+        progress=progress,
     )
+    rows = _require_rows(tokens.numel(), sequence_length, given)
+    return tokens[: rows * sequence_length].view(rows, sequence_length)

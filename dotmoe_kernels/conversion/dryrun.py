@@ -23,6 +23,7 @@ from ..routing.budgets import slots
 from .costs import SHARE, Cost, Sizes, align_cost, finetune_cost, reconstruct_cost
 from .finetuning import FinetuneConfig
 from .recipes import Recipe
+from .scaling import gpu_lines, predict_gpus
 from .sources import location
 
 _H200_GB = 141  # as published
@@ -70,6 +71,7 @@ def _sizes(dense: PreTrainedConfig, sparse: DotMoeConfig, sequence_length: int, 
     width = getattr(text, "head_dim", None) or H // heads
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     inside, head = tuple(f"{name}." for name in ffns), model.get_output_embeddings()
+    blocks = tuple(f"{name.rpartition('.')[0]}." for name in ffns)
     around = [m for name, m in linears.items() if m is not head and not name.startswith(inside)]  # what adapters go on
     return Sizes(
         L=len(ffns),
@@ -89,6 +91,7 @@ def _sizes(dense: PreTrainedConfig, sparse: DotMoeConfig, sequence_length: int, 
         active=active,
         P=sum(m.weight.numel() for m in linears.values()),
         adapters=sum(m.in_features + m.out_features for m in around),
+        around=sum(p.numel() for name, p in model.named_parameters() if not name.startswith(blocks)),
         learned=learned,
     )
 
@@ -105,8 +108,9 @@ def predict_run(
     reconstruct_steps: int = 100,
     tuning: FinetuneConfig | None = None,
     teacher: str | None = None,
+    gpus: int | None = None,
 ) -> dict[str, Any]:
-    """The figures of ``costs``.
+    """The figures of ``costs``, and with ``gpus`` of ``scaling``.
 
     Args:
         dense: config of the dense model.
@@ -119,6 +123,7 @@ def predict_run(
         reconstruct_steps: of each layer.
         tuning: options of the stage finetune. None: FinetuneConfig().
         teacher: of that stage: "itself", the model with every expert on, or "another". None: the text alone.
+        gpus: as many at the most, from 1 on. None: one.
 
     Returns:
         topology, parameters; ``stages``: of each its steps, tokens, predicted memory in GB by part, flops and predicted seconds;
@@ -141,6 +146,8 @@ def predict_run(
     rests_on = f"one H200 at {SHARE:.0%} [estimate] of {H200_BF16 / 1e12:.0f} TFLOP/s in bfloat16; nobody measured it"
     if kind == torch.float32 or (kind == torch.float16 and "finetune" in costs):
         rests_on += "; products in float32, which this run has, are slower"
+    more: dict[str, Any] = {"stages": list(stages), "reconstruct_steps": reconstruct_steps, "tuning": tuning or FinetuneConfig()}
+    more |= {"most": gpus, "dtype": kind, "teacher": teacher, "capacity": _H200_GB * 1e9}
     return {
         "layers": z.L,
         "hidden_size": z.H,
@@ -159,6 +166,7 @@ def predict_run(
         "predicted_memory_gb": round(max(sum(cost.memory.values()) for cost in costs.values()) / 1e9, 3),
         "predicted_seconds": round(sum(cost.seconds for cost in costs.values()), 3),
         "predicted_for": rests_on,
+        **({} if gpus is None else {"gpus": predict_gpus(z, options, **more)}),
     }
 
 
@@ -209,4 +217,5 @@ def run_lines(report: dict[str, Any]) -> list[str]:
         f"predicted in all: {_duration(r['predicted_seconds'])}, up to {r['predicted_memory_gb']:.1f} GB"
         + (f", more than the {_H200_GB} of one H200" if r["predicted_memory_gb"] > _H200_GB else ""),
         f"predicted for {r['predicted_for']}",
+        *(gpu_lines(r["gpus"], _duration) if "gpus" in r else []),
     ]

@@ -23,22 +23,23 @@ from transformers import PreTrainedModel
 
 from .._checks import is_integer, is_number, plain_numbers, require, require_range
 from ..alignment.checkpoints import (
-    last_checkpoint,
-    load_checkpoint,
     read_log,
+    resume_from,
     save_checkpoint,
     tokens_checksum,
     truncate_log,
     weights_checksum,
 )
+from ..alignment.ranks import find_ranks
 from ..alignment.schedule import ends, learning_rate, shuffled_rows
+from ..alignment.stopping import Stop, stopped
 from ..evaluation import perplexity
-from ..models.block import DotMoeRouter, moe_blocks
+from ..models.block import moe_blocks
 from ..models.config import DotMoeConfig
 from ..models.folder import check_state
 from ..models.modeling import DotMoeForCausalLM
-from ..routing import route_soft, route_top_k
 from .data import as_tokens
+from .passes import Passes
 from .teacher import Teacher, teaching
 from .zero_experts import add_zero_experts
 
@@ -133,27 +134,6 @@ def _with_weights(options: FinetuneConfig, taught: bool) -> FinetuneConfig:
 
 
 @contextmanager
-def _router_losses(model: nn.Module, zero_share: float = 2.0) -> Iterator[list[dict[str, Tensor]]]:
-    """Inside, every pass appends z and balance of each router to the list, and the share of its slots that zero experts got."""
-    found: list[dict[str, Tensor]] = []
-
-    def hook(gate: DotMoeRouter, args: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        if gate.soft is None:
-            routing = route_top_k(output[0], gate.top_k, num_zero_experts=gate.num_zero_experts, zero_share=zero_share)
-        else:
-            routing = route_soft(output[0], gate.soft)
-        terms = {"z": routing.z_loss, "balance": routing.balance_loss}
-        found.append(terms | ({"zero": routing.load[gate.num_experts :].sum()} if gate.num_zero_experts else {}))
-
-    handles = [block.gate.register_forward_hook(hook) for block in moe_blocks(model).values()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
 def _in_float32(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Inside, these are float32: a small step would be lost in a 16-bit weight. Their strides stay."""
     narrow = [(p, p.dtype) for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
@@ -227,6 +207,12 @@ def _adapters(model: DotMoeForCausalLM, config: FinetuneConfig) -> Iterator[None
             parameter.requires_grad_(flag)
 
 
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    found = [p for p in model.parameters() if p.requires_grad]
+    require(bool(found), "model", "without a parameter that requires a gradient", "at least one")
+    return found
+
+
 def finetune(
     model: DotMoeForCausalLM,
     data: Tensor | Iterable[Tensor],
@@ -238,6 +224,7 @@ def finetune(
     resume: bool = False,
     progress: bool = False,
     on_step: Callable[[int], None] | None = None,
+    stop: Stop | None = None,
 ) -> DotMoeForCausalLM:
     """Train a converted model on text: CE(next token) + z mean(logsumexp(Z)^2) + balance E <load, mean Q>; with a teacher
     kl KL(teacher || sparse) + ce CE(next token) in the place of the first.
@@ -257,6 +244,7 @@ def finetune(
         resume: continue from the newest checkpoint in ``folder``, bit for bit on CPU.
         progress: show a bar.
         on_step: called with the number of steps done after each.
+        stop: looked at once a step; where it asks for it, Stopped is raised once the state is in ``folder``.
 
     Returns:
         The model, in eval mode, with the figures after those of earlier runs in ``config.stages["finetune"]``. With every expert
@@ -271,10 +259,10 @@ def finetune(
     require(isinstance(model, DotMoeForCausalLM), "model", f"a {type(model).__name__}", "a DotMoeForCausalLM")
     with torch.device("meta"):
         check_state(model, DotMoeForCausalLM(copy.deepcopy(model.config)))  # or what is saved afterwards cannot be read back
-    options = _with_weights(FinetuneConfig() if config is None else config, teacher is not None)
-    options = _with_rates(options, model.config)
+    options = _with_rates(_with_weights(FinetuneConfig() if config is None else config, teacher is not None), model.config)
     tokens = as_tokens(data)
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary, ranks = model.config.get_text_config().vocab_size, find_ranks(model.device)
+    ranks.require_passes(options.batch_size, options.micro_batch_size)
     require_range(tokens, "data", 0, vocabulary - 1)
     figures: dict[str, Any] = {"steps": options.steps, "tokens": options.steps * options.batch_size * tokens.shape[1]}
     if options.lora_rank:
@@ -295,16 +283,16 @@ def finetune(
         if guide is not None:
             figures["teacher"] = guide.name
         with _adapters(model, options), _resting(model, not options.router_lr):
-            trained = [p for p in model.parameters() if p.requires_grad]
-            require(bool(trained), "model", "without a parameter that requires a gradient", "at least one")
+            trained = _trained(model)
             # float16 would need its loss scaled: all of it is float32 instead
             wide = trained + [p for p in model.parameters() if p.dtype == torch.float16 and not p.requires_grad]
             with _in_float32(wide):
-                log = _train(model.train(), guide, trained, tokens, options, marks, log_path, half, resume, progress, on_step)
+                told = (log_path, half, resume, progress, on_step, Stop() if stop is None else stop)
+                log = _train(model.train(), guide, trained, tokens, options, marks, *told)
     model.eval()
     if not options.steps:
         return model
-    entries = log if log_path is None else read_log(log_path)
+    entries = log if log_path is None else ranks.once(lambda: read_log(log_path))
     if len(entries) == options.steps:  # otherwise the log was removed before the run was resumed, and the beginning with it
         figures["loss"] = ends([entry["ce"] for entry in entries])
         figures |= {name: ends([entry[name] for entry in entries]) for name in ("kl", "zero") if name in entries[0]}
@@ -329,14 +317,6 @@ def _marks(model: DotMoeForCausalLM, teacher: Teacher | None, tokens: Tensor, op
     }
 
 
-def _text_loss(model: DotMoeForCausalLM, teacher: Teacher | None, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted terms that come of the text [B, N], and each by name."""
-    if teacher is not None:
-        return teacher.losses(model, tokens)
-    ce = model(input_ids=tokens, labels=tokens, use_cache=False).loss.float()
-    return ce, {"ce": ce}
-
-
 def _train(
     model: DotMoeForCausalLM,
     teacher: Teacher | None,
@@ -349,9 +329,10 @@ def _train(
     resume: bool,
     progress: bool,
     on_step: Callable[[int], None] | None,
+    stop: Stop,
 ) -> list[dict[str, float]]:
     """The loop; returns the log of the steps it took."""
-    device = model.device
+    device, ranks = model.device, find_ranks(model.device)
     rate, gates = float(config.lr or 0.0), {id(block.gate.weight) for block in moe_blocks(model).values()}
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.dim() >= 2 and id(p) not in gates], "weight_decay": config.weight_decay, "peak": rate},
@@ -361,41 +342,33 @@ def _train(
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0)
     first, last_good = 0, "none"
     checkpoints = None if log_path is None else log_path.parent / "checkpoints"
-    found = last_checkpoint(checkpoints) if resume and checkpoints is not None else None
+    found = resume_from(checkpoints, marks, ranks) if resume and checkpoints is not None else None
     if found is not None:
-        state = load_checkpoint(found, marks)
-        first, last_good = state["step"], str(found)
+        path, state = found
+        first, last_good = state["step"], str(path)
         with torch.no_grad():
             for parameter, value in zip(trained, state["parameters"], strict=True):
                 parameter.copy_(value)
         optimizer.load_state_dict(state["optimizer"])
-    if log_path is not None:
+    if log_path is not None and ranks.first:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         truncate_log(log_path, first)
         log_path.touch()
 
-    begin, log = time.monotonic(), []
-    bar = tqdm(total=config.steps, initial=first, desc="finetune", disable=not progress, dynamic_ncols=True)
+    begin, log = time.monotonic(), list[dict[str, float]]()
+    quiet = not (progress and ranks.first)
+    bar = tqdm(total=config.steps, initial=first, desc="finetune", disable=quiet, dynamic_ncols=True)
     devices = [device] if device.type == "cuda" else []
-    balanced = config.zero_balance if model.config.num_zero_experts else config.balance
-    with bar, _router_losses(model, config.zero_share) as routers, torch.random.fork_rng(devices):
+    with bar, Passes(model, teacher, trained, config, half, ranks) as passes, torch.random.fork_rng(devices), stop.finishing():
         for step in range(first, config.steps):
-            torch.manual_seed(config.seed * 1_000_003 + step)  # of dropout, where the model has it
+            # of dropout, where the model has it
+            torch.manual_seed(config.seed * 1_000_003 + step + (ranks.rank << 40))
             share = learning_rate(step, config.steps, config.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = share * group["peak"]
             optimizer.zero_grad(set_to_none=True)
             batch = shuffled_rows(data, step, config.batch_size, config.seed).to(device)
-            sums: dict[str, Tensor] = {}
-            for micro in batch.split(config.micro_batch_size or config.batch_size):
-                routers.clear()
-                with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                    text, terms = _text_loss(model, teacher, micro)
-                terms |= {name: torch.stack([losses[name] for losses in routers]).mean() for name in routers[0]}
-                total, weight = text + config.z * terms["z"] + balanced * terms["balance"], len(micro) / len(batch)
-                (total * weight).backward()
-                for name, term in {"loss": total, **terms}.items():
-                    sums[name] = sums.get(name, torch.zeros((), device=device)) + term.detach().float() * weight
+            sums, wish = passes.take(batch, stop)
             norm = nn.utils.clip_grad_norm_(trained, config.clip)
             values = dict(zip(sums, torch.stack([*sums.values()]).tolist(), strict=True)) | {"grad_norm": float(norm)}
             if not all(map(math.isfinite, values.values())):
@@ -405,18 +378,23 @@ def _train(
                     f"last good checkpoint: {last_good}"
                 )
             optimizer.step()
-            done = step + 1
-            entry = {"step": done, **values, "lr": share * rate, "seconds": time.monotonic() - begin}
+            done, last = step + 1, stop.asked if wish is None else bool(wish)  # looked at once: it may change any moment
+            seconds = time.monotonic() - begin
+            speed = ranks.speed(batch.numel(), seconds - (log[-1]["seconds"] if log else 0.0))
+            entry = {"step": done, **values, "lr": share * rate, "seconds": seconds, **speed}
             log.append(entry)
             if log_path is not None and checkpoints is not None:
-                with log_path.open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
-                if done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
+                if ranks.first:
+                    with log_path.open("a") as file:
+                        file.write(json.dumps(entry) + "\n")
+                if last or done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
                     state = {"step": done, "fingerprint": marks, "parameters": [p.detach() for p in trained]}
-                    last_good = str(save_checkpoint(checkpoints, done, {**state, "optimizer": optimizer.state_dict()}))
+                    last_good = str(save_checkpoint(checkpoints, done, {**state, "optimizer": optimizer.state_dict()}, ranks))
             bar.set_postfix({name: f"{values[name]:.3f}" for name in ("loss", "kl", "ce") if name in values}, refresh=False)
             bar.update()
             if on_step is not None:
                 on_step(done)
+            if last:
+                raise stopped("finetune", done, config.steps, None if log_path is None else last_good)
     optimizer.zero_grad(set_to_none=True)
     return log

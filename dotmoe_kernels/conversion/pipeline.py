@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +19,12 @@ from ..alignment.checkpoints import read_log, tokens_checksum, weights_checksum
 from ..alignment.config import INITS, AlignmentConfig
 from ..alignment.loop import align
 from ..alignment.module import AlignmentFFN, collect_inputs
+from ..alignment.ranks import Ranks, computing_device, find_ranks
 from ..alignment.reconstruction import reconstruct
 from ..alignment.schedule import ends
+from ..alignment.sharding import recomputed, shard_blocks, twin
 from ..alignment.soft import BudgetState
+from ..alignment.stopping import Stop
 from ..alignment.transport import Transport
 from ..evaluation import COLLAPSE, unused_experts, unused_line
 from ..models.backbone import check_backbone, shared_width
@@ -108,7 +111,8 @@ def _partition(
     kind: str, ffn: DenseFFN, inputs: Tensor | None, num_experts: int, shared: int, generator: torch.Generator
 ) -> Partition | None:
     F, H = ffn.gate_proj.shape
-    gate, up, down = (w.detach() for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
+    weights = (ffn.gate_proj, ffn.up_proj, ffn.down_proj)
+    gate, up, down = (w.detach().to(w.device if inputs is None else inputs.device) for w in weights)
     if kind == "random":
         return random_partition(F, num_experts, H, generator)
     if kind == "kmeans":
@@ -120,8 +124,10 @@ def _partition(
     return None
 
 
-def _ordered(stages: Sequence[str]) -> list[str]:
+def _ordered(stages: Sequence[str], reconstruct_steps: int) -> list[str]:
     """``stages`` in the order of ``STAGES``, each once."""
+    whole = is_integer(reconstruct_steps) and reconstruct_steps >= 0
+    require(whole, "reconstruct_steps", reconstruct_steps, "an integer of at least 0")
     allowed = f"one or both of {' '.join(STAGES)}"
     given = [stages] if isinstance(stages, str) else list(stages)
     require(bool(given) and set(given) <= set(STAGES), "stages", " ".join(map(str, given)) or "empty", allowed)
@@ -136,8 +142,10 @@ def _build_layers(
     options: AlignmentConfig,
     data: Tensor | None,
     generator: torch.Generator | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, AlignmentFFN]:
-    """Every FFN of ``model`` swapped for an AlignmentFFN that starts as ``method`` and ``options.init`` say."""
+    """Every FFN of ``model`` swapped for an AlignmentFFN that starts as ``method`` and ``options.init`` say. ``ranks``: which
+    share the frozen weights, ``model`` being a twin."""
     E, K = config.num_experts, config.num_experts_per_tok
     shared = K // 2 if options.shared is None else options.shared
     require(shared <= min(K, E - 1), "shared", shared, f"at most K = {K}" + (f" and E - 1 = {E - 1}" if K == E else ""))
@@ -151,13 +159,15 @@ def _build_layers(
         layer = AlignmentFFN(*weights, router_weight=torch.zeros(shape), top_k=K, activation=ffn.activation, router=config.router)
         layers[name] = layer
         swap_ffn(model, name, layer)
+    if ranks is not None:
+        shard_blocks(model, layers, ranks)
     inputs: dict[str, Tensor] = {}
     if kind in CALIBRATED:
         assert data is not None
         least, most = _CALIBRATION_TOKENS
         wanted = max(least, min(8 * next(iter(ffns.values())).gate_proj.shape[1], most))
         rows = -(-wanted // data.shape[1])
-        inputs = collect_inputs(model, layers, data[:rows].to(model.device))
+        inputs = collect_inputs(model, layers, data[:rows].long().to(model.device if ranks is None else ranks.device))
         broken = next((name for name, x in inputs.items() if not bool(torch.isfinite(x).all())), None)
         if broken is not None:
             raise FloatingPointError(f"what enters layer {broken} of the dense model is not finite")
@@ -165,7 +175,7 @@ def _build_layers(
         layer, (F, H) = layers[name], ffn.gate_proj.shape
         partition = _partition(kind, ffn, inputs.pop(name, None), E, shared, generator)
         router = noise_router(E, H, generator, std=options.init_std) if partition is None else partition.router_weight
-        device = ffn.gate_proj.device
+        device = ffn.gate_proj.device if ranks is None else ranks.device
         layer.router_weight = torch.nn.Parameter(router.float().to(device))
         if partition is not None:
             layer.expert_of = partition.expert_of.to(device)
@@ -236,7 +246,9 @@ class _Run(NamedTuple):
         """All layers together; the figures, and the soft router's budgets."""
         result = align(self.model, self.layers, self.tokens, self.options, folder=self.folder, label=label, **self.shared)
         written = None if self.folder is None else self.folder / "log.jsonl"
-        log = result.log if written is None or not written.is_file() else read_log(written)
+        ranks = find_ranks(next(iter(self.layers.values())).router_weight.device)
+        read = ranks.once(lambda: None if written is None or not written.is_file() else read_log(written))
+        log = result.log if read is None else read
         whole = len(log) == result.steps  # a log that was removed before the run was resumed says nothing of the beginning
         kept = [name for name in _CURVES if whole and all(name in entry for entry in log)]
         curves = {name: ends([entry[name] for entry in log]) for name in kept}
@@ -254,18 +266,43 @@ def _warn_of_unused(loads: dict[str, Tensor], tokens: int, layers: dict[str, Ali
         warnings.warn(f"{unused_line(unused, slots)} in the last step of the alignment: {COLLAPSE}", stacklevel=4)
 
 
+def _sharing(model: PreTrainedModel, stages: Sequence[str], reconstruct_steps: int) -> Ranks:
+    """The ranks that share the weights of ``model``, each with the device that it computes on."""
+    ranks = find_ranks(computing_device(model.device))
+    require(ranks.grouped, "shard", True, "in a process group, such as torchrun's")
+    early = "reconstruct" in stages and reconstruct_steps > 0
+    require(not early, "shard", True, "without the stage reconstruct, which takes a layer at a time on one GPU")
+    return ranks
+
+
 def _fingerprint(
-    model: PreTrainedModel, ffns: dict[str, DenseFFN], config: DotMoeConfig, method: str, tokens: Tensor, early: int
+    model: PreTrainedModel,
+    layers: dict[str, AlignmentFFN],
+    ffns: dict[str, DenseFFN],
+    config: DotMoeConfig,
+    method: str,
+    tokens: Tensor,
+    early: int,
 ) -> dict[str, Any]:
     """What must agree with a run that is resumed. ``early``: steps of the reconstruction."""
+    inside = {id(p) for ffn in ffns.values() for p in ffn.module.parameters()}
+    around = [p for p in model.parameters() if id(p) not in inside]
+    trained = [p for layer in layers.values() for p in (layer.router_weight, layer.affinity) if p is not None]
+    count = sum(p.numel() for p in {id(p): p for p in (*around, *trained)}.values())
     return {
         "method": method,
         "topology": [config.num_experts, config.num_experts_per_tok, *(["soft"] if config.router == "soft" else [])],
-        "model": [type(model).__name__, model.num_parameters()],
+        "model": [type(model).__name__, count],
         "weights": weights_checksum(w for ffn in ffns.values() for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)),
         "tokens": tokens_checksum(tokens),
         "reconstruct_steps": early,
     }
+
+
+def _learned(layers: dict[str, AlignmentFFN], ffns: dict[str, DenseFFN]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The assignment and the router of each layer, where its weights are."""
+    places = {name: ffn.gate_proj.device for name, ffn in ffns.items()}
+    return {n: (f.expert_of.to(places[n]), f.router_weight.detach().to(places[n])) for n, f in layers.items()}  # type: ignore[union-attr]
 
 
 def _describe(
@@ -301,6 +338,9 @@ def convert(
     folder: str | Path | None = None,
     resume: bool = False,
     progress: bool = False,
+    stop: Stop | None = None,
+    shard: bool = False,
+    activation_checkpointing: bool = False,
 ) -> DotMoeForCausalLM:
     """Turn a dense causal LM into a sparse DOT-MoE of the same neurons.
 
@@ -322,6 +362,9 @@ def convert(
         folder: where checkpoints and the log of the training go. None: nowhere.
         resume: continue from the newest checkpoint in ``folder``, bit for bit on CPU.
         progress: show a bar.
+        stop: looked at once a step; where it asks for it, Stopped is raised once the state is in ``folder``.
+        shard: for a model that fits no GPU, and so lies on the CPU: in the alignment each rank's GPU holds a part of its weights.
+        activation_checkpointing: of a block its input alone is kept in the alignment, and the block computed once more.
 
     Returns:
         DotMoeForCausalLM in eval mode: with every expert on it equals the dense model. ``config.stages`` says what each stage
@@ -334,6 +377,7 @@ def convert(
         FloatingPointError: a non-finite loss, or in the calibration a non-finite state; names the step, the layer and the last good
             checkpoint.
 
+    In a process group of torch.distributed every rank makes the same call and gets the same model; see ``alignment.ranks``.
     Source: DOT-MoE (arXiv 2606.01666).
     """
     require(method in METHODS, "method", repr(method), " | ".join(METHODS))
@@ -346,28 +390,28 @@ def convert(
     ffns = find_ffns(model)
     config = copy.deepcopy(config)
     _check_model(model, config, ffns)
-    options, stages = _soft_options(options, config), _ordered(stages)
-    whole = is_integer(reconstruct_steps) and reconstruct_steps >= 0
-    require(whole, "reconstruct_steps", reconstruct_steps, "an integer of at least 0")
+    options, stages = _soft_options(options, config), _ordered(stages, reconstruct_steps)
     tokens = _check_data(model, data, method, options)
     figures: dict[str, Any] = {}
-    budgets = None
+    budgets, ranks = None, _sharing(model, stages, reconstruct_steps) if shard else None
     with _frozen(model, ffns):
         options = find_start(options, method, model, ffns, tokens)
-        layers = _build_layers(model, ffns, config, method, options, tokens)
+        work: Any = model if ranks is None else twin(model)
+        layers = _build_layers(work, ffns, config, method, options, tokens, ranks=ranks)
         if tokens is not None:
             early = reconstruct_steps if "reconstruct" in stages else 0
-            fingerprint = _fingerprint(model, ffns, config, method, tokens, early)
-            shared = {"resume": resume, "progress": progress, "fingerprint": fingerprint}
-            run = _Run(model, layers, tokens, options, None if folder is None else Path(folder), shared)
+            fingerprint = _fingerprint(model, layers, ffns, config, method, tokens, early)
+            shared = {"resume": resume, "progress": progress, "fingerprint": fingerprint, "stop": stop}
+            run = _Run(work, layers, tokens, options, None if folder is None else Path(folder), shared)
             if early:
                 figures["reconstruct"] = run.reconstruct(early)
             if "align" in stages and options.steps:
-                figures["align"], budgets = run.align(method)
+                with recomputed(work, layers) if activation_checkpointing else nullcontext():
+                    figures["align"], budgets = run.align(method)
             del run
         if method == "dot" and not figures:
             Transport(layers, options).refresh(options.tau_end)
-    learned = {name: (layer.expert_of, layer.router_weight.detach()) for name, layer in layers.items()}
-    del layers  # so that the dense FFNs are freed one by one
+    learned = _learned(layers, ffns)
+    del layers, work  # so that the dense FFNs are freed one by one
     _describe(config, method, options, figures, budgets)
-    return materialize(model, config, learned, ffns=ffns).eval()  # type: ignore[arg-type]
+    return materialize(model, config, learned, ffns=ffns).eval()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._checks import require
-from ..alignment.checkpoints import last_checkpoint, read_log
+from ..alignment.checkpoints import newest_checkpoint, read_log
 from ..evaluation import load_summary
 from ..models.block import moe_blocks
 from ..models.card import model_card
@@ -136,10 +136,10 @@ def read_run(folder: Path | None) -> Run:
                 whole = False
             require(whole, str(path), "no log of a training", "a JSON object with its step a line")
             run.logs[stage] = entries
-    newest = last_checkpoint(folder / "checkpoints")
-    if newest is not None:
+    found = newest_checkpoint(folder / "checkpoints")
+    if found is not None:
+        newest, state = found
         try:
-            state = torch.load(newest, map_location="cpu", weights_only=True)
             names, tau = list(state["assignment"]), state["tau"]
             wide = [
                 p for p in state["parameters"] if names and p.dim() == 2 and p.shape[0] == state["assignment"][names[0]].numel()

@@ -120,7 +120,7 @@ def _vocabulary(model: PreTrainedModel) -> int | None:
 def _probe(model: PreTrainedModel, tokens: Tensor) -> Head | None:
     training = model.training
     try:
-        return find_head(model.eval(), tokens[:1, :_PROBE].to(model.device))
+        return find_head(model.eval(), tokens[:1, :_PROBE].long().to(model.device))
     finally:
         model.train(training)
 

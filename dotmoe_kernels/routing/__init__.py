@@ -77,13 +77,35 @@ def _finish(z: Tensor, q: Tensor, probs: Tensor, indices: Tensor, weights: Tenso
     return Routing(indices, weights, probs, load, E * torch.dot(load, q.sum(0)) / tokens, lse_squared.sum() / tokens)
 
 
+def _group_balance(load: Tensor, mean: Tensor, count: int, share: float) -> Tensor:
+    """Of the experts and the last ``count`` columns, the zero experts."""
+    E, N = len(load) - count, share * count
+    return (E + N) * (load[:E].sum() * mean[:E].sum() / E + load[E:].sum() * mean[E:].sum() / N)
+
+
+def balance_of(routing: Routing, load: Tensor, *, soft: bool = False, num_zero_experts: int = 0, zero_share: float = 2.0) -> Tensor:
+    """The balance loss of ``routing``, none of whose tokens is padding, with another load than its own: that of more tokens.
+
+    Args:
+        load: [E], as ``routing.load``; constant.
+        soft: the routing is of ``route_soft_top_k``.
+        num_zero_experts, zero_share: as of ``route_top_k``.
+
+    Gradient: to probs.
+    """
+    q = routing.probs / routing.probs.sum(-1, keepdim=True) if soft else routing.probs
+    mean = q.sum(0) / max(len(q), 1)
+    if num_zero_experts:
+        return _group_balance(load, mean, num_zero_experts, zero_share)
+    return len(load) * torch.dot(load, mean)
+
+
 def _with_zero_experts(routing: Routing, count: int, share: float, mask: Tensor | None) -> Routing:
     """Of a routing over experts and zero experts: choosing one of the last ``count`` is an empty slot."""
-    E, N = routing.probs.shape[1] - count, share * count
+    E = routing.probs.shape[1] - count
     q = routing.probs if mask is None else torch.where(mask[:, None], routing.probs, 0)
     tokens = max(len(q), 1) if mask is None else mask.sum().clamp(min=1)
-    load, mean = routing.load, q.sum(0) / tokens
-    balance = (E + N) * (load[:E].sum() * mean[:E].sum() / E + load[E:].sum() * mean[E:].sum() / N)
+    balance = _group_balance(routing.load, q.sum(0) / tokens, count, share)
     weights = torch.where(routing.indices < E, routing.weights, 0)
     return routing._replace(indices=routing.indices.clamp(max=E), weights=weights, balance_loss=balance)
 
