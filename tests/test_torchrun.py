@@ -12,7 +12,7 @@ from test_cli import here as here
 from test_cli import tokenizer as tokenizer
 
 FLAGS = ("--steps", "6", "--batch-size", "4", "--micro-batch-size", "1", "--checkpoint-every", "2")
-KILLED = """
+SIGNALLED = """
 import os, signal, sys
 import torch.distributed as dist
 from dotmoe_kernels.alignment import loop
@@ -22,7 +22,7 @@ real = loop.shuffled_rows
 
 def rows(data, step, *rest):
     if step == 4 and dist.get_rank() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGNAL)
     return real(data, step, *rest)
 
 loop.shuffled_rows = rows
@@ -44,7 +44,7 @@ def entries(folder):
 
 
 def test_two_processes_killed_in_the_middle_then_one(capsys, here, tmp_path):
-    (tmp_path / "killed.py").write_text(KILLED)
+    (tmp_path / "killed.py").write_text(SIGNALLED.replace("SIGNAL", "SIGKILL"))
     begin = time.monotonic()
     done = torchrun(tmp_path / "killed.py", *convert_arguments(here, tmp_path / "moe", *FLAGS))
     assert done.returncode != 0
@@ -62,6 +62,18 @@ def test_two_processes_killed_in_the_middle_then_one(capsys, here, tmp_path):
     assert [entry["step"] for entry in log] == list(range(1, 7))
     assert [entry["loss"] for entry in log] == pytest.approx([entry["loss"] for entry in expected], rel=1e-5)
     assert not (tmp_path / "moe.run" / "checkpoints").exists()
+
+
+def test_one_rank_that_is_asked_to_stop_stops_all(here, tmp_path):
+    (tmp_path / "stopped.py").write_text(SIGNALLED.replace("SIGNAL", "SIGTERM"))
+    done = torchrun(tmp_path / "stopped.py", *convert_arguments(here, tmp_path / "moe", *FLAGS))
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("dotmoe convert")]
+    left = tmp_path / "moe.run" / "checkpoints" / "step-0000005"
+    words = f"align stopped after step 5 of 6, as asked; checkpoint {left}; the same command with --resume continues it"
+    assert said == [f"dotmoe convert: {words}"]
+    assert left.is_dir()
+    assert not (tmp_path / "moe").exists()
 
 
 def test_one_voice(here, tmp_path):

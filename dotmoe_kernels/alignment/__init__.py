@@ -14,6 +14,7 @@ checkpoints.py     state on disk, so that a run continues bit for bit
 stopping.py        a training that is asked to stop
 ranks.py           several processes: who does what, and what they tell one another
 distributed.py     their state on disk, which any number of them continues
+sharding.py        frozen weights divided over them; blocks computed again
 loop.py            the training loop
 """
 

@@ -19,7 +19,7 @@ class AlignmentConfig:
         steps: optimizer steps (paper: 3500).
         batch_size: sequences a step (paper: 64 of 2048 tokens).
         micro_batch_size: sequences a forward pass; the gradients of a step's passes are summed. None: ``batch_size``. The balance
-            loss, a product of two means, is then that of each pass.
+            loss, a product of two means, is then that of each pass. Several ranks share the passes, or with None the one.
         affinity_lr, router_lr: peak learning rates of AdamW (paper: 5e-4 for both; a short run needs far more). Of the routers
             None is 2e-3, and 5e-4 for those that a partition fitted to the inputs: more would undo the fit.
         weight_decay, clip: of AdamW, and the largest gradient norm.

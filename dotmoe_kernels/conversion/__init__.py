@@ -7,6 +7,7 @@ checks.py      what every conversion checks of itself
 data.py        text -> packed token sequences         readers.py             kinds of files -> their documents
 token_cache.py  those on disk, mapped into memory
 recipes.py     topologies and options by name         dryrun.py, costs.py    what a run would take
+scaling.py     and on several GPUs
 streaming.py   a conversion without training, folder to folder in the memory of a layer
 plans.py       the topologies that fit                speeds.py              predicted times of a routed FFN
 timing.py      tokens a second, measured             machine.py             what they are measured on
