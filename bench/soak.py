@@ -53,16 +53,9 @@ def _prepare(place: Path) -> int:
     (place / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     tokenizer = train_tokenizer(rows, vocab_size=300)
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-    }
-    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, initializer_range=0.2, eos_token_id=0)).save_pretrained(
-        place / "dense"
-    )
+    sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    config = LlamaConfig(**sizes, num_attention_heads=2, initializer_range=0.2, eos_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(place / "dense")
     tokenizer.save_pretrained(place / "dense")
     return 0
 

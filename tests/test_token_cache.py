@@ -315,7 +315,7 @@ def test_a_token_cache_serves_several_runs(capsys, here, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("tokens.bin"))  # of a run they go with its checkpoints
     assert call(capsys, *convert_arguments(here, tmp_path / "a", "--token-cache", cache))[0] == 0
     before = contents(cache)
-    assert {name.split("/")[1] for name in before} == {".lock", "index.json", "tokens.bin"}
+    assert {name.split("/")[1] for name in before} == {"lock", "index.json", "tokens.bin"}
     with monkeypatch.context() as patch:
         patch.setattr(data, "_encode", None)
         assert call(capsys, *convert_arguments(here, tmp_path / "b", "--token-cache", cache))[0] == 0
@@ -399,3 +399,16 @@ def test_text_that_is_refused_leaves_nothing(capsys, here, tmp_path, tokenizer):
     assert call(capsys, *arguments)[0] == 2
     assert contents(tmp_path) == before
     assert not (tmp_path / "moe.run").exists()
+
+
+def test_text_that_is_refused_leaves_what_was_there(capsys, here, tmp_path, monkeypatch):
+    """A typo does not cost the token ids of an interrupted run."""
+    arguments = convert_arguments(here, tmp_path / "moe")
+    with monkeypatch.context() as patch:
+        patch.setattr("dotmoe_kernels.evaluation.perplexity", lambda *args, **kwargs: os.kill(os.getpid(), 15))
+        assert call(capsys, *arguments)[0] == 0
+    before = contents(tmp_path)
+    assert any(name.endswith("tokens.bin") for name in before)
+    arguments[arguments.index("--sequence-length") + 1] = "100000"
+    assert call(capsys, *arguments)[0] == 2
+    assert contents(tmp_path) == before

@@ -13,7 +13,7 @@ from .._checks import require
 from ..alignment.config import SOFT_OPTIONS, AlignmentConfig
 from ..conversion.recipes import Recipe, load_recipe
 from .ending import failed, save_and_report
-from .folders import clear_run, clear_tokens, convert_folders, has_checkpoints, token_folder
+from .folders import clear_run, convert_folders, forget_tokens, has_checkpoints, note_tokens, token_folder
 from .inputs import (
     DATA,
     find_device,
@@ -240,30 +240,27 @@ def _teacher(args: argparse.Namespace, model: Any) -> Any:
 
 
 def _read_data(args: argparse.Namespace, tokenizer: Any, vocabulary: int, run: Path) -> tuple[Any, Any]:
-    """Sequences to train on and to measure on; of text that is refused nothing is kept."""
+    """Sequences to train on and to measure on."""
     from ..conversion import load_tokens
 
-    try:
-        tokens = load_tokens(
-            args.data,
-            tokenizer,
-            sequence_length=args.sequence_length,
-            max_tokens=args.max_tokens,
-            text_field=args.text_field,
-            seed=args.seed,
-            cache=token_folder(args, run),
-            progress=not args.no_progress,
-        )
-        require(
-            len(tokens) >= 2,
-            "--data",
-            f"{tokens.numel()} tokens",
-            f"at least two sequences of {args.sequence_length}, one to train and one to measure on",
-        )
-        require_vocabulary(tokens, vocabulary, args)
-    except (ValueError, ImportError):
-        clear_tokens(run)
-        raise
+    note_tokens(args, run)
+    tokens = load_tokens(
+        args.data,
+        tokenizer,
+        sequence_length=args.sequence_length,
+        max_tokens=args.max_tokens,
+        text_field=args.text_field,
+        seed=args.seed,
+        cache=token_folder(args, run),
+        progress=not args.no_progress,
+    )
+    require(
+        len(tokens) >= 2,
+        "--data",
+        f"{tokens.numel()} tokens",
+        f"at least two sequences of {args.sequence_length}, one to train and one to measure on",
+    )
+    require_vocabulary(tokens, vocabulary, args)
     keep = min(max(len(tokens) // 20, 1), _HELD_OUT)
     print(f"data: {tokens[:-keep].numel():,} tokens to train on, {tokens[-keep:].numel():,} held out (the end of the data)")
     return tokens[:-keep], tokens[-keep:].long()
@@ -281,7 +278,11 @@ def run_convert(args: argparse.Namespace) -> int:
         for name, least in (("sequence_length", 2), ("reconstruct_steps", 0)):
             value = getattr(args, name)
             require(value is None or value >= least, _flag(name), value, f"at least {least}")
-        return _run(args, recipe, options, topology, stop)
+        try:
+            return _run(args, recipe, options, topology, stop)
+        except (ValueError, ImportError):
+            forget_tokens(args)
+            raise
 
 
 def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, topology: dict[str, Any], stop: Stop) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -84,6 +85,18 @@ def token_folder(args: argparse.Namespace, run: Path) -> Path:
     return run / _TOKENS if args.token_cache is None else Path(os.path.expanduser(args.token_cache))
 
 
+def note_tokens(args: argparse.Namespace, run: Path) -> None:
+    """Before the text is read."""
+    args.new_tokens = None if (run / _TOKENS).exists() else run
+
+
+def forget_tokens(args: argparse.Namespace) -> None:
+    """Of input that is refused nothing is kept, but for what was there before."""
+    run = getattr(args, "new_tokens", None)
+    if run is not None and not has_checkpoints(run, list(_CHECKPOINTS)):
+        clear_tokens(run)
+
+
 def demo_folder(args: argparse.Namespace) -> Path:
     """Where the demo goes."""
     from ..models.target import check_target, is_model, occupants, require_apart
@@ -139,9 +152,9 @@ def clear_run(run: Path, *, logs: bool) -> None:
 
 def clear_tokens(run: Path) -> None:
     """Removes the token ids that a run keeps for itself, and the folders that are empty then."""
-    caches = [path for path in (run / _TOKENS).glob("*") if path.is_dir()]
+    caches = [path for path in (run / _TOKENS).glob("*") if re.fullmatch("[0-9a-f]{16}", path.name)]
     for cache in caches:
-        for name in ("index.json", "tokens.bin", ".lock"):  # without the first the others are nothing
+        for name in ("index.json", "tokens.bin", "lock"):  # without the first the others are nothing
             (cache / name).unlink(missing_ok=True)
     for folder in (*caches, run / _TOKENS, run):
         with suppress(OSError):  # not empty

@@ -93,7 +93,7 @@ class TokenCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        lock = FileLock(self.folder / ".lock")
+        lock = FileLock(self.folder / "lock")
         try:
             try:
                 lock.acquire(timeout=0)
@@ -159,7 +159,7 @@ class TokenCache:
             warnings.warn(f"{self.folder} is damaged after {len(parts)} parts: the rest is tokenised anew", stacklevel=4)
         done, total = sum(part.documents for part in parts), sum(part.tokens for part in parts)
         ids, count = array("i"), 0
-        bar = tqdm(desc="tokenise", total=wanted, initial=total, unit="tok", unit_scale=True, disable=not progress)
+        bar = tqdm(desc="tokenise", total=wanted, initial=total, unit="tok", unit_scale=True, delay=2, disable=not progress)
         self.path.touch()
         with bar, self.path.open("r+b") as file:
             file.seek(4 * total)  # what follows is written over and not cut off: another process may have it mapped
