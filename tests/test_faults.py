@@ -62,6 +62,14 @@ def send_at(monkeypatch, module, nth, number=signal.SIGTERM):
     monkeypatch.setattr(module, "shuffled_rows", rows)
 
 
+@pytest.fixture
+def ctrl_c():
+    """SIGINT as a terminal's programs have it: a job in the background begins with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("module", "nth", "words", "left"),
     [
@@ -103,7 +111,7 @@ def test_sigterm_beside_a_training_ends_it_at_once(capsys, here, tmp_path, monke
     assert not (tmp_path / "moe").exists()
 
 
-def test_ctrl_c_interrupts_as_ever(capsys, here, tmp_path, monkeypatch):
+def test_ctrl_c_interrupts_as_ever(ctrl_c, capsys, here, tmp_path, monkeypatch):
     send_at(monkeypatch, loop, 3, signal.SIGINT)
     status, _, err = call(capsys, *convert_arguments(here, tmp_path / "moe"))
     assert (status, err) == (130, f"dotmoe convert: interrupted{HINT}")
@@ -193,7 +201,7 @@ def test_no_whole_checkpoint_is_refused(five_of_six):
         run(*toy(), config(steps=6, checkpoint_every=2), folder=five_of_six, resume=True)
 
 
-def test_a_torn_checkpoint_on_the_command_line(capsys, here, tmp_path, monkeypatch):
+def test_a_torn_checkpoint_on_the_command_line(ctrl_c, capsys, here, tmp_path, monkeypatch):
     """stderr says which was used, and why."""
     arguments = convert_arguments(here, tmp_path / "moe", "--steps", "6", "--checkpoint-every", "2")
     with monkeypatch.context() as patch:

@@ -57,9 +57,9 @@ finetune, of P' = P - 3 L F H + 3 L K s H parameters in products, in bytes:
     teacher      w N                            of what trains with every weight; nothing with adapters; another model counts as
                                                 large as the dense one. Its pass comes before the sparse one and keeps nothing
 
-and in flops a token 3 (2 P') + 3.5 a + 6 L E H; with adapters 2 (2 P') + 3.5 a + 6 L E H + 6 A; with a teacher 2 P + a
-more. A step of AdamW moves 84 bytes a trained parameter: 21 reads and writes of float32 by the kernels of its multi-tensor form and
-of the clipping [estimate].
+and in flops a token 3 (2 P') + 3.5 a + 4 L E H; with adapters 2 (2 P') + 3.5 a + 4 L E H + 6 A; where the routers train 6 L E H;
+with a teacher 2 P + a more. A step of AdamW moves 84 bytes a trained parameter: 21 reads and writes of float32 by the kernels of its
+multi-tensor form and of the clipping [estimate].
 
 What is not in it: the context of the driver and the allocator's gaps; padding of the grouped products; what is measured before,
 between and after the stages. The backward pass of Sinkhorn, rounding and AdamW come when the activations are gone, and take less.
@@ -222,7 +222,7 @@ def trained_parameters(z: Sizes, options: FinetuneConfig) -> int:
 def finetune_cost(z: Sizes, options: FinetuneConfig, dtype: torch.dtype, teacher: str | None = None) -> Cost:
     """``teacher``: "itself", the model with every expert on, or "another"."""
     T, half = (options.micro_batch_size or options.batch_size) * z.S, dtype == torch.bfloat16
-    routers = z.L * z.E * z.H if routers_train(z, options) else 0
+    routers, learn = z.L * z.E * z.H, routers_train(z, options)
     adapters, trained = options.lora_rank * z.adapters, trained_parameters(z, options)
     width = 2 if half else 4  # bytes of what enters a product: a float16 model is float32 here
     kept = (
@@ -232,7 +232,7 @@ def finetune_cost(z: Sizes, options: FinetuneConfig, dtype: torch.dtype, teacher
         + 32 * z.slots
     )
     if options.lora_rank:
-        weights, moments = width * (z.n - routers), 16 * trained
+        weights, moments = width * (z.n - routers * learn), 16 * trained
     else:
         weights, moments = 4 * z.n + (2 * z.P if half else 0), 12 * z.n
     memory: dict[str, float] = {"weights": weights, "trained": moments, "activations": T * z.L * kept, "loss": 12 * T * z.V}
@@ -240,7 +240,7 @@ def finetune_cost(z: Sizes, options: FinetuneConfig, dtype: torch.dtype, teacher
         memory["loss"] = _taught_loss(z, T, not options.lora_rank)
         memory["teacher"] = 0 if options.lora_rank and teacher == "itself" else z.w * z.N
     active = z.P - 3 * z.L * z.F * z.H + 3 * z.L * z.K * (z.F // z.E) * z.H
-    a_token = (4 if options.lora_rank else 6) * active + 3.5 * z.attention + 6 * routers + 6 * adapters
+    a_token = (4 if options.lora_rank else 6) * active + 3.5 * z.attention + (6 if learn else 4) * routers + 6 * adapters
     a_token += 0 if teacher is None else 2 * z.P + z.attention
     a_step = options.batch_size * z.S
     tokens = options.steps * a_step
