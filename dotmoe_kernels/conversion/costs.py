@@ -58,8 +58,8 @@ finetune, of P' = P - 3 L F H + 3 L K s H parameters in products, in bytes:
                                                 large as the dense one. Its pass comes before the sparse one and keeps nothing
 
 and in flops a token 3 (2 P') + 3.5 a + 4 L E H; with adapters 2 (2 P') + 3.5 a + 4 L E H + 6 A; where the routers train 6 L E H;
-with a teacher 2 P + a more. A step of AdamW moves 84 bytes a trained parameter: 21 reads and writes of float32 by the kernels of its
-multi-tensor form and of the clipping [estimate].
+with a teacher 2 P + a more. A step of AdamW moves 84 bytes a trained parameter: 21 reads and writes of float32 by the kernels of
+its multi-tensor form and of the clipping [estimate].
 
 What is not in it: the context of the driver and the allocator's gaps; padding of the grouped products; what is measured before,
 between and after the stages. The backward pass of Sinkhorn, rounding and AdamW come when the activations are gone, and take less.
