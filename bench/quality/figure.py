@@ -53,6 +53,8 @@ def _forest(axes: Any, rows: Sequence[dict[str, Any]], pick: Any, dot: float | N
 
 
 def _draw(axes: Any, found: dict[str, Any]) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     left, middle, right = axes
     methods = [row for row in found["rows"] if row["kind"] not in ("ablation", "dense")]
     ablated = [row for row in found["rows"] if row["kind"] in ("ablation", "dot") or row["arm"] == "dot-frozen"]
@@ -81,6 +83,8 @@ def _draw(axes: Any, found: dict[str, Any]) -> None:
             own = row["arm"] == "dot"
             right.plot(tokens, kl, label=row["arm"], color="C3" if own else next(colours), linewidth=2 if own else 1)
     right.set(xlabel="training tokens", ylabel="KL(dense || sparse), nats", title="training, first seed")
+    right.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    right.xaxis.set_major_locator(MaxNLocator(6))
     if right.lines:
         right.set_yscale("log" if min(min(line.get_ydata()) for line in right.lines) > 0 else "linear")
         right.legend(frameon=False, fontsize=7)
