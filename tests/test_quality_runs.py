@@ -230,14 +230,20 @@ def test_a_tuned_arm_begins_with_the_aligned_model(results):
     assert found["dot-zero"]["active_parameters"] < found["dot"]["active_parameters"] + zeros
 
 
-def test_an_untrained_tuning_measures_what_dot_does(tmp_path):
-    """The converted model's figures are those of the layers that it was made from."""
-    part = Part(Plan(**(vars(SMALL) | {"tuning": {"steps": 1, "batch_size": 2, "lr": 1e-12}})), (0,))
-    run_parts([part], tmp_path / "out", tmp_path / "data", only=["dense", "dot", "dot-distilled"], say=lambda line: None)
-    dot, same = (read_result(tmp_path / "out" / "small" / f"{name}.0.json") for name in ("dot", "dot-distilled"))
-    assert same["nll"] == pytest.approx(dot["nll"], rel=1e-4)
-    for name in ("unused", "experts_in_use", "mutual_information", "most_information", "mean_active", "active_parameters"):
-        assert same[name] == pytest.approx(dot[name], rel=1e-3), name
+def test_a_converted_model_measures_what_its_layers_do(tmp_path):
+    """Where a setting trains weights dot is measured as the model that it became, elsewhere as the layers under alignment."""
+    plans = {"layers": {"tuning": {}}, "model": {"tuning": {"steps": 1, "batch_size": 2, "lr": 1e-12}}}
+    for name, change in plans.items():
+        part = Part(Plan(**(vars(SMALL) | change)), (0,))
+        arms = ["dense", "dot", *(["dot-distilled"] if name == "model" else [])]
+        run_parts([part], tmp_path / name, tmp_path / "data", only=arms, say=lambda line: None)
+    assert (tmp_path / "data" / "aligned").exists()
+    layers = read_result(tmp_path / "layers" / "small" / "dot.0.json")
+    for arm in ("dot", "dot-distilled"):  # the second as good as untrained
+        same = read_result(tmp_path / "model" / "small" / f"{arm}.0.json")
+        assert same["nll"] == pytest.approx(layers["nll"], rel=1e-4), arm
+        for name in ("unused", "experts_in_use", "mutual_information", "most_information", "mean_active", "active_parameters"):
+            assert same[name] == pytest.approx(layers[name], rel=1e-3), (arm, name)
 
 
 def test_the_report_has_every_arm_and_a_figure(results):

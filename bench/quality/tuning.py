@@ -43,7 +43,7 @@ def tuned(options: dict[str, Any], longer: int = 0) -> list[Method]:
     arms = [
         arm("dot-distilled", "dot, then every weight trained on the dense model's distribution"),
         arm("dot-text", "dot, then every weight trained on the text alone", "next-token cross-entropy", taught=False),
-        arm("dot-adapters", f"dot, then adapters of rank {LORA_RANK} and the routers, distilled", lora_rank=LORA_RANK),
+        arm("dot-adapters", f"dot, then adapters of rank {LORA_RANK}, distilled", lora_rank=LORA_RANK),
         arm("dot-zero", "dot-distilled with as many zero experts as experts", zero, zero=True),
     ]
     if longer:

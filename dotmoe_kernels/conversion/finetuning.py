@@ -56,7 +56,7 @@ class FinetuneConfig:
         micro_batch_size: sequences a forward pass; the gradients of a step's passes are summed. None: ``batch_size``.
         lr: peak learning rate of AdamW. None: 3e-4, of adapters 1e-3.
         router_lr: of the top-K routers. None: 0, they stay as they were aligned; where there are zero experts that of the rest. The
-            gradient that reaches a router here comes through the chosen experts alone, and mostly undoes the alignment.
+            gradient that reaches it comes through the chosen experts alone; at an adapter's rate it undoes the alignment.
         weight_decay, clip: of AdamW (matrices alone decay), and the largest gradient norm.
         warmup: share of the steps over which the learning rate rises; then it falls as a cosine to zero.
         z, balance: weights of the routers' losses.

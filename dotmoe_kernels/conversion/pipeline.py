@@ -84,7 +84,7 @@ def constant_share(model: PreTrainedModel, ffns: dict[str, DenseFFN], tokens: Te
     handles = [ffn.module.register_forward_pre_hook(hook, with_kwargs=True) for ffn in ffns.values()]
     try:
         with torch.no_grad():
-            rows = tokens[: -(-_CALIBRATION_TOKENS[0] // tokens.shape[1])].to(model.device)
+            rows = tokens[: -(-_CALIBRATION_TOKENS[0] // tokens.shape[1])].long().to(model.device)
             model(input_ids=rows, use_cache=False)
     finally:
         for handle in handles:
