@@ -261,8 +261,8 @@ dk.export(sys.argv[1], sys.argv[2], sys.argv[3], data=torch.arange(32)[None])
 """
 
 
-def run(code, *arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(dk.__file__).parents[1])}
+def run(code, *arguments, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(dk.__file__).parents[1]), **environment}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -348,8 +348,9 @@ print(json.dumps({"peak": status("VmHWM"), "growth": status("VmHWM") - held, "an
 
 
 def peak_of(*arguments):
-    """Of a process: its peak, what that was more than at the start, and the same of memory that is no file's."""
-    process = run(_PEAK, *arguments)
+    """Of a process: its peak, what that was more than at the start, and the same of memory that is no file's. glibc gives back what
+    is freed at once: left to itself it keeps blocks of up to 32 MB, and how many of them differs by 100 MB from run to run."""
+    process = run(_PEAK, *arguments, MALLOC_MMAP_THRESHOLD_=str(MB))
     out, error = process.communicate(timeout=1200)
     assert process.returncode == 0, error[-2000:]
     return json.loads(out.splitlines()[-1])
@@ -389,8 +390,7 @@ needs_proc = pytest.mark.skipif(
 @pytest.mark.parametrize("size", ["500 MB", pytest.param("2 GB", marks=pytest.mark.slow)])
 def test_folder_to_folder_takes_the_memory_of_a_layer(size, tmp_path):
     """2 GB: the whole process, libraries and all, stays below the largest layer and 1 GB; of saving what comes on top of the model.
-    500 MB: what comes on top of the libraries stays below three layers and 200 MB, since the allocator keeps what is freed of
-    tensors of this size."""
+    500 MB: what comes on top of the libraries stays below two layers and 100 MB."""
     layout = write_dense(tmp_path / "dense", size)
     total = sum(spec.nbytes for spec in layout.values())
     found = {
@@ -402,8 +402,8 @@ def test_folder_to_folder_takes_the_memory_of_a_layer(size, tmp_path):
         assert total > 2 * GB
         key, most = "peak", layer_bytes(size) + GB
     else:
-        key, most = "growth", 3 * layer_bytes(size) + 200 * MB
-        assert most < 0.6 * total
+        key, most = "growth", 2 * layer_bytes(size) + 100 * MB
+        assert most < 0.4 * total
     assert {name: sizes for name, sizes in found.items() if sizes[key] > most} == {}
     reader, back = ShardReader(tmp_path / "dense"), ShardReader(tmp_path / "back")
     assert back.specs == reader.specs
