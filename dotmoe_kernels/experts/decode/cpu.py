@@ -9,6 +9,7 @@ products all the same, and so does a ``down_proj`` that is not stored by neurons
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,8 +35,14 @@ def _sum_rows(h: Tensor, down_proj: Tensor, experts: Tensor, starts: Tensor) -> 
     """h [n, s] of these experts [n], the slots of a token one after the other from ``starts`` [T] on -> y [T, H]."""
     E, H, s = down_proj.shape
     rows = (experts[:, None] * s + torch.arange(s, device=h.device)).view(-1)
+    return _add_rows(h, down_proj, rows, starts * s)
+
+
+def _add_rows(h: Tensor, down_proj: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
+    """h [n, s], the weights of these rows [n s] of Down; the rows of a token from ``starts`` [T] on -> y [T, H]."""
+    E, H, s = down_proj.shape
     weight = down_proj.transpose(1, 2).reshape(E * s, H)  # no copy: stored so
-    return torch.nn.functional.embedding_bag(rows, weight, starts * s, mode="sum", per_sample_weights=h.reshape(-1))
+    return torch.embedding_bag(weight, rows, starts, False, 0, False, h.reshape(-1))[0]  # the sum of a bag
 
 
 def decode_ffn(
@@ -59,8 +66,9 @@ def decode_ffn(
             for (_, e), h_e in zip(places, h.unbind(), strict=True):
                 y.addmv_(down_proj[e], h_e)
             return y[None]
-        experts = torch.tensor([e for _, e in places], device=x.device)
-        return _sum_rows(h, down_proj, experts, experts.new_zeros(1))
+        s = down_proj.shape[2]  # NumPy's calls cost less than torch's
+        rows = np.array([e * s for _, e in places])[:, None] + np.arange(s)
+        return _add_rows(h, down_proj, *(torch.from_numpy(n).to(x.device) for n in (rows.reshape(-1), np.zeros(1, np.int64))))
     slots = sort_slots(indices, E)
     runs = segments(slots.offsets)
     used = runs[-1][2] if runs else 0
