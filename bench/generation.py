@@ -198,12 +198,17 @@ def prefill(model: Any, ids: Tensor) -> Tensor:
 
 
 class Decode:
-    """NEW steps after the prompts, and back to where they began."""
+    """NEW steps after the prompts, and back to where they began. ``experts``: transformers' implementation of the steps; the
+    prompts have another, since batched_mm would copy the weights of all their slots."""
 
-    def __init__(self, model: Any, ids: Tensor) -> None:
+    def __init__(self, model: Any, ids: Tensor, experts: str | None = None) -> None:
         self.model = model
+        if experts is not None:
+            model.set_experts_implementation("eager")
         with torch.no_grad():
             out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        if experts is not None:
+            model.set_experts_implementation(experts)
         self.cache, self.first = out.cache, out.logits.argmax(-1)
 
     @torch.no_grad()
@@ -255,11 +260,11 @@ def case(size: Backbone, dtype: str, phase: str, batch: int, length: int = PROMP
     errors, run, skipped = dict(found.checked), dict[str, Callable[[], Any]](), dict[str, str]()
     for name, model in found.by_name.items():
         tokens = ids.numel() if phase == "prefill" else batch
-        stock = name.startswith("transformers-")
-        if stock and (reason := without_transformers(name.removeprefix("transformers-"), size.ffn, tokens, _MOST_GATHERED)):
+        experts = name.removeprefix("transformers-") if name.startswith("transformers-") else None
+        if experts and (reason := without_transformers(experts, size.ffn, tokens, _MOST_GATHERED)):
             skipped[name] = reason
         else:
-            run[name] = partial(prefill, model, ids) if phase == "prefill" else Decode(model, ids)
+            run[name] = partial(prefill, model, ids) if phase == "prefill" else Decode(model, ids, experts)
     call = _llama_call(found, phase, ids)
     if isinstance(call, str):
         skipped["llama.cpp"] = call

@@ -47,8 +47,10 @@ def test_a_wrong_expert_is_found():
 @pytest.mark.parametrize("batch", [1, 3])
 def test_decode_ends_where_it_began(tiny, batch):
     ids = prompts(tiny.size, batch, 20)
-    for model in tiny.by_name.values():
-        decode = Decode(model, ids)
+    for name, model in tiny.by_name.items():
+        experts = name.removeprefix("transformers-") if name.startswith("transformers-") else None
+        decode = Decode(model, ids, experts)
+        assert experts in (None, model.config._experts_implementation)
         first = decode()
         assert first.shape == (batch, NEW)
         assert decode.cache.get_seq_length() == 20
@@ -58,6 +60,15 @@ def test_decode_ends_where_it_began(tiny, batch):
     )[:, 20:]
     decode = Decode(tiny.by_name["dense"], ids)
     assert torch.equal(torch.cat((decode.first, decode()), 1), expected)
+
+
+def test_the_prompt_is_not_read_by_batched_mm(tiny, monkeypatch):
+    """Its copies of the weights of 512 tokens' slots would take 26 GB in H 2048."""
+    model, used = tiny.by_name["transformers-batched_mm"], []
+    before = model.set_experts_implementation
+    monkeypatch.setattr(model, "set_experts_implementation", lambda name: (used.append(name), before(name))[1])
+    Decode(model, prompts(tiny.size, 1, 20), "batched_mm")
+    assert used == ["eager", "batched_mm"]
 
 
 def test_the_bounds():
