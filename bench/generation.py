@@ -275,4 +275,10 @@ def case(size: Backbone, dtype: str, phase: str, batch: int, length: int = PROMP
     notes = {"dense": {"note": f"{bound} at most {ratio_of_weights(size, phase, batch):.2f}x"}}
     if "llama.cpp" in run:
         notes["llama.cpp"] = {"note": "a process of its own"}
-    return Case(run, lambda name, _: errors[name], _TOLERANCE[dtype], may_differ=stocks, skipped=skipped, extra=notes)
+    told: dict[str, Any] = {
+        "may_differ": stocks,
+        "skipped": skipped,
+        "extra": notes,
+        "elsewhere": frozenset({"llama.cpp"} & run.keys()),
+    }
+    return Case(run, lambda name, _: errors[name], _TOLERANCE[dtype], **told)

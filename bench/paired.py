@@ -35,6 +35,7 @@ class Case:
     may_differ: frozenset[str] = frozenset()  # marked, not refused, when beyond the tolerance
     skipped: dict[str, str] = field(default_factory=dict)  # impl -> reason
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # impl -> more extra_info
+    elsewhere: frozenset[str] = frozenset()  # in processes of their own
     kept: dict[str, Callable[[], int]] = field(default_factory=dict)  # impl -> weighs what it keeps for the backward pass, in bytes
 
     def remarks(self, name: str) -> dict[str, Any]:
@@ -107,10 +108,13 @@ def _turns(seconds: float, rounds: int, budget: float) -> set[int]:
 
 def measure(group: Group, now: Callable[[], float] | None = None) -> Result:
     """Check every implementation, then time them in turns, in another random order every round: an implementation that always
-    followed the same one would always find the caches and the allocator as that one left them. ``now`` is the clock."""
-    now = now or time.perf_counter
+    followed the same one would always find the caches and the allocator as that one left them. ``now`` is the clock, None: the
+    wall's; another one sees this process alone."""
     case = group.prepare()
-    names = [name for name in group.impls if name not in case.skipped]
+    hidden = frozenset[str]() if now is None else case.elsewhere
+    skipped = {**case.skipped, **dict.fromkeys(hidden, "a process of its own, whose CPU time is not seen")}
+    now = now or time.perf_counter
+    names = [name for name in group.impls if name not in skipped]
     series: dict[str, Series] = {}
     turns: dict[str, set[int]] = {}
     for name in names:
@@ -136,7 +140,7 @@ def measure(group: Group, now: Callable[[], float] | None = None) -> Result:
     base = dict(zip(series[OURS].rounds, series[OURS].seconds, strict=True))
     for one in series.values():
         one.ratios = [t / base[r] for r, t in zip(one.rounds, one.seconds, strict=True)]
-    return Result(group, series, case.skipped)
+    return Result(group, series, skipped)
 
 
 # --- into pytest-benchmark ----------------------------------------------------------------------------------------------

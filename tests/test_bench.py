@@ -73,6 +73,15 @@ def test_slow_peer_skips_rounds_and_short_calls_are_repeated(clock):
     assert result.series["slow"].ratios == pytest.approx([5e4] * 3)
 
 
+def test_cpu_time_does_not_see_another_process(clock):
+    run = {"ours": clock(0.01), "peer": clock(0.02)}
+    case = paired.Case(run, exact, 0.0, elsewhere=frozenset({"peer"}))
+    assert set(paired.measure(group(("ours", "peer"), case, rounds=3)).series) == {"ours", "peer"}
+    found = paired.measure(group(("ours", "peer"), case, rounds=3), paired.time.perf_counter)
+    assert set(found.series) == {"ours"}
+    assert "a process of its own" in found.skipped["peer"]
+
+
 def test_wrong_answer_is_refused_unless_the_group_expects_it(clock):
     run = {"ours": clock(0.01), "peer": clock(0.01, output=0.5)}
     with pytest.raises(AssertionError, match=r"peer: error 0\.5 against the reference"):
