@@ -1,6 +1,6 @@
 """PREDICTED times of a routed FFN on one H200 in bfloat16: arithmetic from bytes and flops, nobody measured them.
 
-A pass takes the longer of its bytes over the copy rate and its flops over the matrix rate (``_tiles.py``), and at least a launch.
+A pass takes the longer of its bytes over the copy rate and its flops over the matrix rate (``_tiles``), and at least a launch.
 Triton's products are taken at a share of the rate of the vendor's library [estimate].
 """
 
