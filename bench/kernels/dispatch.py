@@ -13,14 +13,18 @@ from dotmoe_kernels import _tiles
 
 _TOKENS = (8192, 65536)
 _SHAPES = (shapes.L3, shapes.Q25, shapes.COARSE, shapes.MID)
-_MODULE = "dotmoe_kernels.dispatch.gpu"
+_GPU = "dotmoe_kernels.dispatch.gpu"
 _INTEGERS = {"slot_ptr": "*i32", "offsets_ptr": "*i32", "table_ptr": "*i32", "token_ptr": "*i64", "source_ptr": "*i64"}
 _OF_WEIGHTS = ("weights_ptr", "dweights_ptr", "stride_wt", "stride_wk")
 
 
+def _path(function: str) -> str:
+    return f"{_GPU}.{'rows' if 'rows' in function else 'sort'}:{function}"
+
+
 def _variant(function: str, name: str, rows: str, constexprs: dict[str, Any], options: dict[str, Any]) -> Variant:
     """Every pointer to rows in the dtype ``rows``, weights in float32; the last strides are 1."""
-    names = Kernel("", f"{_MODULE}:{function}", lambda _: []).load().arg_names
+    names = Kernel("", _path(function), lambda _: []).load().arg_names
     last = dict.fromkeys(("stride_k", "stride_xh", "stride_yh", "stride_dh", "stride_wk"), 1)
     constexprs = {n: v for n, v in {**last, **constexprs}.items() if n in names}
 
@@ -104,7 +108,7 @@ def _sums(s: shapes.Shape, T: int) -> float:
 
 
 def _kernel(name: str, variants: Callable[[str], list[Variant]], costs: dict[str, Cost]) -> Kernel:
-    return Kernel(name, f"{_MODULE}:_{name}_kernel", variants, costs)
+    return Kernel(name, _path(f"_{name}_kernel"), variants, costs)
 
 
 DISPATCH = (

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...._tiles import REDUCTION_CHUNK, SUM_WORKSPACE
 from ...._tiles import reduction as pick_reduction
-from ....dispatch.gpu import gather_rows
+from ....dispatch.gpu.rows import gather_rows
 from ....dispatch.operators import sort_slots_op
 from ....permutation import has_dense_view
 from ...masked.gpu.hidden import expert_mask
