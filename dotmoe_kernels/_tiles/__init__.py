@@ -5,18 +5,23 @@ from __future__ import annotations
 from .experts import (
     MOST_DECODE_TOKENS,
     DecodeTile,
-    GroupedTile,
     columns_tile,
     decode_tile,
-    grouped_hidden_bwd_tile,
-    grouped_mm_tile,
-    grouped_up_tile,
-    grouped_weight_tile,
     mask_tile,
     masked_splits,
     masked_tile,
     masked_up_tile,
     slots_tile,
+)
+from .grouped import (
+    GroupedTile,
+    grouped_hidden_bwd_tile,
+    grouped_mm_form,
+    grouped_mm_tile,
+    grouped_stationary_tile,
+    grouped_up_form,
+    grouped_up_tile,
+    grouped_weight_tile,
 )
 from .hardware import (
     BACKEND,
@@ -52,6 +57,7 @@ from .routing import (
     routing_programs,
     routing_tile,
     row_tile,
+    row_tiles_tile,
     soft_routing_tile,
     soft_top_k_tile,
 )
@@ -61,6 +67,7 @@ from .transport import (
     gram_tiles,
     rounding_tile,
     rounding_tiles,
+    transport_form,
     transport_tiles,
 )
 
@@ -91,7 +98,10 @@ __all__ = [
     "gathers_experts",
     "gram_tiles",
     "grouped_hidden_bwd_tile",
+    "grouped_mm_form",
     "grouped_mm_tile",
+    "grouped_stationary_tile",
+    "grouped_up_form",
     "grouped_up_tile",
     "grouped_weight_tile",
     "leaves_zeros_out",
@@ -111,9 +121,11 @@ __all__ = [
     "routing_programs",
     "routing_tile",
     "row_tile",
+    "row_tiles_tile",
     "slots_tile",
     "soft_routing_tile",
     "soft_top_k_tile",
     "sums_rows",
+    "transport_form",
     "transport_tiles",
 ]

@@ -1,10 +1,8 @@
-"""Tiles of the experts' kernels by path: decode, masked, grouped."""
+"""Tiles of the experts' kernels by path: decode, masked; ``grouped.py`` has the third."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-
-import torch
 
 from .hardware import BACKEND, power_of_two
 
@@ -91,74 +89,3 @@ def masked_splits(kept: int, passing: int, block_kept: int, block_passing: int) 
     wanted = max(1, min(8, 1200 // -(-kept // block_kept)))
     share = -(-passing // (wanted * block_passing)) * block_passing
     return -(-passing // share), share
-
-
-# grouped products by rows an expert (S / E): most rows -> tile of rows. 16 bits; predicted, not measured. On sm_90 the tile
-# of many rows is 128 tokens x (128 gate + 128 up): wgmma, no spill. An AMD program has 64 KB, so tiles are smaller there
-class GroupedTile(NamedTuple):
-    block: dict[str, int]  # BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M
-    options: dict[str, Any]
-
-
-_GROUPED_ROWS = (16, 32, 64)  # above: 128
-_GROUPED_UP = {  # rows: (BLOCK_N of each half, BLOCK_K, warps, stages)
-    "cuda": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 64, 8, 3)},
-    "hip": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2)},
-}
-_GROUPED_MM = {  # rows: (BLOCK_N, BLOCK_K, warps, stages)
-    "cuda": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3)},
-    "hip": {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 8, 2)},
-}
-_GROUPED_HIDDEN_BWD = {
-    "cuda": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
-    "hip": {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 8, 2)},
-}
-
-
-def _grouped_tile(table: dict[int, tuple[int, int, int, int]], rows: float, width: int, narrow: bool) -> GroupedTile:
-    block_m = next((most for most in _GROUPED_ROWS if rows <= most), 128)
-    block_n, block_k, warps, stages = table[block_m]
-    if narrow:  # float32: no matrix units without TF32, and twice the bytes
-        block_m, block_n, block_k, warps, stages = min(block_m, 64), 32 if table[block_m][0] == 64 else 64, 32, 4, 2
-    block_n = min(block_n, max(16, power_of_two(width)))
-    return GroupedTile(
-        {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 16}, {"num_warps": warps, "num_stages": stages}
-    )
-
-
-def grouped_up_tile(
-    S: int, E: int, s: int, dtype: torch.dtype, backend: str = BACKEND, *, keep: bool = False, early: bool = False
-) -> GroupedTile:
-    """Of S slots and E experts of width s. ``keep``: gate and up are stored too, which takes registers beside both sums;
-    ``early``: a GPU ``before_hopper``. Both spill at the full width. In float32 a thread's operands are loaded for a whole BLOCK_K
-    before they are multiplied: at 32 they take 384 registers beside 32 sums."""
-    tile = _grouped_tile(_GROUPED_UP[backend], S / max(E, 1), s, dtype == torch.float32)
-    if dtype == torch.float32:
-        if backend == "cuda" and tile.block["BLOCK_N"] == 64:  # many rows of wide experts
-            return GroupedTile({**tile.block, "BLOCK_K": 16}, {"num_warps": 8, "num_stages": 3})
-        tile.block["BLOCK_M"] = min(tile.block["BLOCK_M"], 32)
-    elif keep or early:
-        tile.block["BLOCK_N"] = min(tile.block["BLOCK_N"], 64)
-    return tile
-
-
-def grouped_hidden_bwd_tile(S: int, E: int, s: int, dtype: torch.dtype, backend: str = BACKEND) -> GroupedTile:
-    """Of S slots and E experts of width s; one tile of columns leaves the routing weights' gradient as a plain store."""
-    return _grouped_tile(_GROUPED_HIDDEN_BWD[backend], S / max(E, 1), s, dtype == torch.float32)
-
-
-def grouped_mm_tile(S: int, E: int, Kdim: int, N: int, dtype: torch.dtype, backend: str = BACKEND) -> GroupedTile:
-    return _grouped_tile(_GROUPED_MM[backend], S / max(E, 1), N, dtype == torch.float32)
-
-
-def grouped_weight_tile(
-    dtype: torch.dtype, backend: str = BACKEND, *, gathered: bool = False
-) -> tuple[dict[str, int], dict[str, Any]]:
-    """A tile [BLOCK_K, BLOCK_N] of an expert's weight gradient, BLOCK_S rows at a time. ``gathered``: where a
-    row is must be known before it is loaded, and the compiler halves the stages between the two."""
-    if dtype == torch.float32 and backend == "hip":
-        return {"BLOCK_K": 64, "BLOCK_N": 64, "BLOCK_S": 32}, {"num_warps": 4, "num_stages": 2}
-    stages = 2 if backend == "hip" else 5 if gathered else 3
-    # float32: registers as in ``grouped_up_tile``; BLOCK_K lies along the width of the experts, which are thin
-    block_k, block_s = (64, 16) if dtype == torch.float32 else (128, 64)
-    return {"BLOCK_K": block_k, "BLOCK_N": 128, "BLOCK_S": block_s}, {"num_warps": 8, "num_stages": stages}

@@ -22,6 +22,12 @@ def dispatch_tile(S: int, E: int) -> tuple[dict[str, int], dict[str, int], dict[
     return next((tile for most, tile in tiles.items() if most >= S), tiles[max(tiles)]), scan, options
 
 
+def row_tiles_tile(E: int) -> tuple[dict[str, int], dict[str, Any]]:
+    """Entries of the table of row tiles that a program finds at a time, among E experts."""
+    block_e = max(64, power_of_two(E))
+    return {"BLOCK_E": block_e, "BLOCK_R": max(1, 2048 // block_e)}, {"num_warps": 4}
+
+
 def row_tile(H: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, Any]]:
     """A part of one row, for copies and sums of rows: 16 bytes a thread in 16 bits, 32 in wider types."""
     most = 512 if dtype == torch.float64 else 1024

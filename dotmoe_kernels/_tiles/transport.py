@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .hardware import BACKEND, power_of_two
+from .hardware import BACKEND, GPU, H200, Span, power_of_two
+from .launches import Floor, Launch, times, together
 
 # rounding: most experts -> rows and experts of a tile of proposals, experts and entries of a tile of the selection. A tile of
 # proposals is as wide as a warp at most, so that each warp has rows of its own and none waits for another
@@ -37,6 +38,7 @@ def rounding_tile(E: int) -> tuple[dict[str, int], dict[str, Any]]:
 _TRANSPORT = {
     "first": (2560, 3),
     "step": (5120, 3),
+    "persistent": (5120, 2),
     "plan": (5120, 2),
     "adjoint": (5120, 2),
     "plain": (5120, 1),
@@ -79,10 +81,38 @@ def transport_tiles(E: int, kernel: str, backend: str = BACKEND, device: torch.d
         blocks["BLOCK_F"] = max(16, blocks["BLOCK_F"])
     if backend == "cuda" and programs == 2 and main + rest <= 256:  # compilers differ, and 128 let two programs run at once
         options["maxnreg"] = 128
+    if kernel == "persistent":
+        blocks |= {"FIRST_F": max(4, blocks["BLOCK_F"] // 2), "BLOCK_P": 32}
+        programs = programs if "maxnreg" in options else 1  # all that are launched must run at once
     on_gpu = device is not None and device.type == "cuda"
     return TransportTiles(
         blocks, options, programs * (torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 3)
     )
+
+
+def steps_seconds(form: str, L: int, F: int, E: int, steps: int, gpu: GPU) -> Span:
+    """PREDICTED time of so many Sinkhorn steps: a launch a step ("streaming"), or a barrier a step in one launch ("persistent")."""
+    kernel = "persistent" if form == "persistent" else "step"
+    elements, programs = _TRANSPORT[kernel]
+    tiles = transport_tiles(E, kernel, "cuda")._replace(wave=programs * gpu.multiprocessors)
+    size, (each, _) = 4.0 * L * F * E, tiles.split(F, L)
+    looks = -(-each // tiles.blocks.get("BLOCK_P", 16))  # at the other programs' sums, one after the other
+    floor = Floor(barriers=12 + 2 * looks, shuffles=20, accesses=2 + looks)
+    memory = size if size > 0.8 * gpu.l2_bytes else 0.0
+    one = Launch(memory, 10.0 * L * F * E, each * L, programs, floor, size, product=False).seconds(gpu)
+    if form == "streaming":
+        return times(steps, one)
+    met = Span(one.low - gpu.launch.low + gpu.barrier.low, one.high - gpu.launch.high + gpu.barrier.high)
+    return together(gpu.launch, times(steps, met))
+
+
+def transport_form(L: int, F: int, E: int, num_iters: int, device: torch.device) -> str:
+    """Of the steps of a call: "persistent" where all layers' programs run at once and it is predicted faster, on NVIDIA's GPUs."""
+    if device.type != "cuda" or BACKEND != "cuda" or num_iters < 2:
+        return "streaming"
+    if transport_tiles(E, "persistent", device=device).wave < L:
+        return "streaming"
+    return min(("persistent", "streaming"), key=lambda form: steps_seconds(form, L, F, E, num_iters, H200).middle)
 
 
 def gram_tiles(E: int, backend: str = BACKEND) -> tuple[dict[str, int], dict[str, Any]]:

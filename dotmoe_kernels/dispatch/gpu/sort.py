@@ -4,7 +4,8 @@
 (1) A program counts the experts of its BLOCK_S pairs; (2) one program an expert turns the counts of all blocks into exclusive sums;
 (3) a program sorts the keys (expert, position) of its block on the chip, so that the run of each expert is in order and next to
 each other, and moves every run to offsets[e] + the expert's pairs in earlier blocks. Few pairs: (3) alone. No order depends on an
-atomic. An index outside [0, E], which a GPU cannot report, counts as an empty slot.
+atomic. An index outside [0, E], which a GPU cannot report, counts as an empty slot. Where grouped products follow, (3) leaves their
+table of row tiles too (``tiles.py``), each program a part of it.
 
 Cost: the indices are read twice (the second time from L2) and 20 bytes a pair written.
 """
@@ -17,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._backend import device_guard
-from ..._tiles import dispatch_tile
+from ..._tiles import dispatch_tile, row_tiles_tile
+from .tiles import RowTiles, empty_table, write_row_tiles
 
 MOST_EXPERTS = 1024  # a histogram's bins lie in registers
 
@@ -72,7 +74,7 @@ def _dispatch_scan_kernel(
     tl.store(table_ptr + blocks, carry)
 
 
-@triton.jit(do_not_specialize=["S", "K", "E", "blocks", "stride_t"])
+@triton.jit(do_not_specialize=["S", "K", "E", "blocks", "stride_t", "tiles"])
 def _dispatch_place_kernel(
     indices_ptr,  # [T, K]
     table_ptr,  # [E, blocks + 1]: pairs of expert e before block b
@@ -80,15 +82,20 @@ def _dispatch_place_kernel(
     source_ptr,  # [S]
     offsets_ptr,  # [E + 1]
     slot_ptr,  # [S]: routed pair -> slot
+    tiles_ptr,  # [tiles, 4]: the row tiles, or None
     S,
     K,
     E,
     blocks,
     stride_t,
     stride_k,
+    tiles,
     ALONE: tl.constexpr,  # one block, and no table
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # rows of a row tile
+    GROUP_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     block = tl.program_id(0)
     start = block * BLOCK_S
@@ -110,6 +117,11 @@ def _dispatch_place_kernel(
     if block == 0:
         tl.store(offsets_ptr, 0)
         tl.store(offsets_ptr + 1 + e, end, mask=e < E)
+    if tiles_ptr is not None:
+        share = tl.cdiv(tiles, blocks)
+        write_row_tiles(
+            tiles_ptr, block * share, tl.minimum((block + 1) * share, tiles), end - total, end, BLOCK_M, GROUP_M, BLOCK_R
+        )
     # a run begins at the sum of the counts before it in the sorted block, and belongs behind the expert's earlier pairs
     shift = (end - total + before) - (tl.cumsum(count, 0) - count)
     # empty slots: behind all used ones and those of earlier blocks, and in the block behind its used ones
@@ -144,8 +156,10 @@ def _inverse_slots_kernel(
 # --- launchers ----------------------------------------------------------------------------------------------------------
 
 
-def sort_slots(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """token [S] int64, source [S] int64, offsets [E + 1] int32 and slot_of [T, K] int32 of indices [T, K], any strides."""
+def _sort(
+    indices: Tensor, num_experts: int, table: Tensor | None, block_m: int = 1, group_m: int = 1
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``sort_slots``; ``table``: the row tiles of ``block_m`` rows, written in passing."""
     (_, K), S, device = indices.shape, indices.numel(), indices.device
     token = torch.empty(S, dtype=torch.int64, device=device)
     source = torch.empty(S, dtype=torch.int64, device=device)
@@ -156,15 +170,32 @@ def sort_slots(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tenso
     tile, scan, options = dispatch_tile(S, num_experts)
     blocks = triton.cdiv(S, tile["BLOCK_S"])
     sizes = (S, K, num_experts, blocks, *indices.stride())
+    of_tiles = {"BLOCK_M": block_m, "GROUP_M": group_m, "BLOCK_R": row_tiles_tile(num_experts)[0]["BLOCK_R"]}
     with device_guard(indices):
-        table = None
+        counts = None
         if blocks > 1:
-            table = torch.empty((num_experts, blocks + 1), dtype=torch.int32, device=device)
-            _dispatch_count_kernel[(blocks,)](indices, table, *sizes, **tile, **options)
-            _dispatch_scan_kernel[(num_experts,)](table, blocks, **scan, **options)
-        outputs = (token, source, offsets, slot_of)
-        _dispatch_place_kernel[(blocks,)](indices, table, *outputs, *sizes, ALONE=table is None, **tile, **options)
+            counts = torch.empty((num_experts, blocks + 1), dtype=torch.int32, device=device)
+            _dispatch_count_kernel[(blocks,)](indices, counts, *sizes, **tile, **options)
+            _dispatch_scan_kernel[(num_experts,)](counts, blocks, **scan, **options)
+        outputs = (token, source, offsets, slot_of, table)
+        tiles = 0 if table is None else len(table)
+        _dispatch_place_kernel[(blocks,)](
+            indices, counts, *outputs, *sizes, tiles, ALONE=counts is None, **tile, **of_tiles, **options
+        )
     return token, source, offsets, slot_of
+
+
+def sort_slots(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """token [S] int64, source [S] int64, offsets [E + 1] int32 and slot_of [T, K] int32 of indices [T, K], any strides."""
+    return _sort(indices, num_experts, None)
+
+
+def sort_into_tiles(
+    indices: Tensor, num_experts: int, block_m: int, group_m: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, RowTiles]:
+    """``sort_slots``, and the row tiles of ``block_m`` rows in bands of ``group_m``; at most MOST_EXPERTS experts."""
+    table = empty_table(indices.numel(), num_experts, block_m, indices.device)
+    return *_sort(indices, num_experts, table, block_m, group_m), RowTiles(table, block_m, group_m)
 
 
 def inverse(source: Tensor) -> Tensor:
