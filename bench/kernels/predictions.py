@@ -1,7 +1,7 @@
 """PREDICTED times of the routed FFN on one H200, in bfloat16, 25 % active: arithmetic from bytes and flops, nobody measured them.
 
-The passes are those of ``conversion/speeds.py``. Beside each stands the limit: the bytes of the weights that a call must read, or
-the flops it must do, whichever takes longer.
+The passes are those of ``conversion/speeds.py``; the ends of a range those of ``_tiles/launches.py``, on an H100 too. Beside each
+stands the limit: the bytes of the weights that a call must read, or the flops it must do, whichever takes longer.
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ from bench import shapes
 from bench.kernels.registry import BANDWIDTH, BF16
 from bench.shapes import Shape
 from dotmoe_kernels._tiles import TRITON_SHARE
+from dotmoe_kernels._tiles.hardware import GPU, GPUS, Span
+from dotmoe_kernels._tiles.launches import together
 from dotmoe_kernels.conversion.speeds import (
     LAUNCH,
     decode_seconds,
+    decode_span,
     dense_seconds,
+    dense_span,
+    grouped_span,
     grouped_up_seconds,
     masked_seconds,
     one_pass,
@@ -83,6 +88,12 @@ def limit_seconds(T: int, c: Shape) -> float:
     return max(2 * 3 * union(T, c) * c.F * c.H / BANDWIDTH, 6 * T * c.K * c.s * c.H / BF16)
 
 
+def _span(path: str, T: int, c: Shape, gpu: GPU) -> Span:
+    if path == "masked":
+        return together(dense_span(T, c, gpu), gpu.launch)
+    return decode_span(T, c, gpu) if path == "decode" else grouped_span(T, c, gpu)
+
+
 def experts_against_dense() -> list[dict[str, Any]]:
     """The points of the targets: op alone, without its router."""
     rows = []
@@ -95,7 +106,11 @@ def experts_against_dense() -> list[dict[str, Any]]:
             path, time = "grouped", grouped_seconds(T, c)
         dense = dense_seconds(T, c)
         row = {"shape": f"{c.name} T {T}", "path": path, "limit_seconds": limit_seconds(T, c), "predicted_seconds": time}
-        rows.append({**row, "dense_predicted_seconds": dense, "predicted_times_dense": dense / time})
+        row |= {"dense_predicted_seconds": dense, "predicted_times_dense": dense / time}
+        for gpu in GPUS:
+            ours, other = _span(path, T, c, gpu), dense_span(T, c, gpu)
+            row[f"{gpu.name}_predicted_seconds"], row[f"{gpu.name}_dense_predicted_seconds"] = list(ours), list(other)
+        rows.append(row)
     return rows
 
 
