@@ -291,15 +291,26 @@ def test_one_launch_is_predicted_faster_where_a_step_is_short():
         assert whole.low > 50 * 4 * 28 * 18944 * 148 / gpu.bandwidth.high
 
 
-def test_the_plans_grid_fits():
-    """The plan's programs hold more than a step's: fewer run at once."""
-    for L, F, E in ((1, 18944, 148), (28, 18944, 148), (32, 14336, 112)):
-        tiles = {kernel: _tiles.transport_tiles(E, kernel, "cuda") for kernel in ("step", "plan")}
-        tiles = {kernel: t._replace(wave=t.wave // 3 * 132) for kernel, t in tiles.items()}  # of a GPU
-        programs, chunk = tiles["plan"].split(F, L)
-        assert programs * L <= tiles["plan"].wave
-        assert (programs - 1) * chunk < F <= programs * chunk
-    assert tiles["plan"].split(F, L)[0] < tiles["step"].split(F, L)[0]
+def test_the_plan_has_a_grid_that_fits(monkeypatch):
+    """Its programs hold more registers than a step's: fewer run at once."""
+    from dotmoe_kernels.transport.gpu import streaming
+
+    launched = {}
+
+    class Recorder:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(streaming, f"_sinkhorn_{name}_kernel")
+
+        def __getitem__(self, grid):
+            launched[self.name] = grid[0] * grid[1]
+            return self.kernel[grid]
+
+    for name in ("step", "plan"):
+        monkeypatch.setattr(streaming, f"_sinkhorn_{name}_kernel", Recorder(name))
+    L, F = (3, 18944) if HAS_GPU else (1, 1000)
+    solve(normal(L, F, 37, seed=23, dtype=torch.float32), "streaming", num_iters=2)
+    waves = {name: _tiles.transport_tiles(37, name, device=torch.device(DEVICE)).wave for name in launched}
+    assert launched["plan"] <= waves["plan"] < launched["step"] <= waves["step"]
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------------

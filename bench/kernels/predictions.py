@@ -11,9 +11,10 @@ from typing import Any
 from bench import shapes
 from bench.kernels.registry import BANDWIDTH, BF16
 from bench.shapes import Shape
-from dotmoe_kernels._tiles import TRITON_SHARE
-from dotmoe_kernels._tiles.hardware import GPU, GPUS, Span
-from dotmoe_kernels._tiles.launches import together
+from dotmoe_kernels._tiles import REDUCTION_CHUNK
+from dotmoe_kernels._tiles.grouped import down_launch
+from dotmoe_kernels._tiles.hardware import GPU, GPUS, H200, Span
+from dotmoe_kernels._tiles.launches import Launch, times, together
 from dotmoe_kernels.conversion.speeds import (
     LAUNCH,
     decode_seconds,
@@ -21,9 +22,10 @@ from dotmoe_kernels.conversion.speeds import (
     dense_seconds,
     dense_span,
     grouped_span,
-    grouped_up_seconds,
+    grouped_up_span,
     masked_seconds,
     one_pass,
+    product_span,
     token_sums,
     union,
 )
@@ -35,16 +37,23 @@ REDUCTIONS = ("rows", "chunks", "dense", "atomics")
 
 def grouped_seconds(T: int, c: Shape, reduction: str = "rows") -> float:
     """Sort, up product, and the down product with one of the reductions."""
-    S, up = T * c.K, grouped_up_seconds(T, c)
-    flops, weights = 2 * S * c.s * c.H, 2 * union(T, c) * c.F * c.H
     if reduction == "rows":
-        return up + token_sums(T, c, c.s)
-    if reduction == "chunks":  # 2048 tokens and 256 columns at a time; their rows stay in L2
-        parts = -(-T // 2048) * -(-c.H // 256)
-        return up + max(one_pass(weights * -(-T // 2048) + 2 * S * c.s, flops, TRITON_SHARE * BF16), 2 * parts * LAUNCH)
+        return grouped_span(T, c, H200).middle
+    S, up = T * c.K, grouped_up_span(T, c, H200, "halves")
+    if reduction == "chunks":  # some tokens and columns at a time; their rows stay in L2
+        tokens, columns = REDUCTION_CHUNK
+        rows = min(T, tokens) * c.K
+        product = down_launch("tiles", rows, c.E, c.s, columns)
+        product = product._replace(bytes=2 * (c.F * columns + rows * c.s)).seconds(H200)
+        sums = Launch(2 * min(T, tokens) * columns, l2=2 * rows * columns).seconds(H200)
+        parts = -(-T // tokens) * -(-c.H // columns)
+        return together(up, times(parts, together(product, sums))).middle
     if reduction == "dense":  # the dense hidden is zeroed, and read by a product over all F
-        return up + one_pass(2 * T * c.F) + one_pass(2 * (c.F * c.H + T * c.F), 2 * T * c.F * c.H)
-    return up + max(one_pass(weights + 2 * S * c.s, flops, TRITON_SHARE * BF16), 4 * S * c.H / (_ATOMICS * BANDWIDTH)) + LAUNCH
+        return together(up, Launch(2 * T * c.F).seconds(H200), product_span(T, c.F, c.H, H200)).middle
+    product = down_launch("tiles", S, c.E, c.s, c.H).seconds(H200)
+    added = 4 * S * c.H / _ATOMICS
+    ends = Span(max(product.low, added / H200.bandwidth.high), max(product.high, added / H200.bandwidth.low))
+    return together(up, Launch(6 * T * c.H).seconds(H200), ends).middle
 
 
 def dense_training_seconds(T: int, c: Shape) -> float:
@@ -54,16 +63,20 @@ def dense_training_seconds(T: int, c: Shape) -> float:
     return dense_seconds(T, c) + 2 * down + one_pass(2 * 5 * T * c.F) + 2 * up
 
 
+def _in_triton(size: float, flops: float) -> float:
+    return Launch(size, flops).seconds(H200).middle
+
+
 def training_seconds(T: int, c: Shape) -> float:
     """Forward with gate and up kept; backward: the hidden gradient, two weight gradients that gather their rows, dx."""
     S, weights = T * c.K, union(T, c) * c.F * c.H
     slots = S * c.s * c.H
     sort = 5 * LAUNCH  # and token and source in 32 bits
-    up = one_pass(2 * (2 * weights + S * (c.H + 3 * c.s)), 4 * slots, TRITON_SHARE * BF16)
+    up = _in_triton(2 * (2 * weights + S * (c.H + 3 * c.s)), 4 * slots)
     forward = sort + up + token_sums(T, c, c.s)
-    hidden = one_pass(2 * (weights + S * (c.H + 5 * c.s)), 2 * slots, TRITON_SHARE * BF16)
-    down = one_pass(2 * (c.F * c.H + S * (c.H + c.s)), 2 * slots, TRITON_SHARE * BF16)
-    gate_up = one_pass(2 * (2 * c.F * c.H + S * (c.H + 2 * c.s)), 4 * slots, TRITON_SHARE * BF16)
+    hidden = _in_triton(2 * (weights + S * (c.H + 5 * c.s)), 2 * slots)
+    down = _in_triton(2 * (c.F * c.H + S * (c.H + c.s)), 2 * slots)
+    gate_up = _in_triton(2 * (2 * c.F * c.H + S * (c.H + 2 * c.s)), 4 * slots)
     return forward + hidden + down + gate_up + token_sums(T, c, 2 * c.s)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -81,9 +82,10 @@ def transport_tiles(E: int, kernel: str, backend: str = BACKEND, device: torch.d
         blocks["BLOCK_F"] = max(16, blocks["BLOCK_F"])
     if backend == "cuda" and programs == 2 and main + rest <= 256:  # compilers differ, and 128 let two programs run at once
         options["maxnreg"] = 128
-    if kernel == "persistent":
+    if kernel == "persistent":  # all that are launched must run at once
         blocks |= {"FIRST_F": max(4, blocks["BLOCK_F"] // 2), "BLOCK_P": 32}
-        programs = programs if "maxnreg" in options else 1  # all that are launched must run at once
+        if backend == "cuda" and "maxnreg" not in options:  # else the compiler spills some registers to fit three
+            programs, options["maxnreg"] = 1, 255
     on_gpu = device is not None and device.type == "cuda"
     return TransportTiles(
         blocks, options, programs * (torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 3)
@@ -97,7 +99,7 @@ def steps_seconds(form: str, L: int, F: int, E: int, steps: int, gpu: GPU) -> Sp
     tiles = transport_tiles(E, kernel, "cuda")._replace(wave=programs * gpu.multiprocessors)
     size, (each, _) = 4.0 * L * F * E, tiles.split(F, L)
     looks = -(-each // tiles.blocks.get("BLOCK_P", 16))  # at the other programs' sums, one after the other
-    floor = Floor(barriers=12 + 2 * looks, shuffles=20, accesses=2 + looks)
+    floor = Floor(barriers=30 + 2 * looks, shuffles=40, accesses=2 + looks)  # of the column tiles' sums, in the SASS of sm_90
     memory = size if size > 0.8 * gpu.l2_bytes else 0.0
     one = Launch(memory, 10.0 * L * F * E, each * L, programs, floor, size, product=False).seconds(gpu)
     if form == "streaming":
@@ -106,13 +108,18 @@ def steps_seconds(form: str, L: int, F: int, E: int, steps: int, gpu: GPU) -> Sp
     return together(gpu.launch, times(steps, met))
 
 
+@lru_cache(maxsize=1024)
+def _faster_form(L: int, F: int, E: int, num_iters: int) -> str:
+    return min(("persistent", "streaming"), key=lambda form: steps_seconds(form, L, F, E, num_iters, H200).middle)
+
+
 def transport_form(L: int, F: int, E: int, num_iters: int, device: torch.device) -> str:
     """Of the steps of a call: "persistent" where all layers' programs run at once and it is predicted faster, on NVIDIA's GPUs."""
     if device.type != "cuda" or BACKEND != "cuda" or num_iters < 2:
         return "streaming"
     if transport_tiles(E, "persistent", device=device).wave < L:
         return "streaming"
-    return min(("persistent", "streaming"), key=lambda form: steps_seconds(form, L, F, E, num_iters, H200).middle)
+    return _faster_form(L, F, E, num_iters)
 
 
 def gram_tiles(E: int, backend: str = BACKEND) -> tuple[dict[str, int], dict[str, Any]]:
