@@ -120,7 +120,14 @@ def down_launch(form: str, S: int, E: int, Kdim: int, N: int, dtype: torch.dtype
         programs = E * columns * block["SHARE"]
         steps = tiles * columns / programs  # each ends with a store of its tile
         floor = Floor(2 + 4 * steps, 0, 3)
-        return Launch(moved, flops, programs, 1, floor, 2 * (rows + programs * block["BLOCK_N"] * Kdim + S * N))
+        return Launch(
+            moved,
+            flops,
+            programs,
+            1 if block["BLOCK_M"] == 128 else 2,
+            floor,
+            2 * (rows + programs * block["BLOCK_N"] * Kdim + S * N),
+        )
     found = _PICK if form == "tiles" else _READ
     floor = Floor(found.barriers + 4, found.shuffles, found.accesses + 2)
     return Launch(moved, flops, tiles * columns, 2, floor, 2 * (rows + weights + S * N))
