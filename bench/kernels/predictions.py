@@ -17,13 +17,11 @@ from dotmoe_kernels._tiles.hardware import GPU, GPUS, H200, Span
 from dotmoe_kernels._tiles.launches import Launch, times, together
 from dotmoe_kernels.conversion.speeds import (
     LAUNCH,
-    decode_seconds,
     decode_span,
     dense_seconds,
     dense_span,
     grouped_span,
     grouped_up_span,
-    masked_seconds,
     one_pass,
     product_span,
     token_sums,
@@ -108,16 +106,11 @@ def _span(path: str, T: int, c: Shape, gpu: GPU) -> Span:
 
 
 def experts_against_dense() -> list[dict[str, Any]]:
-    """The points of the targets: op alone, without its router."""
+    """The points of the targets: op alone, without its router; on an H200 the middle of a range, and both ends on either GPU."""
     rows = []
     for c, T in [(c, T) for c in SHAPES for T in (1, 4, 16, 256, 8192)]:
-        if T <= 16:
-            path, time = "decode", decode_seconds(T, c)
-        elif T < 512:
-            path, time = "masked", masked_seconds(T, c)
-        else:
-            path, time = "grouped", grouped_seconds(T, c)
-        dense = dense_seconds(T, c)
+        path = "decode" if T <= 16 else "masked" if T < 512 else "grouped"
+        time, dense = _span(path, T, c, H200).middle, dense_span(T, c, H200).middle
         row = {"shape": f"{c.name} T {T}", "path": path, "limit_seconds": limit_seconds(T, c), "predicted_seconds": time}
         row |= {"dense_predicted_seconds": dense, "predicted_times_dense": dense / time}
         for gpu in GPUS:

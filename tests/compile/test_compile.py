@@ -128,6 +128,10 @@ def test_predicted_times_lie_above_the_limit():
     for row in experts_against_dense():
         assert 0 < row["limit_seconds"] <= row["predicted_seconds"] < 1
         assert row["predicted_times_dense"] == row["dense_predicted_seconds"] / row["predicted_seconds"]
+        for whose in ("", "dense_"):
+            low, high = row[f"H200_{whose}predicted_seconds"]
+            assert low < row[f"{whose}predicted_seconds"] < high
+            assert row[f"H100_{whose}predicted_seconds"][1] >= high
     limits = {row["shape"]: row["limit_seconds"] for row in experts_against_dense()}
     assert all(row["predicted_seconds"] > limits[row["shape"]] for row in reductions())
 
