@@ -41,11 +41,10 @@ def grouped_seconds(T: int, c: Shape, reduction: str = "rows") -> float:
     if reduction == "chunks":  # some tokens and columns at a time; their rows stay in L2
         tokens, columns = REDUCTION_CHUNK
         rows = min(T, tokens) * c.K
-        product = down_launch("tiles", rows, c.E, c.s, columns)
-        product = product._replace(bytes=2 * (c.F * columns + rows * c.s)).seconds(H200)
+        kept = down_launch("tiles", rows, c.E, c.s, columns)._replace(bytes=2 * (c.F * columns + rows * c.s))
         sums = Launch(2 * min(T, tokens) * columns, l2=2 * rows * columns).seconds(H200)
         parts = -(-T // tokens) * -(-c.H // columns)
-        return together(up, times(parts, together(product, sums))).middle
+        return together(up, times(parts, together(kept.seconds(H200), sums))).middle
     if reduction == "dense":  # the dense hidden is zeroed, and read by a product over all F
         return together(up, Launch(2 * T * c.F).seconds(H200), product_span(T, c.F, c.H, H200)).middle
     product = down_launch("tiles", S, c.E, c.s, c.H).seconds(H200)
