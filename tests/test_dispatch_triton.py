@@ -74,7 +74,7 @@ def test_many_blocks(monkeypatch):
     """More pairs than a block has: the counts of earlier blocks move every run."""
     tile, scan, options = _tiles.dispatch_tile(4096, 37)
     monkeypatch.setattr(
-        "dotmoe_kernels.dispatch.gpu.dispatch_tile", lambda S, E: ({**tile, "BLOCK_S": 16}, {"BLOCK_B": 4}, options)
+        "dotmoe_kernels.dispatch.gpu.sort.dispatch_tile", lambda S, E: ({**tile, "BLOCK_S": 16}, {"BLOCK_B": 4}, options)
     )
     check_sort(routed_indices(50, 5, 37, seed=2, empty=0.1), 37)
 

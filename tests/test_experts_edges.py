@@ -105,7 +105,7 @@ def test_more_slots_than_offsets_count():
 @pytest.mark.parametrize("summed", [0, 2**17], ids=["by products", "by rows"])
 def test_decode_on_a_cpu_is_the_reference(dtype, T, stored, weighted, summed, monkeypatch):
     """Both storages of down_proj, empty slots, a token without any, an expert named twice; and what nobody chose may be NaN."""
-    monkeypatch.setattr(_tiles, "_CPU_SUMMED", summed)
+    monkeypatch.setattr(_tiles.paths, "_CPU_SUMMED", summed)
     gate_up, down = expert_weights(6, 8, 16, seed=0, dtype=torch.float64)
     x, indices = normal(T, 16, seed=1, dtype=torch.float64), routed_indices(T, 3, 5, seed=2)
     indices[0, 1] = indices[0, 0]

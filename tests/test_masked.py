@@ -255,7 +255,7 @@ def frozen(function, tensors):
 @pytest.fixture
 def thin(monkeypatch):
     """Thin experts are split too."""
-    monkeypatch.setattr(_tiles, "_SPLIT_HIDDEN", dict.fromkeys(_tiles._SPLIT_HIDDEN, 0))
+    monkeypatch.setattr(_tiles.paths, "_SPLIT_HIDDEN", dict.fromkeys(_tiles.paths._SPLIT_HIDDEN, 0))
 
 
 def compare_frozen(expert_of, indices, tensors, **options):
@@ -449,7 +449,7 @@ def test_good_input_is_good():
 @pytest.mark.parametrize("soft", [(), ("plan",), ("probs",), ("weights",)], ids=lambda s: "+".join(s) or "hard")
 def test_an_overflow_that_the_mask_drops_stays_where_it_is(soft, how, monkeypatch):
     """Straight through, the plan's rows of what overflowed are not finite, nor the router's of a token; all else is."""
-    monkeypatch.setattr(_tiles, "_SPLIT_HIDDEN", dict.fromkeys(_tiles._SPLIT_HIDDEN, 0))
+    monkeypatch.setattr(_tiles.paths, "_SPLIT_HIDDEN", dict.fromkeys(_tiles.paths._SPLIT_HIDDEN, 0))
     monkeypatch.setattr(gpu_autograd, "leaves_zeros_out", lambda *a: how == "triton by slots")
     tensors, expert_of, indices = problem(300 if "expert" in how else 13, 40, 8, 3, 6, *soft, seed=57, dtype=torch.float32)
     indices[indices == 2] = 8

@@ -103,7 +103,7 @@ def forward_only(function):
 @pytest.mark.parametrize(("T", "E", "K"), [(50, 7, 3), (40, 148, 37), (9, 1, 1), (64, 16, 16)])
 @pytest.mark.parametrize("rows", [2048, 16], ids=["one run", "many runs"])
 def test_padded_products_equal_the_reference(T, E, K, unit, dtype, rows, taken, monkeypatch):
-    monkeypatch.setattr("dotmoe_kernels._tiles._CPU_PADDED_ROWS", rows)
+    monkeypatch.setattr("dotmoe_kernels._tiles.paths._CPU_PADDED_ROWS", rows)
     tensors = problem(T, E, 8, 24, dtype, weights=K)
     if unit:
         tensors["weights"] = torch.ones(T, K)

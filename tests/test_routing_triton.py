@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not _backend.HAS_TRITON, reason="Triton is not i
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch):
     if not HAS_GPU:  # few rows a tile: the interpreter sorts empty ones as slowly
-        monkeypatch.setattr(_tiles, "_ROUTING", dict.fromkeys(_tiles._ROUTING, 128))
+        monkeypatch.setattr(_tiles.routing, "_ROUTING", dict.fromkeys(_tiles.routing._ROUTING, 128))
     with _backend.interpreted():
         assert _backend.use_triton(torch.empty(0, device=DEVICE))
         yield

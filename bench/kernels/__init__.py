@@ -10,7 +10,7 @@ A kernel joins by one entry in the file of its step, and so in KERNELS:
         needs={"sm_90": ("wgmma",)},                                  # instructions (compile_report.py) that the tests insist on
     )
 
-``variants("cuda" | "hip")`` gives a list of ``Variant``, one for each entry of the kernel's tile table in ``_tiles.py`` (and for
+``variants("cuda" | "hip")`` gives a list of ``Variant``, one for each entry of the kernel's tile table in ``_tiles`` (and for
 each dtype that changes the code); the first is the one that the tests compile. ``Variant.signature`` types every argument that
 is not a constexpr in Triton's words ("*fp32", "*bf16", "*i64", "i32", "fp32"); pointers count as aligned to 16 bytes, and so do
 the values of the integers named in ``divisible``. ``constexprs`` and ``options`` (num_warps, num_stages) are those of the launch.

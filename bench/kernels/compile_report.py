@@ -1,11 +1,12 @@
-"""What the compiler makes of every kernel, without a GPU: registers, spills, shared memory, instructions, and a predicted time.
+"""What the compiler makes of every kernel, without a GPU: registers, spills, shared memory, instructions, and predicted times.
 
     python -m bench.kernels [--kernel NAME ...] [--target sm_90 ...] [--first] [--no-json]
 
 compiles the registry of ``bench.kernels`` for sm_80, sm_90, sm_100 and gfx942, prints a table, and writes it to
 ``bench/results/compile/<date>-<commit>.json``. ``--first`` takes one tile a kernel. That place is a whole report's: a part of one
-is printed, and written only where ``--output`` says. A predicted time is arithmetic, not a measurement: bytes and flops of the
-shape over the rates in ``registry.py``.
+is printed, and written only where ``--output`` says. A predicted time is arithmetic, not a measurement: counts of the shape over
+the rates of ``_tiles/hardware.py``, from a low to a high end. What a product's program waits for outside its products is counted in
+the SASS: barriers, shuffles and loads before its first and behind its last matrix instruction.
 
 TRITON_INTERPRET must not be set: interpreted kernels cannot be compiled.
 """
@@ -23,10 +24,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import machine
-from bench.kernels import KERNELS, predictions_alignment, predictions_token
+from bench.kernels import KERNELS, forms, predictions_alignment, predictions_token
 from bench.kernels.predictions import experts_against_dense, reductions, training_against_dense
 from bench.kernels.registry import Kernel, Variant
-from bench.kernels.transport import persistent_against_streaming
+from dotmoe_kernels._tiles.hardware import GPUS
 
 
 class Target(NamedTuple):
@@ -57,6 +58,8 @@ _SASS = {
     "barrier": r"\bBAR\.",
     "local": r"\b(LDL|STL)\b",
 }
+_MATRIX = r"\b(HGMMA|[HDIQ]MMA|UTC\w*MMA)\b"
+_WAITS = {"barrier": r"\bBAR\.", "shuffle": r"\bSHFL\b", "load": r"\bLDG\b", "store": r"\bSTG\b"}
 _GCN = {
     "mfma": r"\bv_mfma",
     "exp": r"\bv_exp_f32\b",
@@ -80,6 +83,16 @@ def _count(text: str, patterns: dict[str, str]) -> dict[str, int]:
     return {name: count for name, count in found.items() if count}
 
 
+def around_products(sass: str) -> dict[str, dict[str, int]]:
+    """What lies before the first and behind the last matrix instruction of a kernel; empty where there is none."""
+    lines = [line for line in sass.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/", line)]
+    at = [i for i, line in enumerate(lines) if re.search(_MATRIX, line)]
+    if not at:
+        return {}
+    parts = {"prologue": lines[: at[0]], "epilogue": lines[at[-1] + 1 :]}
+    return {name: {"instructions": len(part), **_count("\n".join(part), _WAITS)} for name, part in parts.items()}
+
+
 def _read_cubin(cubin: bytes) -> dict[str, Any]:
     """Registers and local memory by cuobjdump, instructions by nvdisasm; both come with Triton."""
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +105,7 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
     # a stack frame alone need not be a spill; loads and stores of local memory are
     spilled = max(stack, local) if instructions.get("local") else 0
     registers = int(re.search(r"\bREG:(\d+)", usage.stdout)[1])  # type: ignore[index]
-    return {"registers": registers, "spill_bytes": spilled, "instructions": instructions}
+    return {"registers": registers, "spill_bytes": spilled, "instructions": instructions, **around_products(sass.stdout)}
 
 
 def _read_gcn(text: str) -> dict[str, Any]:
@@ -155,20 +168,12 @@ def compile_all(kernels: list[str], targets: list[str], first: bool = False) -> 
 
 
 def predictions(kernels: list[str]) -> list[dict[str, Any]]:
-    """Bytes, flops and predicted time of one launch at the named shapes on an H200."""
-    return [
-        {
-            "kernel": name,
-            "shape": shape,
-            "bytes": cost.bytes,
-            "flops": cost.flops,
-            "programs": cost.programs,
-            "round_trips": cost.round_trips,
-            "predicted_seconds": cost.seconds(),
-        }
-        for name in kernels
-        for shape, cost in KERNELS[name].costs.items()
-    ]
+    """Bytes, flops and predicted times of one launch at the named shapes, from the low to the high end."""
+    rows = []
+    for name, shape, cost in [(kernel, *one) for kernel in kernels for one in KERNELS[kernel].costs.items()]:
+        row = {"kernel": name, "shape": shape, "bytes": cost.bytes, "flops": cost.flops, "programs": cost.programs}
+        rows.append(row | {f"{gpu.name}_predicted_seconds": list(cost.seconds(gpu)) for gpu in GPUS})
+    return rows
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -191,18 +196,19 @@ def render(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> str:
         compiled.append([*start, str(row["registers"]), str(row["spill_bytes"]), shared, warps, instructions])
     expected = []
     for p in predicted:
-        megabytes, gigaflops, milliseconds = p["bytes"] / 1e6, p["flops"] / 1e9, p["predicted_seconds"] * 1e3
-        expected.append([p["kernel"], p["shape"], f"{megabytes:.1f} MB", f"{gigaflops:.2f} G", f"{milliseconds:.3f} ms"])
-    variants = []
-    for row in persistent_against_streaming():
-        times = (row["streaming_predicted_seconds"], row["persistent_predicted_seconds"])
-        variants.append([row["shape"], *("-" if t is None else f"{t * 1e3:.2f} ms" for t in times), row["status"]])
+        spans = (" - ".join(f"{1e3 * end:.3f}" for end in p[f"{gpu.name}_predicted_seconds"]) + " ms" for gpu in GPUS)
+        expected.append([p["kernel"], p["shape"], f"{p['bytes'] / 1e6:.1f} MB", f"{p['flops'] / 1e9:.2f} G", *spans])
+    beside = forms.table()
+    ranges = [f"{gpu.name}, {whose}" for gpu in GPUS for whose in ("ours", "dense")]
     against = []
     for row in experts_against_dense():
         limit, time, dense = (
             f"{row[key] * 1e3:.3f} ms" for key in ("limit_seconds", "predicted_seconds", "dense_predicted_seconds")
         )
-        against.append([row["shape"], row["path"], limit, time, dense, f"{row['predicted_times_dense']:.2f}x"])
+        ends = []
+        for gpu in GPUS:
+            ends += [" - ".join(f"{1e3 * t:.3f}" for t in row[f"{gpu.name}_{whose}predicted_seconds"]) for whose in ("", "dense_")]
+        against.append([row["shape"], row["path"], limit, time, dense, f"{row['predicted_times_dense']:.2f}x", *ends])
     training = []
     for row in training_against_dense():
         limit, time, dense = (
@@ -217,12 +223,12 @@ def render(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> str:
     return "\n\n".join(
         [
             table(["kernel", "variant", "target", "registers", "spilled", "shared", "warps", "instructions"], compiled),
-            "PREDICTED time of one launch on an H200: arithmetic from bytes, flops and round trips, not a measurement",
-            table(["kernel", "shape", "bytes", "flops", "predicted"], expected),
-            "PREDICTED time of a sinkhorn forward of 50 steps: a launch a step, or one cooperative launch that keeps A on the chip",
-            table(["shape", "streaming", "persistent", "status"], variants),
+            "PREDICTED time of one launch, from the low to the high end: arithmetic from counts, not a measurement",
+            table(["kernel", "shape", "bytes", "flops", *(f"{gpu.name}, predicted" for gpu in GPUS)], expected),
+            f"PREDICTED time of a kernel's older and newer form in bfloat16; Sinkhorn in float32, {forms.STEPS} steps",
+            table(beside[0], beside[1:]),
             "PREDICTED time of expert_ffn in bfloat16 on an H200 against the dense FFN, the limit beside it",
-            table(["shape", "path", "limit", "ours", "dense", "dense / ours"], against),
+            table(["shape", "path", "limit", "ours", "dense", "dense / ours", *ranges], against),
             "PREDICTED time of its forward and backward pass, and what is kept in between beside x and the routing weights",
             table(["shape", "limit", "ours", "dense", "dense / ours", "kept", "kept by transformers' grouped_mm"], training),
             "PREDICTED time of the grouped path by its reduction",
@@ -263,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
         path = chosen.output or machine.RESULTS / "compile" / f"{datetime.date.today().isoformat()}-{machine.commit()}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         result = {"versions": machine.versions(), "commit": machine.commit(), "compiled": rows, "predicted_not_measured": predicted}
-        result["persistent_against_streaming_not_measured"] = persistent_against_streaming()
+        result["forms_predicted_not_measured"] = forms.forms()
         result["experts_against_dense_not_measured"] = experts_against_dense()
         result["training_against_dense_not_measured"] = training_against_dense()
         result["reductions_not_measured"] = reductions()

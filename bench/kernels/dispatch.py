@@ -13,14 +13,22 @@ from dotmoe_kernels import _tiles
 
 _TOKENS = (8192, 65536)
 _SHAPES = (shapes.L3, shapes.Q25, shapes.COARSE, shapes.MID)
-_MODULE = "dotmoe_kernels.dispatch.gpu"
-_INTEGERS = {"slot_ptr": "*i32", "offsets_ptr": "*i32", "table_ptr": "*i32", "token_ptr": "*i64", "source_ptr": "*i64"}
+_GPU = "dotmoe_kernels.dispatch.gpu"
+_INTEGERS = {
+    **dict.fromkeys(("slot_ptr", "offsets_ptr", "table_ptr", "tiles_ptr"), "*i32"),
+    **dict.fromkeys(("token_ptr", "source_ptr"), "*i64"),
+}
 _OF_WEIGHTS = ("weights_ptr", "dweights_ptr", "stride_wt", "stride_wk")
+
+
+def _path(function: str) -> str:
+    file = "tiles" if "tiles" in function else "rows" if "rows" in function else "sort"
+    return f"{_GPU}.{file}:{function}"
 
 
 def _variant(function: str, name: str, rows: str, constexprs: dict[str, Any], options: dict[str, Any]) -> Variant:
     """Every pointer to rows in the dtype ``rows``, weights in float32; the last strides are 1."""
-    names = Kernel("", f"{_MODULE}:{function}", lambda _: []).load().arg_names
+    names = Kernel("", _path(function), lambda _: []).load().arg_names
     last = dict.fromkeys(("stride_k", "stride_xh", "stride_yh", "stride_dh", "stride_wk"), 1)
     constexprs = {n: v for n, v in {**last, **constexprs}.items() if n in names}
 
@@ -45,6 +53,11 @@ def _sort(function: str, alone: tuple[bool, ...]) -> Callable[[str], list[Varian
                         continue
                     constexprs: dict[str, Any] = {**tile, **scan, "ALONE": single, **({"table_ptr": None} if single else {})}
                     name = f"{indices} E={E}{f' S<={most}' if single else ''}"
+                    entries = {"BLOCK_R": _tiles.row_tiles_tile(E)[0]["BLOCK_R"]}
+                    if "place" in function:
+                        with_tiles = {**constexprs, **entries, "BLOCK_M": 128, "GROUP_M": 16}
+                        found.append(_variant(function, f"{name} tiles", indices, with_tiles, options))
+                    constexprs |= {**entries, "tiles_ptr": None, "BLOCK_M": 1, "GROUP_M": 1}
                     found.append(_variant(function, name, indices, constexprs, options))
         return found
 
@@ -54,6 +67,14 @@ def _sort(function: str, alone: tuple[bool, ...]) -> Callable[[str], list[Varian
 def _scan(backend: str) -> list[Variant]:
     _, scan, options = _tiles.dispatch_tiles(148)
     return [_variant("_dispatch_scan_kernel", "any", "i32", scan, options)]
+
+
+def _row_tiles(backend: str) -> list[Variant]:
+    found = []
+    for E in (112, 1025):
+        block, options = _tiles.row_tiles_tile(E)
+        found.append(_variant("_row_tiles_kernel", f"E={E}", "i32", {**block, "BLOCK_M": 128, "GROUP_M": 16}, options))
+    return found
 
 
 def _inverse(backend: str) -> list[Variant]:
@@ -104,7 +125,7 @@ def _sums(s: shapes.Shape, T: int) -> float:
 
 
 def _kernel(name: str, variants: Callable[[str], list[Variant]], costs: dict[str, Cost]) -> Kernel:
-    return Kernel(name, f"{_MODULE}:_{name}_kernel", variants, costs)
+    return Kernel(name, _path(f"_{name}_kernel"), variants, costs)
 
 
 DISPATCH = (
@@ -120,6 +141,7 @@ DISPATCH = (
         # a bitonic sort of 2^10 keys takes 55 steps of about 5 integer operations an element [estimate]
         _costs(lambda s, T: 28.0 * T * s.K + 2 * _table(s, T), lambda s, T: 275.0 * T * s.K),
     ),
+    _kernel("row_tiles", _row_tiles, _costs(lambda s, T: 16.0 * (T * s.K / 128 + s.E), _no_flops)),
     _kernel("inverse_slots", _inverse, _costs(lambda s, T: 12.0 * T * s.K, _no_flops)),
     _kernel(
         "scatter_rows",

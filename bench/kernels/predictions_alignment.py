@@ -105,7 +105,7 @@ def _loss(T: int, b: Backbone, passes: float) -> float:
 
 def _sinkhorn(b: Backbone) -> float:
     def of(name: str) -> float:
-        return KERNELS[f"sinkhorn_{name}"].costs[b.batch].seconds()
+        return KERNELS[f"sinkhorn_{name}"].costs[b.batch].seconds().middle
 
     forward = of("first_step") + (STEPS - 1) * of("step") + of("plan")
     return forward + of("adjoint_start") + (STEPS - 1) * of("adjoint_step") + of("adjoint_finish")
@@ -123,7 +123,7 @@ def split(T: int, b: Backbone) -> dict[str, float]:
     return {
         "teacher": L * block,
         "transport": _sinkhorn(b),
-        "rounding": KERNELS["rounding"].costs[b.batch].seconds(),
+        "rounding": KERNELS["rounding"].costs[b.batch].seconds().middle,
         "masked FFN": L * masked_ffn_seconds(T, c),
         "attention": L * (_attention(T, b, 1) + _attention(T, b, 2.5)),
         "norms": L * 3 * _norms(T, b),

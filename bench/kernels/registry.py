@@ -1,18 +1,17 @@
-"""What an entry of the registry of kernels says (``bench.kernels``), and the rates that predictions are made from."""
+"""What an entry of the registry of kernels says (``bench.kernels``), and what it is predicted to take."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from dotmoe_kernels import _tiles
+from dotmoe_kernels._tiles.hardware import GPU, H200, PROGRAM_BANDWIDTH, ROUND_TRIP, Span
+from dotmoe_kernels._tiles.launches import Launch
 
-BANDWIDTH, BF16 = _tiles.H200_BANDWIDTH, _tiles.H200_BF16
-FP32 = 60e12  # flops/s outside the matrix units [data sheet 67]
-PROGRAM_BANDWIDTH = 50e9  # bytes/s that a single program draws [estimate]
-ROUND_TRIP = 1e-6  # seconds of a dependent access to global memory with its barrier [estimate]
+BANDWIDTH, BF16, FP32 = _tiles.H200_BANDWIDTH, _tiles.H200_BF16, H200.fp32
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,13 @@ class Cost:
     programs: int | None = None
     round_trips: float = 0.0
 
-    def seconds(self) -> float:
-        """Predicted time; nobody measured it."""
-        bandwidth = min(BANDWIDTH, PROGRAM_BANDWIDTH * self.programs) if self.programs else BANDWIDTH
-        return max(self.bytes / bandwidth, self.flops / self.rate) + self.round_trips * ROUND_TRIP
+    def seconds(self, gpu: GPU = H200) -> Span:
+        """PREDICTED time, from a low to a high end; nobody measured it."""
+        low, high = Launch(self.bytes, self.flops, product=self.rate == BF16).seconds(gpu)
+        if self.programs:
+            low = max(low, gpu.launch.low + self.bytes / (PROGRAM_BANDWIDTH.high * self.programs))
+            high = max(high, gpu.launch.high + self.bytes / (PROGRAM_BANDWIDTH.low * self.programs))
+        return Span(low + self.round_trips * ROUND_TRIP.low, high + self.round_trips * ROUND_TRIP.high)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Kernel:
     name: str
     function: str
     variants: Callable[[str], list[Variant]]
-    costs: dict[str, Cost] = field(default_factory=dict)
+    costs: Mapping[str, Cost | Launch] = field(default_factory=dict)
     needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def load(self) -> Any:

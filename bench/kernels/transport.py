@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from bench import shapes
-from bench.kernels.registry import BANDWIDTH, FP32, Cost, Kernel, Variant
+from bench.kernels.registry import FP32, Cost, Kernel, Variant
 from dotmoe_kernels import _tiles
 
 _STEPS = 50
 _SIZES = (("Q25 x 28", 28, shapes.Q25), ("Q25 x 1", 1, shapes.Q25), ("L3 x 32", 32, shapes.L3))
 _EXPERTS = (148, 112, 8, 512)  # Q25, which is two column tiles; L3; coarse; the most
 _OF_AFFINITY = ("a_ptr", "x_ptr", "da_ptr")  # in the affinity's own dtype
-_TYPES = {"count_ptr": "*i64", "plain_ptr": "*i32", "tol": "fp32", "safe": "fp32"}
+_TYPES = {"count_ptr": "*i64", "met_ptr": "*i64", "plain_ptr": "*i32", "tol": "fp32", "safe": "fp32"}
 
 
 def _power_of_two(n: int) -> int:
@@ -82,6 +82,7 @@ def _of_history(rows: float) -> dict[str, Cost]:
 TRANSPORT = (
     _kernel("sinkhorn_first_step", "streaming", "first", _costs(1, _each(20))),
     _kernel("sinkhorn_step", "streaming", "step", _costs(1, _each(10))),
+    _kernel("sinkhorn_persistent", "persistent", "persistent", _costs(_STEPS, _each(10 * _STEPS))),
     _kernel("sinkhorn_columns", "ending", "first", _costs(1, _each(20))),  # final="column"
     _kernel("sinkhorn_plan", "ending", "plan", _costs(2, _each(12))),
     _kernel("sinkhorn_error", "ending", "error", _of_history(8)),
@@ -94,26 +95,3 @@ TRANSPORT = (
     _kernel("sinkhorn_gram", "gram", "gram", _costs(1, lambda shape: shape.E + 64)),
     _kernel("sinkhorn_apply", "gram", "apply", _costs(4, _each(8))),
 )
-
-
-_ON_CHIP = 132 * 200 * 1024  # bytes of affinity that the registers of an H200 can hold beside the rest [estimate]
-_LAUNCH, _BARRIER = 4e-6, 2e-6  # seconds of a small launch in a stream, and of a barrier across the grid [estimates]
-
-
-def persistent_against_streaming() -> list[dict[str, Any]]:
-    """Predicted time of a cold forward of 50 steps: one read of A a step in a launch each, against one cooperative launch that
-    keeps A on the chip and meets at a barrier a step. Arithmetic, not a measurement."""
-    rows = []
-    for name, layers, shape in _SIZES:
-        size = 4.0 * layers * shape.F * shape.E
-        streaming = (_STEPS + 2) * max(size / BANDWIDTH, _LAUNCH)
-        persistent = 2 * size / BANDWIDTH + _STEPS * _BARRIER if size <= _ON_CHIP else None
-        rows.append(
-            {
-                "shape": name,
-                "streaming_predicted_seconds": streaming,
-                "persistent_predicted_seconds": persistent,
-                "status": "no GPU was at hand" if persistent else "no GPU was at hand; A does not fit on the chip",
-            }
-        )
-    return rows

@@ -1,6 +1,6 @@
 """PREDICTED times of a routed FFN on one H200 in bfloat16: arithmetic from bytes and flops, nobody measured them.
 
-A pass takes the longer of its bytes over the copy rate and its flops over the matrix rate (``_tiles.py``), and at least a launch.
+A pass takes the longer of its bytes over the copy rate and its flops over the matrix rate (``_tiles``), and at least a launch.
 Triton's products are taken at a share of the rate of the vendor's library [estimate].
 """
 
@@ -10,14 +10,18 @@ from typing import Protocol
 
 import torch
 
-from .._tiles import H200_BANDWIDTH, H200_BF16, SUM_WORKSPACE, TRITON_SHARE, pick_path
+from .._tiles import H200_BANDWIDTH, H200_BF16, SUM_WORKSPACE, TRITON_SHARE, grouped_mm_form, grouped_up_form, pick_path
+from .._tiles.grouped import down_launch, up_launch
+from .._tiles.hardware import GPU, H200, Span
+from .._tiles.launches import Launch, times, together
 
 LAUNCH = 2.5e-6  # seconds of a small launch in a CUDA graph [estimate]
+DECODE_SHARE = 0.75  # of the copy rate that the decode kernels' reads reach at the high end of a range [estimate]
 LAUNCHES = {"router": 2, "decode": 3}  # of the router (its product, and the choice), and of the decode path
 RESTS_ON = (
     f"one H200 in bfloat16 at {H200_BANDWIDTH / 1e12:g} TB/s and {H200_BF16 / 1e12:.0f} TFLOP/s, of which products in Triton reach "
-    f"{TRITON_SHARE:.0%} [estimate], and {LAUNCH * 1e6:g} us a launch [estimate]; bytes and flops counted, random routing; nobody "
-    "measured it"
+    f"{TRITON_SHARE:.0%} [estimate], and {LAUNCH * 1e6:g} us a launch [estimate]; the grouped path at the middle of its range; "
+    "bytes and flops counted, random routing; nobody measured it"
 )
 
 
@@ -65,24 +69,56 @@ def masked_seconds(T: int, c: Routed) -> float:
     return dense_seconds(T, c) + LAUNCH  # the mask [T, E]
 
 
-def token_sums(T: int, c: Routed, width: int) -> float:
+def product_span(T: int, rows: int, columns: int, gpu: GPU) -> Span:
+    """``product_seconds`` from a low to a high end."""
+    size, flops = 2 * (rows * columns + T * (rows + columns)), 2 * T * rows * columns
+    low = max(size / gpu.bandwidth.high, flops / gpu.bf16.high)
+    return together(gpu.launch, Span(low, max(size / gpu.bandwidth.low, flops / gpu.bf16.low)))
+
+
+def dense_span(T: int, c: Routed, gpu: GPU) -> Span:
+    between = Launch(2 * 3 * T * c.F).seconds(gpu)
+    return together(product_span(T, c.H, 2 * c.F, gpu), between, product_span(T, c.F, c.H, gpu))
+
+
+def decode_span(T: int, c: Routed, gpu: GPU) -> Span:
+    """Both products read at a share of the copy rate at the high end: few tokens leave little in flight."""
+    weights = 2 * union(T, c) * c.F * c.H
+    products = [Launch(size).seconds(gpu) for size in (2 * weights + 2 * T * c.H, weights)]
+    slow = together(*(Span(part.low, part.high / DECODE_SHARE) for part in products))
+    return together(slow, Launch(8 * 4 * T * c.H).seconds(gpu))
+
+
+def token_sums_span(T: int, c: Routed, width: int, gpu: GPU, form: str = "") -> Span:
     """A grouped product with rows of ``width`` and the sums of its rows [S, H], in parts that fit the workspace."""
-    S, weights, rows = T * c.K, 2 * union(T, c) * c.E * width * c.H, 2 * T * c.K * c.H
+    S, rows = T * c.K, 2 * T * c.K * c.H
     parts = -(-rows // SUM_WORKSPACE)
-    product = one_pass(weights + 2 * parts * S * width + rows, 2 * S * width * c.H, TRITON_SHARE * H200_BF16)
-    return product + one_pass(rows + 2 * T * c.H)
+    form = form or grouped_mm_form(S, c.E, width, c.H, torch.bfloat16, "cuda")
+    product = down_launch(form, S, c.E, width, -(-c.H // parts)).seconds(gpu)
+    return times(parts, together(product, Launch((rows + 2 * T * c.H) / parts).seconds(gpu)))
+
+
+def grouped_up_span(T: int, c: Routed, gpu: GPU, form: str = "") -> Span:
+    """The sort, and the up product."""
+    form = form or grouped_up_form(T * c.K, c.E, c.s, c.H, torch.bfloat16, "cuda")
+    return together(times(3, Launch(30.0 * T * c.K).seconds(gpu)), up_launch(form, T * c.K, c.E, c.s, c.H).seconds(gpu))
+
+
+def grouped_span(T: int, c: Routed, gpu: GPU, up: str = "", down: str = "") -> Span:
+    """Sort, up product, down product, and the sums of a token's rows, with those forms of the products; empty: those that run."""
+    return together(grouped_up_span(T, c, gpu, up), token_sums_span(T, c, c.s, gpu, down))
+
+
+def token_sums(T: int, c: Routed, width: int) -> float:
+    return token_sums_span(T, c, width, H200).middle
 
 
 def grouped_up_seconds(T: int, c: Routed) -> float:
-    """The sort, and the up product."""
-    S = T * c.K
-    product = one_pass(2 * (2 * union(T, c) * c.F * c.H + S * (c.H + c.s)), 4 * S * c.s * c.H, TRITON_SHARE * H200_BF16)
-    return 3 * LAUNCH + product
+    return grouped_up_span(T, c, H200).middle
 
 
 def grouped_seconds(T: int, c: Routed) -> float:
-    """Sort, up product, down product, and the sums of a token's rows."""
-    return grouped_up_seconds(T, c) + token_sums(T, c, c.s)
+    return grouped_span(T, c, H200).middle
 
 
 def routed_seconds(T: int, c: Routed) -> float:

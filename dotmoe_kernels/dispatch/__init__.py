@@ -2,7 +2,7 @@
 
 Slot p serves the routed pair source[p] = t K + j of token[p] = t; expert e owns the slots [offsets[e], offsets[e + 1]). Pairs with
 index E are empty slots: they come last, and their rows are zero in outputs and in gradients. The sort is stable, so everything
-is deterministic. ``cpu.py`` does it in NumPy and PyTorch, ``gpu.py`` in Triton, by way of ``operators.py``.
+is deterministic. ``cpu.py`` does it in NumPy and PyTorch, ``gpu`` in Triton, by way of ``operators.py``.
 
 Slots may be made by hand: ``source`` must be a permutation of the S = T K routed pairs, token = source // K, and the slots in use
 must come first. On a GPU, where none of this is checked, ``token`` is not read: everything follows from ``source``.

@@ -24,10 +24,10 @@ from . import cpu
 def sort_slots_op(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> token [S] int64, source [S] int64, offsets [E + 1] int32, slot_of [T, K] int32."""
     if use_triton(indices):
-        from . import gpu
+        from .gpu import sort
 
-        if num_experts <= gpu.MOST_EXPERTS:
-            return gpu.sort_slots(indices, num_experts)
+        if num_experts <= sort.MOST_EXPERTS:
+            return sort.sort_slots(indices, num_experts)
     token, source, offsets = cpu.sort_slots(indices, num_experts)
     return token, source, offsets, cpu.inverse(source).view(indices.shape)
 
@@ -48,9 +48,9 @@ def _(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 def inverse_op(source: Tensor) -> Tensor:
     if not use_triton(source):
         return cpu.inverse(source)
-    from . import gpu
+    from .gpu import sort
 
-    return gpu.inverse(source)
+    return sort.inverse(source)
 
 
 @inverse_op.register_fake
@@ -63,9 +63,9 @@ def scatter_op(x: Tensor, slot_of: Tensor, offsets: Tensor) -> Tensor:
     """x [T, H], slot_of [T, K] -> xs [S, H]"""
     if not use_triton(x):
         return cpu.scatter_rows(x, slot_of, offsets)
-    from . import gpu
+    from .gpu import rows
 
-    return gpu.scatter_rows(x, slot_of, offsets)
+    return rows.scatter_rows(x, slot_of, offsets)
 
 
 @scatter_op.register_fake
@@ -78,9 +78,9 @@ def scatter_backward_op(grad: Tensor, slot_of: Tensor, offsets: Tensor) -> Tenso
     """dxs [S, H] -> dx [T, H]: the sum of a token's K rows, in float32, in the order of j."""
     if not use_triton(grad):
         return cpu.gather_rows(grad, None, slot_of, offsets)
-    from . import gpu
+    from .gpu import rows
 
-    return gpu.gather_rows(grad, None, slot_of, offsets)
+    return rows.gather_rows(grad, None, slot_of, offsets)
 
 
 @scatter_backward_op.register_fake
@@ -93,9 +93,9 @@ def gather_op(ys: Tensor, weights: Tensor | None, slot_of: Tensor, offsets: Tens
     """ys [S, H], weights [T, K] -> y [T, H], summed in float32 in the order of j."""
     if not use_triton(ys):
         return cpu.gather_rows(ys, weights, slot_of, offsets)
-    from . import gpu
+    from .gpu import rows
 
-    return gpu.gather_rows(ys, weights, slot_of, offsets)
+    return rows.gather_rows(ys, weights, slot_of, offsets)
 
 
 @gather_op.register_fake
@@ -110,9 +110,9 @@ def gather_backward_op(
     """dy [T, H] -> dys [S, H], dweights [T, K]; the first empty unless needed, the second where ys or weights is None."""
     if not use_triton(grad):
         return cpu.gather_rows_backward(grad, ys, weights, slot_of, offsets, needs_ys)
-    from . import gpu
+    from .gpu import rows
 
-    return gpu.gather_rows_backward(grad, ys, weights, slot_of, offsets, needs_ys)
+    return rows.gather_rows_backward(grad, ys, weights, slot_of, offsets, needs_ys)
 
 
 @gather_backward_op.register_fake

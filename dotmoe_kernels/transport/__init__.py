@@ -9,7 +9,8 @@ Every forward keeps the potentials g_0..g_T; every backward keeps only A, the pl
 float32, or float64 for a float64 affinity.
 
     cpu   PyTorch, layer after layer: scaling (forward and exact adjoint), implicit (gradient at the fixed point)
-    gpu   Triton: streaming and ending (forward), adjoint with plain and product (exact adjoint), gram (at the fixed point)
+    gpu   Triton: streaming or persistent, and ending (forward), adjoint with plain and product (exact adjoint), gram (at the fixed
+          point)
 """
 
 from __future__ import annotations

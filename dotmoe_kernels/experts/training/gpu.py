@@ -19,17 +19,13 @@ from torch import Tensor
 
 from ..._backend import device_guard, product_options
 from ..._tiles import GroupedTile, grouped_hidden_bwd_tile
+from ...dispatch.gpu.tiles import most_row_tiles
 from ..activations.gpu import activate, activate_derivative
 from ..grouped.gpu.down import weight_gradient
 from ..grouped.gpu.forward import token_sums
-from ..grouped.gpu.schedule import most_row_tiles, pick_tile
+from ..grouped.gpu.joint import halves
+from ..grouped.gpu.schedule import pick_tile
 from ..grouped.gpu.up import block_of, up_product
-
-
-@triton.jit
-def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of the columns."""
-    return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
 
 
 @triton.jit
@@ -133,7 +129,7 @@ def _grouped_hidden_bwd_kernel(
         dz_ptr += 2 * at
     if h_ptr is not None:
         h_ptr += at
-    low, high = _halves(dh, BLOCK_M, BLOCK_N)
+    low, high = halves(dh, BLOCK_M, BLOCK_N)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N // 2)
     dw = _finish(low, w, live, n, s, z_ptr, dz_ptr, h_ptr, ACTIVATION, BLOCK_M)
     dw += _finish(high, w, live, n + BLOCK_N // 2, s, z_ptr, dz_ptr, h_ptr, ACTIVATION, BLOCK_M)

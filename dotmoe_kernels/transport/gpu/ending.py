@@ -100,10 +100,12 @@ def _sinkhorn_plan_kernel(
     log_u_ptr,  # [L, F]
     log_v_ptr,  # [L, E]
     columns_ptr,  # [L, programs, 2, E] final "column": top and total of the last step's column sums
-    worst_ptr,  # [L, programs] final "column": the largest row error of each program
+    worst_ptr,  # [L, own programs] final "column": the largest row error of each program
+    sums_ptr,  # [L, own programs, E] final "row": the plan's column sums
     F,
     num_iters,
     chunk,
+    programs,  # of the steps, who left partial and columns
     stride_al,
     stride_af,
     stride_ae,
@@ -117,7 +119,6 @@ def _sinkhorn_plan_kernel(
 ):
     """g_n of the last step taken, and the plan from it."""
     program = tl.program_id(0)
-    programs = tl.num_programs(0)
     layers = tl.num_programs(1)
     layer = tl.program_id(1).to(tl.int64)
     stopped = tl.load(count_ptr + layer)
@@ -215,19 +216,19 @@ def _sinkhorn_plan_kernel(
             tl.store(out_ptr + at + cols_rest[None, :], p_rest, mask=inside[:, None] & (cols_rest < E)[None, :])
         tl.store(log_u_ptr + layer * F + rows, log_u, mask=inside)
     if EXACT_ROWS:
-        sums_ptr = partial_ptr + ((((num_iters + 1) % 2) * layers + layer) * programs + program) * E
+        sums_ptr += (layer * tl.num_programs(0) + program) * E
         tl.store(sums_ptr + cols, tl.sum(acc, axis=0), mask=cols < E)
         if BLOCK_R > 0:
             tl.store(sums_ptr + cols_rest, tl.sum(acc_rest, axis=0), mask=cols_rest < E)
     else:
         lost = tl.sum((worst != worst).to(tl.int32), axis=0) > 0  # a maximum may drop a NaN
-        tl.store(worst_ptr + layer * programs + program, tl.where(lost, float("nan"), tl.max(worst, axis=0)))
+        tl.store(worst_ptr + layer * tl.num_programs(0) + program, tl.where(lost, float("nan"), tl.max(worst, axis=0)))
 
 
 @triton.jit(do_not_specialize=SCALARS)
 def _sinkhorn_error_kernel(
     c_ptr,  # [L, E]
-    partial_ptr,  # [2, L, programs, E]
+    sums_ptr,  # [L, programs, E]
     worst_ptr,  # [L, programs]
     count_ptr,  # [L] int64: 0 becomes the number of steps asked for
     error_ptr,  # [L]
@@ -240,10 +241,9 @@ def _sinkhorn_error_kernel(
 ):
     """The largest relative error of the plan's inexact marginal; one program a layer."""
     layer = tl.program_id(0).to(tl.int64)
-    layers = tl.num_programs(0)
     if EXACT_ROWS:
         cols = tl.arange(0, BLOCK_E)
-        sums_ptr = partial_ptr + (((num_iters + 1) % 2) * layers + layer) * programs * E
+        sums_ptr += layer * programs * E
         change, off = log_ratio(sums_ptr, c_ptr + layer * E, programs, False, cols, E, BLOCK_P, BLOCK_E)
         lost = tl.sum((off != off).to(tl.int32), axis=0) > 0
         error = tl.where(lost, float("nan"), tl.max(off, axis=0))

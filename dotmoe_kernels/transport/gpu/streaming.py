@@ -7,7 +7,8 @@ g_t [E] is the log-potential after step t, c [E] the capacities. One launch a st
 so that a row's softmax stays inside it, and writes its column sums; the next launch begins by adding those of all the layer's
 programs, in their order, and every program finds the same g_t, which the layer's first one keeps. The first step of a call has
 column maxima, since a cold start may leave a column's every entry below float32; from then on q_t >= c / F, and sums suffice.
-A layer that met the tolerance is marked by its count, and its later programs return at once: nothing waits for the host.
+A layer that met the tolerance is marked by its count, and its later programs return at once: nothing waits for the host. Where all
+programs fit a GPU at once, one launch can take all the steps (``persistent.py``).
 
 Accumulated in float32, in a fixed order: bitwise repeatable. Cost a step: one read of A, one exp an element; at the end one
 read of A and one write of the plan. Workspace: the history [T + 1, E] and the column sums of the programs.
@@ -21,18 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._backend import device_guard
-from ..._tiles import transport_tiles
+from ..._tiles import TransportTiles, transport_form, transport_tiles
 from .ending import _sinkhorn_columns_kernel, _sinkhorn_error_kernel, _sinkhorn_plan_kernel
-from .sums import (
-    BLOCK_P,
-    SCALARS,
-    add_log_columns,
-    exponents,
-    load_columns,
-    load_rows,
-    log_ratio,
-    vector_strides,
-)
+from .persistent import take_steps
+from .sums import BLOCK_P, SCALARS, add_columns, add_log_columns, load_columns, log_ratio, vector_strides
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -126,6 +119,8 @@ def _sinkhorn_step_kernel(
         change_rest, off_rest = log_ratio(last_ptr, c_ptr + layer * E, programs, step == 2, cols_rest, E, BLOCK_P, BLOCK_R)
         g_rest = load_columns(g_ptr, cols_rest, E, 0.0) - change_rest
         worst = tl.maximum(worst, tl.max(off_rest, axis=0))
+    else:
+        g_rest = g
     if program == 0:
         tl.store(g_ptr + E + cols, g, mask=cols < E)
         if BLOCK_R > 0:
@@ -135,114 +130,162 @@ def _sinkhorn_step_kernel(
             tl.store(count_ptr + layer, step - 1)
         return
 
-    inv_tau = 1.0 / tl.load(tau_ptr + layer)
-    x_ptr = a_ptr + layer * stride_al * VEC
     begin = program * chunk
-    end = tl.minimum(begin + chunk, F)
-    acc = tl.zeros([BLOCK_F, BLOCK_E], dtype=tl.float32)
-    if BLOCK_R > 0:
-        acc_rest = tl.zeros([BLOCK_F, BLOCK_R], dtype=tl.float32)
-    for first in range(begin, end, BLOCK_F):
-        rows = first + tl.arange(0, BLOCK_F)
-        a = load_rows(x_ptr, rows, cols, end, stride_af * VEC, stride_ae, E)
-        if BLOCK_R > 0:  # both loads in flight before the first use
-            a_rest = load_rows(x_ptr, rows, cols_rest, end, stride_af * VEC, stride_ae, E)
-        y = exponents(a, cols, inv_tau, g, E)
-        row_top = tl.max(y, axis=1)
-        if BLOCK_R > 0:
-            y_rest = exponents(a_rest, cols_rest, inv_tau, g_rest, E)
-            row_top = tl.maximum(row_top, tl.max(y_rest, axis=1))
-        s = tl.exp(y - row_top[:, None])
-        row_sum = tl.sum(s, axis=1)
-        if BLOCK_R > 0:
-            s_rest = tl.exp(y_rest - row_top[:, None])
-            row_sum += tl.sum(s_rest, axis=1)
-        scale = tl.where(rows < end, 1.0 / row_sum, 0.0)
-        acc = tl.fma(s, scale[:, None], acc)
-        if BLOCK_R > 0:
-            acc_rest = tl.fma(s_rest, scale[:, None], acc_rest)
+    total, total_rest = add_columns(
+        a_ptr + layer * stride_al * VEC,
+        begin,
+        tl.minimum(begin + chunk, F),
+        stride_af * VEC,
+        stride_ae,
+        1.0 / tl.load(tau_ptr + layer),
+        g,
+        g_rest,
+        E,
+        BLOCK_E,
+        BLOCK_R,
+        BLOCK_F,
+    )
     out_ptr = partial_ptr + (((step % 2) * layers + layer) * programs + program) * E
-    tl.store(out_ptr + cols, tl.sum(acc, axis=0), mask=cols < E)
+    tl.store(out_ptr + cols, total, mask=cols < E)
     if BLOCK_R > 0:
-        tl.store(out_ptr + cols_rest, tl.sum(acc_rest, axis=0), mask=cols_rest < E)
+        tl.store(out_ptr + cols_rest, total_rest, mask=cols_rest < E)
 
 
-def solve(
-    affinity: Tensor, capacity: Tensor, tau: Tensor, init: Tensor, num_iters: int, tol: float, exact_rows: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """affinity [L, F, E], capacity [L, E], tau [L], init [L, E] -> plan, log_u, log_v, history [L, T + 1, E], count, error."""
-    L, F, E = affinity.shape
-    new = capacity.new_empty
-    plan, log_u, log_v = new((L, F, E)), new((L, F)), new((L, E))
-    history, error = new((L, num_iters + 1, E)), new((L,))
-    count = torch.zeros(L, dtype=torch.int64, device=affinity.device)
-    if L == 0:
-        return plan, log_u, log_v, history, count, error
-    capacity, tau = capacity.contiguous(), tau.contiguous()
-    history[:, 0] = init
-    tiles, first_tiles, plan_tiles = (transport_tiles(E, kernel, device=affinity.device) for kernel in ("step", "first", "plan"))
-    programs, chunk = tiles.split(F, L)
-    partial, worst, columns = new((2, L, programs, E)), new((L, programs)), new(0 if exact_rows else (L, programs, 2, E))
-    stride_l, stride_f, stride_e, vec = vector_strides(affinity)
-    strides = {"stride_al": stride_l, "stride_af": stride_f, "stride_ae": stride_e, "E": E, "VEC": vec}
-    grid = (programs, L)
-    with device_guard(affinity):
-        _sinkhorn_first_step_kernel[grid](
-            affinity, tau, history, partial, F, num_iters, chunk, **strides, **first_tiles.blocks, **first_tiles.options
-        )
-        for step in range(2, num_iters + 1):
-            _sinkhorn_step_kernel[grid](
-                affinity,
-                tau,
-                capacity,
-                history,
-                partial,
-                count,
-                F,
-                num_iters,
-                step,
-                chunk,
-                tol,
-                **strides,
-                **tiles.blocks,
-                BLOCK_P=BLOCK_P,
-                **tiles.options,
-            )
-        if not exact_rows:
-            first = {**strides, **first_tiles.blocks, **first_tiles.options}
-            _sinkhorn_columns_kernel[grid](affinity, tau, history, count, columns, F, num_iters, chunk, **first)
-        _sinkhorn_plan_kernel[grid](
+def _take_steps(
+    affinity: Tensor,
+    tau: Tensor,
+    capacity: Tensor,
+    history: Tensor,
+    partial: Tensor,
+    count: Tensor,
+    tol: float,
+    chunk: int,
+    tiles: TransportTiles,
+    known: dict[str, int],
+) -> None:
+    """All the steps, a launch each: history [L, T + 1, E], partial [2, L, programs, E], count [L]."""
+    (_, F, E), num_iters, grid = affinity.shape, history.shape[1] - 1, (partial.shape[2], len(count))
+    first = transport_tiles(E, "first", device=affinity.device)
+    _sinkhorn_first_step_kernel[grid](
+        affinity, tau, history, partial, F, num_iters, chunk, **known, **first.blocks, **first.options
+    )
+    for step in range(2, num_iters + 1):
+        _sinkhorn_step_kernel[grid](
             affinity,
             tau,
             capacity,
             history,
             partial,
             count,
-            plan,
-            log_u,
-            log_v,
-            columns,
-            worst,
             F,
             num_iters,
+            step,
             chunk,
-            **strides,
-            EXACT_ROWS=exact_rows,
-            **plan_tiles.blocks,
+            tol,
+            **known,
+            **tiles.blocks,
             BLOCK_P=BLOCK_P,
-            **plan_tiles.options,
+            **tiles.options,
         )
-        _sinkhorn_error_kernel[(L,)](
-            capacity,
-            partial,
-            worst,
-            count,
-            error,
-            num_iters,
-            programs,
-            E=E,
-            EXACT_ROWS=exact_rows,
-            BLOCK_E=triton.next_power_of_2(max(E, 16)),
-            BLOCK_P=BLOCK_P,
+
+
+def _finish(
+    affinity: Tensor,
+    tau: Tensor,
+    capacity: Tensor,
+    history: Tensor,
+    partial: Tensor,
+    count: Tensor,
+    chunk: int,
+    exact_rows: bool,
+    known: dict[str, int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """plan, log_u, log_v and error from the steps' sums. The plan's programs hold more registers than a step's, so fewer of them
+    run at once, and its grid is its own."""
+    (L, F, E), num_iters, programs = affinity.shape, history.shape[1] - 1, partial.shape[2]
+    new = capacity.new_empty
+    plan, log_u, log_v, error = new((L, F, E)), new((L, F)), new((L, E)), new((L,))
+    tiles = transport_tiles(E, "plan", device=affinity.device)
+    writers, rows = tiles.split(F, L)
+    worst, sums, columns = new((L, writers)), new((L, writers, E)), new(0 if exact_rows else (L, programs, 2, E))
+    if not exact_rows:
+        first = transport_tiles(E, "first", device=affinity.device)
+        _sinkhorn_columns_kernel[programs, L](
+            affinity, tau, history, count, columns, F, num_iters, chunk, **known, **first.blocks, **first.options
         )
+    _sinkhorn_plan_kernel[writers, L](
+        affinity,
+        tau,
+        capacity,
+        history,
+        partial,
+        count,
+        plan,
+        log_u,
+        log_v,
+        columns,
+        worst,
+        sums,
+        F,
+        num_iters,
+        rows,
+        programs,
+        **known,
+        EXACT_ROWS=exact_rows,
+        **tiles.blocks,
+        BLOCK_P=BLOCK_P,
+        **tiles.options,
+    )
+    _sinkhorn_error_kernel[(L,)](
+        capacity,
+        sums,
+        worst,
+        count,
+        error,
+        num_iters,
+        writers,
+        E=E,
+        EXACT_ROWS=exact_rows,
+        BLOCK_E=triton.next_power_of_2(max(E, 16)),
+        BLOCK_P=BLOCK_P,
+    )
+    return plan, log_u, log_v, error
+
+
+def solve(
+    affinity: Tensor,
+    capacity: Tensor,
+    tau: Tensor,
+    init: Tensor,
+    num_iters: int,
+    tol: float,
+    exact_rows: bool,
+    form: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """affinity [L, F, E], capacity [L, E], tau [L], init [L, E] -> plan, log_u, log_v, history [L, T + 1, E], count, error.
+
+    form: "streaming", a launch a step, or "persistent", one for all of them; empty: that of ``_tiles``."""
+    L, F, E = affinity.shape
+    new, device = capacity.new_empty, affinity.device
+    history = new((L, num_iters + 1, E))
+    count, met = torch.zeros((2, L), dtype=torch.int64, device=device)
+    if L == 0:
+        return new((L, F, E)), new((L, F)), new((L, E)), history, count, new((L,))
+    capacity, tau = capacity.contiguous(), tau.contiguous()
+    history[:, 0] = init
+    form = form or transport_form(L, F, E, num_iters, device)
+    tiles = transport_tiles(E, "persistent" if form == "persistent" else "step", device=device)
+    programs, chunk = tiles.split(F, L)
+    if form == "persistent" and device.type != "cuda":
+        programs, chunk = 1, F  # interpreted programs run one after the other: none could wait for the next
+    partial = new((2, L, programs, E))
+    stride_l, stride_f, stride_e, vec = vector_strides(affinity)
+    known = {"stride_al": stride_l, "stride_af": stride_f, "stride_ae": stride_e, "E": E, "VEC": vec}
+    state = (affinity, tau, capacity, history, partial, count)
+    with device_guard(affinity):
+        if form == "persistent":
+            take_steps(*state, met, tol, chunk, tiles, known)
+        else:
+            _take_steps(*state, tol, chunk, tiles, known)
+        plan, log_u, log_v, error = _finish(*state, chunk, exact_rows, known)
     return plan, log_u, log_v, history, count, error

@@ -46,7 +46,8 @@ def sum_programs(partial_ptr, programs, stride_p, cols, E: tl.constexpr, BLOCK_P
     for first in range(0, programs, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
         inside = (p < programs)[:, None] & (cols < E)[None, :]
-        total += tl.sum(tl.load(partial_ptr + p[:, None] * stride_p + cols[None, :], mask=inside, other=0.0), axis=0)
+        at = partial_ptr + p[:, None] * stride_p + cols[None, :]
+        total += tl.sum(tl.load(at, mask=inside, other=0.0, cache_modifier=".cg"), axis=0)  # others may have just written them
     return total
 
 
@@ -57,13 +58,15 @@ def logsumexp_programs(partial_ptr, programs, stride_p, cols, E: tl.constexpr, B
     for first in range(0, programs, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
         inside = (p < programs)[:, None] & (cols < E)[None, :]
-        part = tl.load(partial_ptr + p[:, None] * stride_p + cols[None, :], mask=inside, other=float("-inf"))
+        at = partial_ptr + p[:, None] * stride_p + cols[None, :]
+        part = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
         top = tl.maximum(top, tl.max(part, axis=0))
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for first in range(0, programs, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
         inside = (p < programs)[:, None] & (cols < E)[None, :]
-        part = tl.load(partial_ptr + p[:, None] * stride_p + cols[None, :], mask=inside, other=float("-inf"))
+        at = partial_ptr + p[:, None] * stride_p + cols[None, :]
+        part = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
         total += tl.sum(tl.exp(part - top[None, :]), axis=0)
     return top + tl.log(total)
 
@@ -159,6 +162,54 @@ def add_log_columns(
     else:
         column_top_rest, column_total_rest = column_top, column_total
     return column_top, column_total, column_top_rest, column_total_rest
+
+
+@triton.jit
+def add_columns(
+    a_ptr,
+    begin,
+    end,
+    stride_af,
+    stride_ae,
+    inv_tau,
+    g,
+    g_rest,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """Column sums of softmax_e(A / tau + g) over rows begin..end, of both column parts."""
+    cols = tl.arange(0, BLOCK_E)
+    acc = tl.zeros([BLOCK_F, BLOCK_E], dtype=tl.float32)
+    if BLOCK_R > 0:
+        cols_rest = BLOCK_E + tl.arange(0, BLOCK_R)
+        acc_rest = tl.zeros([BLOCK_F, BLOCK_R], dtype=tl.float32)
+    for first in range(begin, end, BLOCK_F):
+        rows = first + tl.arange(0, BLOCK_F)
+        a = load_rows(a_ptr, rows, cols, end, stride_af, stride_ae, E)
+        if BLOCK_R > 0:  # both loads in flight before the first use
+            a_rest = load_rows(a_ptr, rows, cols_rest, end, stride_af, stride_ae, E)
+        y = exponents(a, cols, inv_tau, g, E)
+        row_top = tl.max(y, axis=1)
+        if BLOCK_R > 0:
+            y_rest = exponents(a_rest, cols_rest, inv_tau, g_rest, E)
+            row_top = tl.maximum(row_top, tl.max(y_rest, axis=1))
+        s = tl.exp(y - row_top[:, None])
+        row_sum = tl.sum(s, axis=1)
+        if BLOCK_R > 0:
+            s_rest = tl.exp(y_rest - row_top[:, None])
+            row_sum += tl.sum(s_rest, axis=1)
+        scale = tl.where(rows < end, 1.0 / row_sum, 0.0)
+        acc = tl.fma(s, scale[:, None], acc)
+        if BLOCK_R > 0:
+            acc_rest = tl.fma(s_rest, scale[:, None], acc_rest)
+    total = tl.sum(acc, axis=0)
+    if BLOCK_R > 0:
+        total_rest = tl.sum(acc_rest, axis=0)
+    else:
+        total_rest = total
+    return total, total_rest
 
 
 @triton.jit

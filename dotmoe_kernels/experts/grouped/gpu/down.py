@@ -18,8 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...._backend import device_guard, product_options
-from ...._tiles import GroupedTile, grouped_mm_tile, grouped_weight_tile
-from .schedule import most_row_tiles, pick_tile
+from ...._tiles import GroupedTile, before_hopper, grouped_mm_tile, grouped_stationary_tile, grouped_weight_tile
+from ....dispatch.gpu.tiles import RowTiles, most_row_tiles, read_tile
+from .schedule import pick_tile
+from .stationary import stationary_product
 from .up import block_of
 
 
@@ -32,6 +34,7 @@ def _grouped_mm_kernel(
     token_ptr,  # [S], read where ATOMIC
     source_ptr,  # [S], read with weights
     weights_ptr,  # [T K] or None: 1
+    tiles_ptr,  # [tiles, 4], or None: a program finds its tile among the offsets
     S,
     E,
     Kdim,
@@ -56,9 +59,14 @@ def _grouped_mm_kernel(
     GROUP_M: tl.constexpr,
 ):
     program = tl.program_id(0)
-    group, start, end, column = pick_tile(program, offsets_ptr, E, S, columns, ZERO, BLOCK_M, BLOCK_E, GROUP_M)
-    if group > E or (group == E and not ZERO):
-        return
+    if tiles_ptr is not None:
+        group, start, end, column = read_tile(tiles_ptr, program, columns, BLOCK_M, GROUP_M)
+        if group < 0:
+            return
+    else:
+        group, start, end, column = pick_tile(program, offsets_ptr, E, S, columns, ZERO, BLOCK_M, BLOCK_E, GROUP_M)
+        if group > E or (group == E and not ZERO):
+            return
     p = start + tl.arange(0, BLOCK_M)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -161,6 +169,7 @@ def _launch(
     token: Tensor | None = None,
     source: Tensor | None = None,
     weights: Tensor | None = None,
+    tiles: RowTiles | None = None,
 ) -> None:
     S, (E, Kdim, N) = a.shape[0], b.shape
     if S * N == 0:
@@ -169,10 +178,11 @@ def _launch(
         out.zero_()
         return
     tile = tile or grouped_mm_tile(S, E, Kdim, N, a.dtype)
-    block = tile.block
+    block = tile.block if tiles is None else tile.block | {"BLOCK_M": tiles.block_m, "GROUP_M": tiles.group_m}
     columns = triton.cdiv(N, block["BLOCK_N"])
+    row_tiles = most_row_tiles(S, E + zero, block["BLOCK_M"]) if tiles is None else len(tiles.table)
     with device_guard(a):
-        _grouped_mm_kernel[(most_row_tiles(S, E + zero, block["BLOCK_M"]) * columns,)](
+        _grouped_mm_kernel[(row_tiles * columns,)](
             a,
             b,
             offsets,
@@ -180,6 +190,7 @@ def _launch(
             token,
             source,
             None if weights is None else weights.contiguous().view(-1),
+            None if tiles is None else tiles.table,
             S,
             E,
             Kdim,
@@ -199,10 +210,27 @@ def _launch(
         )
 
 
-def grouped_product(a: Tensor, b: Tensor, offsets: Tensor, *, zero: bool = True, tile: GroupedTile | None = None) -> Tensor:
-    """out [S, N]; its rows from offsets[E] on are zero, or not written."""
-    out = a.new_empty(a.shape[0], b.shape[2])
-    _launch(a, b, offsets.contiguous(), out, tile, zero)
+def grouped_product(
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    *,
+    zero: bool = True,
+    tile: GroupedTile | None = None,
+    form: str = "tiles",
+    tiles: RowTiles | None = None,
+) -> Tensor:
+    """out [S, N]; its rows from offsets[E] on are zero, or not written.
+
+    form: "tiles" finds its tiles, "table" reads them from ``tiles``, which it needs; "stationary" keeps an expert's columns on the
+    chip (``stationary.py``). The last two do not zero."""
+    S, (E, Kdim, N) = a.shape[0], b.shape
+    out = a.new_empty(S, N)
+    if form == "stationary" and not zero and S * N * E * Kdim > 0:
+        tile = tile or grouped_stationary_tile(S, E, Kdim, N, a.dtype, early=before_hopper(a.device))
+        stationary_product(a, b, offsets.contiguous(), out, tile)
+    else:
+        _launch(a, b, offsets.contiguous(), out, tile, zero, tiles=None if zero or form == "tiles" else tiles)
     return out
 
 

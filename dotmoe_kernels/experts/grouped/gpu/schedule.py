@@ -1,5 +1,6 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Which tile a program of a grouped product takes, found on the device from the offsets alone.
+"""Which tile a program of a grouped product takes, found on the device from the offsets alone: where no sort left a table of them
+(``dispatch/gpu/tiles.py``).
 
 The rows of group e are [offsets[e], offsets[e + 1]). A launch has ``most_row_tiles`` row tiles times ``columns`` programs, whatever
 the routing; those beyond the last tile return at once.
@@ -9,11 +10,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-def most_row_tiles(rows: int, groups: int, block_m: int) -> int:
-    """A bound that no routing exceeds: every group with rows wastes less than one tile."""
-    return triton.cdiv(rows, block_m) + min(groups, rows)
 
 
 @triton.jit

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from ...._backend import device_guard, product_options
 from ...._tiles import GroupedTile, before_hopper, grouped_up_tile
+from ....dispatch.gpu.tiles import RowTiles, most_row_tiles
 from ...activations.gpu import activate
-from .schedule import most_row_tiles, pick_tile
+from .joint import joint_up_product
+from .schedule import pick_tile
 
 
 def block_of(E: int) -> int:
@@ -118,10 +120,12 @@ def up_product(
     source: Tensor | None = None,
     weights: Tensor | None = None,
     tile: GroupedTile | None = None,
+    tiles: RowTiles | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """h [S, s] and, where ``keep``, the rows before the activation [S, 2s]: gate, then up. Rows from offsets[E] on are not written.
 
-    dense: h is [T, E s], zero where a token did not choose the expert; a token must not name an expert twice."""
+    dense: h is [T, E s], zero where a token did not choose the expert; a token must not name an expert twice. tiles: those of the
+    same rows a tile, for gate and up in one product (``joint.py``; neither dense nor weights)."""
     (E, width, H), S = gate_up.shape, token.numel()
     s = width // 2
     h = x.new_zeros(x.shape[0], E * s) if dense else x.new_empty(S, s)
@@ -129,6 +133,9 @@ def up_product(
     if S * s * E == 0:
         return h, z
     tile = tile or grouped_up_tile(S, E, s, x.dtype, keep=keep, early=before_hopper(x.device))
+    if tiles is not None:
+        joint_up_product(x, gate_up, token, tiles, activation, h, z, tile)
+        return h, z
     columns = triton.cdiv(s, tile.block["BLOCK_N"])
     with device_guard(x):
         _grouped_up_kernel[(most_row_tiles(S, E, tile.block["BLOCK_M"]) * columns,)](

@@ -1,0 +1,132 @@
+"""Which path, and which way within it, fits a size and a device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .hardware import BACKEND, H200_BANDWIDTH, H200_BF16, TRITON_SHARE
+
+
+def masked_up_in_triton(T: int, num_experts: int) -> bool:
+    """Whether the masked path's up product is Triton's rather than PyTorch's with a masking pass behind it. A row tile that all
+    experts serve gains nothing but a pass over [T, 2F]: so PyTorch's, which is the dense FFN's own. Predicted, not measured."""
+    return False
+
+
+def leaves_zeros_out(T: int, E: int, s: int, K: int, H: int) -> bool:
+    """Whether ``masked_ffn`` takes the products behind its mask by slots: a third of the arithmetic at 25 % active is saved, the
+    rows [T K, H] of two sums are written and read, and the weights are copied in both passes. Predicted, not measured."""
+    products = 6 * T * E * s * H / H200_BF16  # the three behind the mask
+    saved = products * (1 - K / (TRITON_SHARE * E))
+    return K > 0 and saved * H200_BANDWIDTH > 2 * (4 * T * K * H + 12 * E * s * H)  # bytes in 16 bits
+
+
+def reduction(E: int, s: int, K: int, T: int, dtype: torch.dtype, backend: str = BACKEND) -> str:
+    """How the grouped path adds up a token's K rows: "rows" stores them sorted by expert and sums them afterwards; "chunks" does so
+    for some tokens and columns at a time, whose rows stay in L2; "dense" multiplies the dense hidden [T, E s] (no expert twice a
+    token, a dense view); "atomics" adds in float32 in any order. Predicted, not measured: at L3 a chunk takes 144 launches of 5 us
+    each, which eats what the cache saves, and the dense product costs 4 times the flops; so "rows" until a GPU says otherwise."""
+    return "rows"
+
+
+# bytes of the rows [S, columns] that are summed to y and to dx: at L3 and T = 8192 the whole [S, H] takes 1.9 GB, and every part
+# of it reads the hidden rows again: [S, s] for y, 59 MB, [S, 2s] for dx
+SUM_WORKSPACE = 2**30
+
+REDUCTION_CHUNK = (2048, 256)  # tokens, columns: at K = 28 a scratch of 29 MB in 16 bits, of 50 MB of L2
+
+
+# experts on a CPU: from which rows an expert (T K / E) one expert after another beats whole grouped products, and how many rows of
+# several experts stay in the cache of two cores between the two products of a batch
+_CPU_LOOP_ROWS = {torch.float32: 24, torch.float64: 24, torch.bfloat16: 96, torch.float16: 96}
+_CPU_PADDED_ROWS = 2048
+_CPU_WIDE = 256  # from which width s a product of its own costs less than reading an expert's weights for nothing
+
+
+def expert_by_expert(dtype: torch.dtype, num_slots: int, num_experts: int) -> bool:
+    """Whether the grouped path on a CPU finishes one expert after another instead of one product after another."""
+    return num_slots >= _CPU_LOOP_ROWS[dtype] * num_experts
+
+
+def padded_experts(num_experts: int, rows: int) -> int:
+    """How many experts of at most ``rows`` rows go into one batched product on a CPU in 16 bits."""
+    return max(1, min(num_experts, _CPU_PADDED_ROWS // max(rows, 1)))
+
+
+def most_idle(width: int) -> float:
+    """Up to which share of experts without rows a batched product of all of them beats one product a chosen expert."""
+    return 0.6 if width < _CPU_WIDE else 0.5
+
+
+_CPU_DECODE_TOKENS = 2  # in 16 bits
+_CPU_GATHERED = 2**20  # elements up to which a copy of 16-bit weights costs less than a product's call for each expert
+
+
+_CPU_SUMMED = 2**17  # elements of an expert's down projection up to which, in 32 bits, a product's call costs more than it saves
+
+
+def sums_rows(elements: int, dtype: torch.dtype) -> bool:
+    """Whether decode of one token on a CPU reads down projections of ``elements`` by rows instead of by a product an expert."""
+    return dtype in (torch.bfloat16, torch.float16) or elements <= _CPU_SUMMED
+
+
+def gathers_experts(elements: int, dtype: torch.dtype, device: str) -> bool:
+    """Whether decode on a CPU copies the chosen experts' ``elements`` of gate and up together, for one product instead of many."""
+    return device == "cpu" and dtype in (torch.bfloat16, torch.float16) and elements <= _CPU_GATHERED
+
+
+# masked_ffn on a CPU: tokens from which on the zeros left out outweigh the copies of the weights; rows of an expert from which on a
+# product of its own is worth its calls; rows times neurons of it from which on two threads have something to share. Without matrix
+# units for them 16-bit products are slow, and so is nothing beside them; without a backward pass one product of three is spared
+# instead of three of six
+_SPLIT_TOKENS, _SPLIT_ROWS = 256, 16
+_SPLIT_HIDDEN = {"16 bits": 8192, "both passes": 16384, "forward": 32768}
+
+
+def expert_by_expert_masked(T: int, K: int, E: int, F: int, itemsize: int, learns: bool) -> bool:
+    """Whether the products behind the mask go expert by expert on a CPU."""
+    rows = T * K // max(E, 1)  # an expert's
+    least = _SPLIT_HIDDEN["16 bits" if itemsize == 2 else "both passes" if learns else "forward"]
+    return T >= _SPLIT_TOKENS and rows >= _SPLIT_ROWS and rows * F >= least * E and 2 * K <= E
+
+
+class Choice(NamedTuple):
+    """The path of ``expert_ffn``, and the reason in words."""
+
+    path: str
+    why: str
+
+
+# on a GPU, tokens: up to where each chosen expert's weights are read once without a sort; without a dense view, up to where those
+# kernels still take all rows at once; from where the arithmetic that grouped products save outweighs their padding. The first is a
+# property of the kernels, the last is predicted: a dense FFN in 16 bits is bound by its weights' bytes up to T = 184 on an H200
+# (790 TFLOP/s over 4.3 TB/s), and at T = 512 and 25 % active an expert has a whole tile of 128 rows
+_DECODE_TOKENS, _DECODE_TOKENS_ALONE, _GROUPED_TOKENS = 16, 64, 512
+
+
+def pick_path(
+    T: int, E: int, s: int, K: int, H: int, dtype: torch.dtype, device: str, *, dense_view: bool, needs_grad: bool = False
+) -> Choice:
+    """The path of ``expert_ffn`` for x [T, H], E experts of width s and K slots a token on "cpu" or a GPU; ``dense_view``: the
+    weights are the dense FFN as well."""
+    if needs_grad:
+        return Choice("grouped", "the path with a gradient")
+    if device == "cpu":
+        if T == 1:
+            return Choice("decode", "one token: matrix-vector products with the chosen experts")
+        if dtype in (torch.bfloat16, torch.float16):
+            if T <= _CPU_DECODE_TOKENS:
+                return Choice("decode", f"16 bits and T <= {_CPU_DECODE_TOKENS}: down_proj is read by rows, not expert by expert")
+            return Choice("grouped", "16 bits: many experts in one batched product")
+        return Choice("grouped", "reads only the experts that were chosen")
+    if dtype == torch.float64:
+        return Choice("grouped", "float64 has no kernels of its own")
+    if T <= _DECODE_TOKENS:
+        return Choice("decode", f"T <= {_DECODE_TOKENS}: every chosen expert's weights are read once, without a sort")
+    if dense_view and T < _GROUPED_TOKENS and K * _DECODE_TOKENS >= E:
+        return Choice("masked", "nearly every expert is chosen by some token: bound by the weights' bytes, as the dense FFN is")
+    if T <= _DECODE_TOKENS_ALONE and not dense_view:
+        return Choice("decode", f"T <= {_DECODE_TOKENS_ALONE} and no dense view")
+    return Choice("grouped", "enough rows an expert: saves the arithmetic of the experts that a token did not choose")

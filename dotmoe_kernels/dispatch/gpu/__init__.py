@@ -1,0 +1,1 @@
+"""Dispatch in Triton; ``operators.py`` imports it."""
