@@ -15,12 +15,14 @@ gather as many, its backward pass twice as many (once K less without dweights).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._backend import device_guard
+from .._backend import MOST_PLANS, Launch, aligned, device_guard
 from .._tiles import dispatch_tile, row_tile
 
 MOST_EXPERTS = 1024  # a histogram's bins lie in registers
@@ -270,27 +272,46 @@ def _gather_rows_bwd_kernel(
 # --- launchers ----------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=MOST_PLANS)
+def _sort_plan(
+    shape: tuple[int, int], strides: tuple[int, int], num_experts: int, keep: bool, *types: object
+) -> tuple[int, tuple[Launch, ...]]:
+    """(blocks, launches) of indices [T, K]; ``types``: what else the kernels are compiled for."""
+    S = shape[0] * shape[1]
+    tile, scan, options = dispatch_tile(S, num_experts)
+    blocks = triton.cdiv(S, tile["BLOCK_S"])
+    sizes = (S, shape[1], num_experts, blocks, *strides)
+    place = Launch(_dispatch_place_kernel, (blocks,), sizes, {"ALONE": blocks == 1, **tile}, options, keep=keep)
+    if blocks == 1:
+        return blocks, (place,)
+    count = Launch(_dispatch_count_kernel, (blocks,), sizes, tile, options, keep=keep)
+    return blocks, (count, Launch(_dispatch_scan_kernel, (num_experts,), (blocks,), scan, options, keep=keep), place)
+
+
 def sort_slots(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """token [S] int64, source [S] int64, offsets [E + 1] int32 and slot_of [T, K] int32 of indices [T, K], any strides."""
-    (_, K), S, device = indices.shape, indices.numel(), indices.device
+    S, device = indices.numel(), indices.device
     token = torch.empty(S, dtype=torch.int64, device=device)
     source = torch.empty(S, dtype=torch.int64, device=device)
     slot_of = torch.empty(indices.shape, dtype=torch.int32, device=device)
     if S == 0:
         return token, source, torch.zeros(num_experts + 1, dtype=torch.int32, device=device), slot_of
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    tile, scan, options = dispatch_tile(S, num_experts)
-    blocks = triton.cdiv(S, tile["BLOCK_S"])
-    sizes = (S, K, num_experts, blocks, *indices.stride())
+    blocks, launches = _sort_plan(indices.shape, indices.stride(), num_experts, aligned(indices), device, indices.dtype)
     with device_guard(indices):
         table = None
         if blocks > 1:
+            count, scan, _ = launches
             table = torch.empty((num_experts, blocks + 1), dtype=torch.int32, device=device)
-            _dispatch_count_kernel[(blocks,)](indices, table, *sizes, **tile, **options)
-            _dispatch_scan_kernel[(num_experts,)](table, blocks, **scan, **options)
-        outputs = (token, source, offsets, slot_of)
-        _dispatch_place_kernel[(blocks,)](indices, table, *outputs, *sizes, ALONE=table is None, **tile, **options)
+            count(indices, table)
+            scan(table)
+        launches[-1](indices, table, token, source, offsets, slot_of)
     return token, source, offsets, slot_of
+
+
+@lru_cache(maxsize=MOST_PLANS)
+def _inverse_plan(S: int, keep: bool, *types: object) -> Launch:
+    return Launch(_inverse_slots_kernel, (triton.cdiv(S, 1024),), (S,), {"BLOCK_S": 1024}, {"num_warps": 4}, keep=keep)
 
 
 def inverse(source: Tensor) -> Tensor:
@@ -298,12 +319,12 @@ def inverse(source: Tensor) -> Tensor:
     source, slot_of = source.contiguous(), torch.empty(S, dtype=torch.int32, device=source.device)
     if S > 0:
         with device_guard(source):
-            _inverse_slots_kernel[(triton.cdiv(S, 1024),)](source, slot_of, S, BLOCK_S=1024, num_warps=4)
+            _inverse_plan(S, aligned(source), source.device, source.dtype)(source, slot_of)
     return slot_of
 
 
-def _sum_dtype(rows: Tensor) -> tl.dtype:
-    return tl.float64 if rows.dtype == torch.float64 else tl.float32
+def _sum_dtype(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _share(T: int, K: int) -> int:
@@ -311,18 +332,46 @@ def _share(T: int, K: int) -> int:
     return max(1, min(K, T * K // 2048))
 
 
+@lru_cache(maxsize=MOST_PLANS)
+def _scatter_plan(
+    pairs: tuple[int, int], H: int, E: int, strides: tuple[int, int], dtype: torch.dtype, keep: bool, *types: object
+) -> Launch:
+    """Of x [T, H] with these strides and slot_of [T, K]; ``types``: what else the kernel is compiled for."""
+    (T, K), (tile, options) = pairs, row_tile(H, dtype)
+    share = _share(T, K)
+    grid = (T, triton.cdiv(H, tile["BLOCK_H"]), triton.cdiv(K, share))
+    return Launch(_scatter_rows_kernel, grid, (T * K, H, K, E, share, *strides), tile, options, keep=keep)
+
+
 def scatter_rows(x: Tensor, slot_of: Tensor, offsets: Tensor) -> Tensor:
     (T, K), H = slot_of.shape, x.shape[1]
     xs = x.new_empty(T * K, H)
     if xs.numel() == 0:
         return xs
-    tile, options = row_tile(H, x.dtype)
-    share = _share(T, K)
-    grid = (T, triton.cdiv(H, tile["BLOCK_H"]), triton.cdiv(K, share))
+    slot_of, offsets = slot_of.contiguous(), offsets.contiguous()
+    keep, types = aligned(x, slot_of, offsets), (x.device, slot_of.dtype, offsets.dtype)
+    launch = _scatter_plan((T, K), H, offsets.numel() - 1, x.stride(), x.dtype, keep, *types)
     with device_guard(x):
-        sizes = (T * K, H, K, offsets.numel() - 1, share, *x.stride())
-        _scatter_rows_kernel[grid](x, slot_of.contiguous(), offsets.contiguous(), xs, *sizes, **tile, **options)
+        launch(x, slot_of, offsets, xs)
     return xs
+
+
+@lru_cache(maxsize=MOST_PLANS)
+def _gather_plan(
+    pairs: tuple[int, int],
+    H: int,
+    E: int,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    weighted: bool,
+    keep: bool,
+    *types: object,
+) -> Launch:
+    """Of ys [S, H], slot_of [T, K], and strides of ys, weights and rows of y; ``types``: what else the kernel is compiled for."""
+    (T, K), (tile, options) = pairs, row_tile(H, dtype)
+    constants = {"HAS_WEIGHTS": weighted, "SUM": _sum_dtype(dtype), **tile}
+    grid = (T, triton.cdiv(H, tile["BLOCK_H"]))
+    return Launch(_gather_rows_kernel, grid, (T * K, H, K, E, *strides), constants, options, keep=keep)
 
 
 def gather_rows(ys: Tensor, weights: Tensor | None, slot_of: Tensor, offsets: Tensor, out: Tensor | None = None) -> Tensor:
@@ -331,26 +380,16 @@ def gather_rows(ys: Tensor, weights: Tensor | None, slot_of: Tensor, offsets: Te
     y = ys.new_empty(T, H) if out is None else out
     if T * H == 0:
         return y
-    tile, options = row_tile(H, ys.dtype)
+    slot_of, offsets = slot_of.contiguous(), offsets.contiguous()
+    strides = (*ys.stride(), *((0, 1) if weights is None else weights.stride()), y.stride(0))
+    keep, types = aligned(ys, weights, slot_of, offsets, y), (ys.device, slot_of.dtype, offsets.dtype, y.dtype)
+    launch = _gather_plan(
+        *((T, K), H, offsets.numel() - 1, strides, ys.dtype, weights is not None, keep),
+        *types,
+        None if weights is None else weights.dtype,
+    )
     with device_guard(ys):
-        _gather_rows_kernel[T, triton.cdiv(H, tile["BLOCK_H"])](
-            ys,
-            weights,
-            slot_of.contiguous(),
-            offsets.contiguous(),
-            y,
-            T * K,
-            H,
-            K,
-            offsets.numel() - 1,
-            *ys.stride(),
-            *((0, 1) if weights is None else weights.stride()),
-            y.stride(0),
-            HAS_WEIGHTS=weights is not None,
-            SUM=_sum_dtype(ys),
-            **tile,
-            **options,
-        )
+        launch(ys, weights, slot_of, offsets, y)
     return y
 
 
@@ -386,7 +425,7 @@ def gather_rows_backward(
             HAS_WEIGHTS=weights is not None,
             ROWS=needs_ys,
             DOTS=dots,
-            SUM=_sum_dtype(grad),
+            SUM=_sum_dtype(grad.dtype),
             **tile,
             **options,
         )

@@ -15,12 +15,15 @@ read of A and one write of the plan. Workspace: the history [T + 1, E] and the c
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._backend import device_guard
+from ..._backend import MOST_PLANS, Launch, aligned, device_guard
 from ..._tiles import transport_tiles
 from .ending import _sinkhorn_columns_kernel, _sinkhorn_error_kernel, _sinkhorn_plan_kernel
 from .sums import (
@@ -93,11 +96,11 @@ def _sinkhorn_step_kernel(
     history_ptr,  # [L, T + 1, E]
     partial_ptr,  # [2, L, programs, E], by the parity of the step
     count_ptr,  # [L] steps taken by a layer that has stopped, else 0
+    step,
+    tol,
     F,
     num_iters,
-    step,
     chunk,
-    tol,
     stride_al,
     stride_af,
     stride_ae,
@@ -167,6 +170,45 @@ def _sinkhorn_step_kernel(
         tl.store(out_ptr + cols_rest, tl.sum(acc_rest, axis=0), mask=cols_rest < E)
 
 
+class _Plan(NamedTuple):
+    """The launches of a call, and how many programs share a layer."""
+
+    programs: int
+    first: Launch
+    step: Launch
+    columns: Launch
+    plan: Launch
+    error: Launch
+
+
+@lru_cache(maxsize=MOST_PLANS)
+def _plan(
+    shape: tuple[int, int, int],
+    strides: tuple[int, int, int, int],
+    num_iters: int,
+    exact_rows: bool,
+    keep: bool,
+    device: torch.device,
+    *types: object,
+) -> _Plan:
+    """Of an affinity [L, F, E] and its ``vector_strides``; ``types``: what else the kernels are compiled for."""
+    L, F, E = shape
+    first, step, plan = (transport_tiles(E, kernel, device=device) for kernel in ("first", "step", "plan"))
+    programs, chunk = step.split(F, L)
+    sizes, layout = (F, num_iters, chunk, *strides[:3]), {"E": E, "VEC": strides[3]}
+    grid, exact = (programs, L), {"EXACT_ROWS": exact_rows, "BLOCK_P": BLOCK_P}
+    constants = {"E": E, "BLOCK_E": triton.next_power_of_2(max(E, 16)), **exact}
+    of_first = {**layout, **first.blocks}
+    return _Plan(
+        programs,
+        Launch(_sinkhorn_first_step_kernel, grid, sizes, of_first, first.options, keep=keep),
+        Launch(_sinkhorn_step_kernel, grid, sizes, {**layout, **step.blocks, "BLOCK_P": BLOCK_P}, step.options, keep=keep),
+        Launch(_sinkhorn_columns_kernel, grid, sizes, of_first, first.options, keep=keep),
+        Launch(_sinkhorn_plan_kernel, grid, sizes, {**layout, **exact, **plan.blocks}, plan.options, keep=keep),
+        Launch(_sinkhorn_error_kernel, (L,), (num_iters, programs), constants, keep=keep),
+    )
+
+
 def solve(
     affinity: Tensor, capacity: Tensor, tau: Tensor, init: Tensor, num_iters: int, tol: float, exact_rows: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -180,69 +222,16 @@ def solve(
         return plan, log_u, log_v, history, count, error
     capacity, tau = capacity.contiguous(), tau.contiguous()
     history[:, 0] = init
-    tiles, first_tiles, plan_tiles = (transport_tiles(E, kernel, device=affinity.device) for kernel in ("step", "first", "plan"))
-    programs, chunk = tiles.split(F, L)
+    keep, types = aligned(affinity, capacity, tau), (affinity.device, affinity.dtype)
+    launches = _plan(affinity.shape, vector_strides(affinity), num_iters, exact_rows, keep, *types)
+    programs = launches.programs
     partial, worst, columns = new((2, L, programs, E)), new((L, programs)), new(0 if exact_rows else (L, programs, 2, E))
-    stride_l, stride_f, stride_e, vec = vector_strides(affinity)
-    strides = {"stride_al": stride_l, "stride_af": stride_f, "stride_ae": stride_e, "E": E, "VEC": vec}
-    grid = (programs, L)
     with device_guard(affinity):
-        _sinkhorn_first_step_kernel[grid](
-            affinity, tau, history, partial, F, num_iters, chunk, **strides, **first_tiles.blocks, **first_tiles.options
-        )
+        launches.first(affinity, tau, history, partial)
         for step in range(2, num_iters + 1):
-            _sinkhorn_step_kernel[grid](
-                affinity,
-                tau,
-                capacity,
-                history,
-                partial,
-                count,
-                F,
-                num_iters,
-                step,
-                chunk,
-                tol,
-                **strides,
-                **tiles.blocks,
-                BLOCK_P=BLOCK_P,
-                **tiles.options,
-            )
+            launches.step(affinity, tau, capacity, history, partial, count, step, tol)
         if not exact_rows:
-            first = {**strides, **first_tiles.blocks, **first_tiles.options}
-            _sinkhorn_columns_kernel[grid](affinity, tau, history, count, columns, F, num_iters, chunk, **first)
-        _sinkhorn_plan_kernel[grid](
-            affinity,
-            tau,
-            capacity,
-            history,
-            partial,
-            count,
-            plan,
-            log_u,
-            log_v,
-            columns,
-            worst,
-            F,
-            num_iters,
-            chunk,
-            **strides,
-            EXACT_ROWS=exact_rows,
-            **plan_tiles.blocks,
-            BLOCK_P=BLOCK_P,
-            **plan_tiles.options,
-        )
-        _sinkhorn_error_kernel[(L,)](
-            capacity,
-            partial,
-            worst,
-            count,
-            error,
-            num_iters,
-            programs,
-            E=E,
-            EXACT_ROWS=exact_rows,
-            BLOCK_E=triton.next_power_of_2(max(E, 16)),
-            BLOCK_P=BLOCK_P,
-        )
+            launches.columns(affinity, tau, history, count, columns)
+        launches.plan(affinity, tau, capacity, history, partial, count, plan, log_u, log_v, columns, worst)
+        launches.error(capacity, partial, worst, count, error)
     return plan, log_u, log_v, history, count, error
