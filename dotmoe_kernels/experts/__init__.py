@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 from torch import Tensor, autocast, is_autocast_enabled
 from torch.compiler import is_compiling
@@ -145,7 +146,8 @@ def expert_ffn(
         if signature:
             _passed.add(signature)
     workspace = None if workspace is None else int(workspace)
-    return routed_ffn(x, gate_up_proj, down_proj, indices, weights, activation, path, recompute=recompute, workspace=workspace)
+    options: dict[str, Any] = {"recompute": recompute, "workspace": workspace, "plain": plain}
+    return routed_ffn(x, gate_up_proj, down_proj, indices, weights, activation, path, **options)
 
 
 def routed_ffn(
@@ -159,8 +161,10 @@ def routed_ffn(
     *,
     recompute: bool = False,
     workspace: int | None = None,
+    plain: bool | None = None,
 ) -> Tensor:
-    """``expert_ffn`` whose arguments are known to fit: a model's block, whose weights and router's choice do."""
+    """``expert_ffn`` whose arguments are known to fit: a model's block, whose weights and router's choice do. ``plain``: whether
+    they ``is_plain``; None: not looked at."""
     T, H = x.shape
     E, width = gate_up_proj.shape[:2]
     needs_grad = wants_gradient(x, gate_up_proj, down_proj, weights)
@@ -175,6 +179,10 @@ def routed_ffn(
             return expert_ffn_op(*arguments, path)
         if path == "grouped":
             return training_ffn(*arguments, recompute, workspace) if needs_grad else grouped_ffn(*arguments, workspace)
+        if path == "decode" and plain and use_kernels(x):
+            from .decode.gpu import decode_ffn as launch
+
+            return launch(*arguments)
         if recompute and needs_grad:
             return checkpoint(_PATHS[path], *arguments, use_reentrant=False, preserve_rng_state=False)
         return _PATHS[path](*arguments)
