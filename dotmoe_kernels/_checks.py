@@ -5,12 +5,15 @@ and not while torch.compile traces, when there are none.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from math import isfinite, isnan
 from numbers import Integral, Number, Real
 from typing import NoReturn
 
 import torch
 from torch import Tensor
+
+from ._backend import MOST_PLANS, rehearsing
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,6 +28,26 @@ def require(condition: bool, argument: str, given: object, allowed: str) -> None
     than a small op."""
     if not condition:
         refuse(argument, given, allowed)
+
+
+class Passed:
+    """Signatures of calls whose arguments have passed their checks: everything that those look at, but for values. Types too, where
+    an allowed value equals one that is not: 1 and True."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[object, ...]] = set()
+
+    def __contains__(self, signature: tuple[object, ...]) -> bool:
+        try:
+            return signature in self.seen
+        except TypeError:  # an argument without a hash: the checks will say what is wrong with it
+            return False
+
+    def add(self, signature: tuple[object, ...]) -> None:
+        if len(self.seen) >= MOST_PLANS:
+            self.seen.clear()
+        with suppress(TypeError):
+            self.seen.add(signature)
 
 
 def require_tensor(value: object, argument: str, dims: str) -> Tensor:
@@ -72,7 +95,7 @@ def require_same(tensor: Tensor, argument: str, other: Tensor, other_argument: s
 
 def has_values(tensor: Tensor) -> bool:
     """Whether the values of ``tensor`` can be looked at for nothing."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not rehearsing()
 
 
 def require_finite(tensor: Tensor, argument: str) -> None:

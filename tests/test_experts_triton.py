@@ -142,9 +142,11 @@ def test_repeats_bit_for_bit(reduction, few_tokens_a_chunk, nan_filled):
 
 
 def test_the_public_function_takes_the_kernels(monkeypatch):
+    from dotmoe_kernels.experts.grouped.gpu import forward
+
     calls = []
-    real = dk.experts.grouped.grouped_ffn_op
-    monkeypatch.setattr(dk.experts.grouped, "grouped_ffn_op", lambda *a: (calls.append(1), real(*a))[1])
+    real = forward.grouped_ffn
+    monkeypatch.setattr(forward, "grouped_ffn", lambda *a: (calls.append(1), real(*a))[1])
     tensors, indices = problem(8, 5, 2, 8, 16, dtype=torch.float32), routed_indices(8, 2, 5, seed=7).to(DEVICE)
     there = {n: t.to(DEVICE) for n, t in tensors.items()}
     found = dk.expert_ffn(**there, indices=indices, path="grouped")

@@ -95,11 +95,13 @@ def test_what_a_model_chooses_without_a_gradient(T, E, K, num_zero_experts):
 
 
 @pytest.mark.parametrize("programs", [1, 3])
-def test_programs_of_several_tiles(programs, monkeypatch):
+def test_programs_of_several_tiles(programs, monkeypatch, request):
     """The sums of every program, over all its tiles, are added."""
     from dotmoe_kernels.routing.gpu import top_k as gpu
 
     monkeypatch.setattr(gpu, "routing_programs", lambda device: programs)
+    gpu._plan.cache_clear()
+    request.addfinalizer(gpu._plan.cache_clear)
     T = 1030 if HAS_GPU else 23  # tiles of 16 or 2 rows, and a part of one
     logits = normal(T, 37, seed=2, dtype=torch.float32)
     mask = padding(T, seed=3).to(DEVICE)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .._autograd import wants_gradient
-from .._backend import use_triton
+from .._backend import is_direct, is_plain, use_triton
 from .._checks import (
+    Passed,
     has_values,
     is_integer,
     refuse,
@@ -33,6 +34,8 @@ from .cpu import fits_bags, sum_bags
 from .operators import gather_op, inverse_op, scatter_op, sort_slots_op
 
 __all__ = ["Slots", "dispatch_tokens", "fits_bags", "gather_tokens", "scatter_tokens", "sort_slots", "sum_bags"]
+
+_passed = Passed()
 
 
 def _as_operator(tensor: Tensor) -> bool:
@@ -65,13 +68,43 @@ def dispatch_tokens(indices: Tensor, num_experts: int) -> Slots:
 def sort_slots(indices: Tensor, num_experts: int) -> Slots:
     """``dispatch_tokens`` of arguments that were checked. ``sort_slots_op`` gives the inverse of ``source`` as well."""
     if _as_operator(indices):
+        if is_direct(indices):
+            from . import gpu
+
+            if num_experts <= gpu.MOST_EXPERTS:
+                return Slots(*gpu.sort_slots(indices, int(num_experts))[:3])
         return Slots(*sort_slots_op(indices, num_experts)[:3])
     return Slots(*cpu.sort_slots(indices, num_experts))
 
 
+def _inverse(source: Tensor) -> Tensor:
+    if is_direct(source):
+        from . import gpu
+
+        return gpu.inverse(source)
+    return inverse_op(source)
+
+
 def _slot_of(slots: Slots, T: int) -> Tensor:
     """[T, K] int32: the slot of a routed pair."""
-    return inverse_op(slots.source).view(T, slots.source.numel() // max(T, 1))
+    return _inverse(slots.source).view(T, slots.source.numel() // max(T, 1))
+
+
+def _signature(rows: Tensor, slots: Slots, weights: Tensor | None, num_tokens: int | None) -> tuple[object, ...] | None:
+    """Of arguments whose values nobody looks at."""
+    if not isinstance(rows, Tensor) or has_values(rows) or not isinstance(slots, tuple) or len(slots) != 3:
+        return None
+    if not is_plain(rows, *slots, weights):
+        return None
+    token, source, offsets = slots
+    return (
+        *(rows.shape, rows.dtype, rows.device),
+        *(token.shape, token.dtype, token.device),
+        *(source.shape, source.dtype, source.device),
+        *(offsets.shape, offsets.dtype, offsets.device),
+        *((None,) if weights is None else (weights.shape, weights.dtype, weights.device)),
+        *(num_tokens, type(num_tokens)),
+    )
 
 
 def _check_slots(slots: Slots, rows: Tensor, argument: str) -> None:
@@ -111,13 +144,43 @@ def scatter_tokens(x: Tensor, slots: Slots) -> Tensor:
 
     Gradient: to x, the sum of a token's K rows in float32 (float64 for float64), in a fixed order. A second derivative is refused.
     """
-    require_float(x, "x", 2, "[T, H]")
-    _check_slots(slots, x, "x")
-    _check_tokens(slots, x.shape[0], "x")
+    signature = _signature(x, slots, None, None)
+    if not signature or ("scatter", *signature) not in _passed:
+        require_float(x, "x", 2, "[T, H]")
+        _check_slots(slots, x, "x")
+        _check_tokens(slots, x.shape[0], "x")
+        if signature:
+            _passed.add(("scatter", *signature))
     if _as_operator(x):
-        return scatter_op(x, _slot_of(slots, x.shape[0]), slots.offsets)
+        slot_of = _slot_of(slots, x.shape[0])
+        if is_direct(x, slot_of, slots.offsets):
+            from . import gpu
+
+            return gpu.scatter_rows(x, slot_of, slots.offsets)
+        return scatter_op(x, slot_of, slots.offsets)
     scatter = cpu.Scatter.apply if wants_gradient(x) else cpu.scatter
     return scatter(x, slots.token, slots.offsets)
+
+
+def _check_gather(ys: Tensor, slots: Slots, weights: Tensor | None, num_tokens: int | None) -> int:
+    """The arguments of ``gather_tokens`` fit each other; the number of tokens T."""
+    require_float(ys, "ys", 2, "[S, H]")
+    _check_slots(slots, ys, "ys")
+    S = slots.token.numel()
+    require(ys.shape[0] == S, "ys", f"of shape {list(ys.shape)}", f"[S, H] with S = {S}")
+    if weights is not None:
+        require_float(weights, "weights", 2, "[T, K]")
+        require(weights.numel() == S, "weights", f"of shape {list(weights.shape)}", f"[T, K] with T K = {S}")
+        require_same(weights, "weights", ys, "ys", dtype=False)
+        T = weights.shape[0]
+        require(num_tokens in (None, T), "num_tokens", num_tokens, f"the {T} rows of weights")
+    elif num_tokens is not None:
+        T = num_tokens
+    else:
+        require(has_values(ys), "num_tokens", None, "the number of tokens T, without weights on a GPU or under torch.compile")
+        T = int(slots.token.max()) + 1 if S else 0
+    _check_tokens(slots, T, "weights" if weights is not None else "num_tokens")
+    return T
 
 
 def gather_tokens(ys: Tensor, slots: Slots, weights: Tensor | None = None, *, num_tokens: int | None = None) -> Tensor:
@@ -138,24 +201,20 @@ def gather_tokens(ys: Tensor, slots: Slots, weights: Tensor | None = None, *, nu
 
     Gradient: to ys, and to weights: dweights[t, j] = <dy[t], ys[slot of (t, j)]>. A second derivative is refused.
     """
-    require_float(ys, "ys", 2, "[S, H]")
-    _check_slots(slots, ys, "ys")
-    S = slots.token.numel()
-    require(ys.shape[0] == S, "ys", f"of shape {list(ys.shape)}", f"[S, H] with S = {S}")
-    if weights is not None:
-        require_float(weights, "weights", 2, "[T, K]")
-        require(weights.numel() == S, "weights", f"of shape {list(weights.shape)}", f"[T, K] with T K = {S}")
-        require_same(weights, "weights", ys, "ys", dtype=False)
-        T = weights.shape[0]
-        require(num_tokens in (None, T), "num_tokens", num_tokens, f"the {T} rows of weights")
-    elif num_tokens is not None:
-        T = num_tokens
+    signature = _signature(ys, slots, weights, num_tokens)
+    if not signature or ("gather", *signature) not in _passed:
+        T = _check_gather(ys, slots, weights, num_tokens)
+        if signature:
+            _passed.add(("gather", *signature))
     else:
-        require(has_values(ys), "num_tokens", None, "the number of tokens T, without weights on a GPU or under torch.compile")
-        T = int(slots.token.max()) + 1 if S else 0
-    _check_tokens(slots, T, "weights" if weights is not None else "num_tokens")
+        T = weights.shape[0] if weights is not None else int(num_tokens or 0)
     if _as_operator(ys):
-        slot_of = _slot_of(slots, T) if weights is None else inverse_op(slots.source).view(weights.shape)
-        return gather_op(ys, weights, slot_of, slots.offsets)
+        slot_of = _slot_of(slots, T) if weights is None else _inverse(slots.source).view(weights.shape)
+        given = ys, weights, slot_of, slots.offsets
+        if is_direct(*given):
+            from . import gpu
+
+            return gpu.gather_rows(*given)
+        return gather_op(*given)
     gather = cpu.Gather.apply if wants_gradient(ys, weights) else cpu.gather
     return gather(ys, weights, *slots, T)

@@ -15,6 +15,7 @@ Everything in float32 (float64 for float64 logits). Cost: one read of Z.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from math import inf
 
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor
 
 from .._autograd import wants_gradient
-from .._backend import use_triton
+from .._backend import is_direct, is_plain, use_triton
 from .._checks import (
+    Passed,
     compute_dtype,
     has_values,
     is_integer,
@@ -41,6 +43,7 @@ from .cpu import RouteTopK, count_experts, route, top_indices
 from .operators import choose_top_k_op, route_soft_top_k_op, route_top_k_op
 
 _WEIGHTS = ("unit", "softmax", "renormalized")
+_passed = Passed()
 
 
 def _check_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:
@@ -145,25 +148,41 @@ def route_top_k(
     Source: eq. 3 and 5 of DOT-MoE (arXiv 2606.01666); balance: Switch Transformer (arXiv 2101.03961); z: ST-MoE
     (arXiv 2202.08906); zero experts: ZEDA (arXiv 2605.18643).
     """
+    signature = is_plain(router_logits, mask) and (
+        *(router_logits.shape, router_logits.dtype, top_k, type(top_k), weights),
+        *(num_zero_experts, type(num_zero_experts), zero_share, type(zero_share)),
+    )
+    if not signature or signature not in _passed:
+        _check_top_k(router_logits, top_k, weights, num_zero_experts, zero_share)
+        if signature:
+            _passed.add(signature)
+    top_k, valid = int(top_k), _check_mask(mask, router_logits)
+    routing = _route_top_k(router_logits, top_k, weights, valid, finite=True)
+    return _with_zero_experts(routing, int(num_zero_experts), float(zero_share), valid) if num_zero_experts else routing
+
+
+def _check_top_k(router_logits: Tensor, top_k: int, weights: str, num_zero_experts: int, zero_share: float) -> None:
+    """The arguments of ``route_top_k`` fit each other."""
     require_float(router_logits, "router_logits", 2, "[T, E]")
     E = router_logits.shape[1]
     if not is_integer(top_k) or not 1 <= top_k <= E:
         refuse("top_k", repr(top_k), f"an integer from 1 to E = {E}")
-    top_k = int(top_k)
     if weights not in _WEIGHTS:
         refuse("weights", repr(weights), " | ".join(_WEIGHTS))
     if not is_integer(num_zero_experts) or not 0 <= num_zero_experts < max(E, 1):
         refuse("num_zero_experts", repr(num_zero_experts), f"an integer from 0 to {max(E - 1, 0)}, below the columns of the logits")
     if not (is_number(zero_share) and 0 < zero_share < inf):
         refuse("zero_share", repr(zero_share), "a positive number")
-    valid = _check_mask(mask, router_logits)
-    routing = _route_top_k(router_logits, top_k, weights, valid, finite=True)
-    return _with_zero_experts(routing, int(num_zero_experts), float(zero_share), valid) if num_zero_experts else routing
 
 
 def _route_top_k(router_logits: Tensor, top_k: int, weights: str, valid: Tensor | None, *, finite: bool) -> Routing:
     """The arguments are checked; ``finite``: so are the values of the logits."""
     if _on_chip(router_logits):
+        if is_direct(router_logits, valid):
+            from .gpu.top_k import forward
+
+            chosen, indices, probs, load, losses, _ = forward(router_logits, valid, top_k, weights)
+            return Routing(indices, chosen, probs, load, losses[0], losses[1])
         chosen, indices, probs, load, losses, _ = route_top_k_op(router_logits, valid, top_k, weights)
         return Routing(indices, chosen, probs, load.detach(), losses[0], losses[1])
     router_logits = _without_padding(router_logits, valid)
@@ -228,7 +247,14 @@ def _route_soft_top_k(
     E = scores.shape[1]
     if _on_chip(scores):
         ks, temperatures = row_values(scores, k, temperature)
-        chosen, indices, p, load, losses, _, _ = route_soft_top_k_op(scores, ks, temperatures, valid, float(threshold), max_active)
+        given = scores, ks, temperatures, valid
+        if is_direct(*given):
+            from .gpu.soft import forward
+
+            run: Callable[..., tuple[Tensor, ...]] = forward
+        else:
+            run = route_soft_top_k_op
+        chosen, indices, p, load, losses, _, _ = run(*given, float(threshold), max_active)
         return Routing(indices, chosen, p, load.detach(), losses[0], losses[1])
     scores = _without_padding(scores, valid)
     if finite:
@@ -259,6 +285,10 @@ def choose(logits: Tensor, top_k: int, soft: SoftRouter | None, num_zero_experts
         return routing.weights, routing.indices
     E = logits.shape[1] - num_zero_experts
     if _on_chip(logits) and not wants_gradient(logits):
+        if is_direct(logits):
+            from .gpu.top_k import choose as launch
+
+            return launch(logits, top_k, E)
         return choose_top_k_op(logits, top_k, E)
     if has_values(logits) and not wants_gradient(logits) and not use_triton(logits):
         indices = top_indices(logits, top_k)

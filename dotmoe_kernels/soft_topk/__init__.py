@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._backend import use_triton
+from .._backend import is_direct, use_triton
 from .._checks import compute_dtype, has_values, is_number, require, require_finite, require_float, require_same
 from . import cpu
 from .operators import soft_top_k_op
@@ -69,6 +69,10 @@ def solve_soft_top_k(scores: Tensor, ks: Tensor, temperatures: Tensor) -> Tensor
     """``soft_top_k`` of ``row_values``, without a look at the scores' values."""
     dtype, E = compute_dtype(scores), scores.shape[-1]
     if use_triton(scores) and dtype == torch.float32 and E <= MOST_EXPERTS:
-        p, _ = soft_top_k_op(scores.reshape(-1, E), ks.reshape(-1), temperatures.reshape(-1))
-        return p.view(scores.shape)
+        rows = scores.reshape(-1, E), ks.reshape(-1), temperatures.reshape(-1)
+        if is_direct(*rows):
+            from .gpu import forward
+
+            return forward(*rows)[0].view(scores.shape)
+        return soft_top_k_op(*rows)[0].view(scores.shape)
     return cpu.SoftTopK.apply(scores.double(), ks, temperatures).to(dtype)

@@ -11,12 +11,14 @@ solution (pivot, offset), b = pivot + offset, so no second [T, E] is kept. Cost:
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._backend import device_guard
+from .._backend import MOST_PLANS, Launch, aligned, device_guard
 from .._tiles import soft_top_k_tile
 
 
@@ -145,17 +147,23 @@ def _soft_top_k_backward_kernel(
     tl.store(dtemperature_ptr + rows, dalpha, mask=live)
 
 
+@lru_cache(maxsize=MOST_PLANS)
+def _plan(shape: tuple[int, int], strides: tuple[int, int], keep: bool, *types: object) -> Launch:
+    """Of scores [T, E]; ``types``: what else the kernel is compiled for."""
+    (T, E), (tile, options) = shape, soft_top_k_tile(shape[1])
+    return Launch(_soft_top_k_kernel, (triton.cdiv(T, tile["BLOCK_T"]),), (T, E, *strides), tile, options, keep=keep)
+
+
 def forward(scores: Tensor, k: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """scores [T, E] any strides, k and temperature [T] float64 -> p [T, E] float32, solution [T, 2] float64."""
     T, E = scores.shape
     p = torch.empty((T, E), dtype=torch.float32, device=scores.device)
     solution = torch.empty((T, 2), dtype=torch.float64, device=scores.device)
-    tile, options = soft_top_k_tile(E)
     if T:
+        k, temperature = k.contiguous(), temperature.contiguous()
+        launch = _plan(scores.shape, scores.stride(), aligned(scores, k, temperature), scores.device, scores.dtype)
         with device_guard(scores):
-            _soft_top_k_kernel[(triton.cdiv(T, tile["BLOCK_T"]),)](
-                scores, k.contiguous(), temperature.contiguous(), p, solution, T, E, *scores.stride(), **tile, **options
-            )
+            launch(scores, k, temperature, p, solution)
     return p, solution
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import first_order
-from .._backend import use_triton
+from .._backend import is_direct, use_triton
 from .._checks import (
     compute_dtype,
     has_values,
@@ -164,7 +164,12 @@ def sinkhorn(
     L, num_iters = batch.numel(), int(num_iters)
     tensors = affinity.reshape(L, F, E), capacities.reshape(L, E), taus.reshape(L), start.reshape(L, E)
     # a graph takes the operators on a CPU too: how many steps there are hangs on values
-    if torch.compiler.is_compiling() or (use_triton(affinity) and dtype == torch.float32):
+    in_triton = use_triton(affinity) and dtype == torch.float32
+    if in_triton and is_direct(*tensors):
+        from .gpu.streaming import solve
+
+        plan, log_u, log_v, _, count, error = solve(*tensors, num_iters, float(tol), final == "row")
+    elif in_triton or torch.compiler.is_compiling():
         plan, log_u, log_v, _, count, error = sinkhorn_op(*tensors, num_iters, float(tol), final == "row", backward == "unroll")
     else:
         with torch.autocast(device.type, enabled=False):

@@ -9,12 +9,14 @@ Cost: scatter moves (1 + K) rows a token, gather as many, its backward pass twic
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._backend import device_guard
+from ..._backend import MOST_PLANS, Launch, aligned, device_guard
 from ..._tiles import row_tile
 
 
@@ -143,8 +145,8 @@ def _gather_rows_bwd_kernel(
 # --- launchers ----------------------------------------------------------------------------------------------------------
 
 
-def _sum_dtype(rows: Tensor) -> tl.dtype:
-    return tl.float64 if rows.dtype == torch.float64 else tl.float32
+def _sum_dtype(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _share(T: int, K: int) -> int:
@@ -152,18 +154,46 @@ def _share(T: int, K: int) -> int:
     return max(1, min(K, T * K // 2048))
 
 
+@lru_cache(maxsize=MOST_PLANS)
+def _scatter_plan(
+    pairs: tuple[int, int], H: int, E: int, strides: tuple[int, int], dtype: torch.dtype, keep: bool, *types: object
+) -> Launch:
+    """Of x [T, H] with these strides and slot_of [T, K]; ``types``: what else the kernel is compiled for."""
+    (T, K), (tile, options) = pairs, row_tile(H, dtype)
+    share = _share(T, K)
+    grid = (T, triton.cdiv(H, tile["BLOCK_H"]), triton.cdiv(K, share))
+    return Launch(_scatter_rows_kernel, grid, (T * K, H, K, E, share, *strides), tile, options, keep=keep)
+
+
 def scatter_rows(x: Tensor, slot_of: Tensor, offsets: Tensor) -> Tensor:
     (T, K), H = slot_of.shape, x.shape[1]
     xs = x.new_empty(T * K, H)
     if xs.numel() == 0:
         return xs
-    tile, options = row_tile(H, x.dtype)
-    share = _share(T, K)
-    grid = (T, triton.cdiv(H, tile["BLOCK_H"]), triton.cdiv(K, share))
+    slot_of, offsets = slot_of.contiguous(), offsets.contiguous()
+    keep, types = aligned(x, slot_of, offsets), (x.device, slot_of.dtype, offsets.dtype)
+    launch = _scatter_plan((T, K), H, offsets.numel() - 1, x.stride(), x.dtype, keep, *types)
     with device_guard(x):
-        sizes = (T * K, H, K, offsets.numel() - 1, share, *x.stride())
-        _scatter_rows_kernel[grid](x, slot_of.contiguous(), offsets.contiguous(), xs, *sizes, **tile, **options)
+        launch(x, slot_of, offsets, xs)
     return xs
+
+
+@lru_cache(maxsize=MOST_PLANS)
+def _gather_plan(
+    pairs: tuple[int, int],
+    H: int,
+    E: int,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    weighted: bool,
+    keep: bool,
+    *types: object,
+) -> Launch:
+    """Of ys [S, H], slot_of [T, K], and strides of ys, weights and rows of y; ``types``: what else the kernel is compiled for."""
+    (T, K), (tile, options) = pairs, row_tile(H, dtype)
+    constants = {"HAS_WEIGHTS": weighted, "SUM": _sum_dtype(dtype), **tile}
+    grid = (T, triton.cdiv(H, tile["BLOCK_H"]))
+    return Launch(_gather_rows_kernel, grid, (T * K, H, K, E, *strides), constants, options, keep=keep)
 
 
 def gather_rows(ys: Tensor, weights: Tensor | None, slot_of: Tensor, offsets: Tensor, out: Tensor | None = None) -> Tensor:
@@ -172,26 +202,16 @@ def gather_rows(ys: Tensor, weights: Tensor | None, slot_of: Tensor, offsets: Te
     y = ys.new_empty(T, H) if out is None else out
     if T * H == 0:
         return y
-    tile, options = row_tile(H, ys.dtype)
+    slot_of, offsets = slot_of.contiguous(), offsets.contiguous()
+    strides = (*ys.stride(), *((0, 1) if weights is None else weights.stride()), y.stride(0))
+    keep, types = aligned(ys, weights, slot_of, offsets, y), (ys.device, slot_of.dtype, offsets.dtype, y.dtype)
+    launch = _gather_plan(
+        *((T, K), H, offsets.numel() - 1, strides, ys.dtype, weights is not None, keep),
+        *types,
+        None if weights is None else weights.dtype,
+    )
     with device_guard(ys):
-        _gather_rows_kernel[T, triton.cdiv(H, tile["BLOCK_H"])](
-            ys,
-            weights,
-            slot_of.contiguous(),
-            offsets.contiguous(),
-            y,
-            T * K,
-            H,
-            K,
-            offsets.numel() - 1,
-            *ys.stride(),
-            *((0, 1) if weights is None else weights.stride()),
-            y.stride(0),
-            HAS_WEIGHTS=weights is not None,
-            SUM=_sum_dtype(ys),
-            **tile,
-            **options,
-        )
+        launch(ys, weights, slot_of, offsets, y)
     return y
 
 
@@ -227,7 +247,7 @@ def gather_rows_backward(
             HAS_WEIGHTS=weights is not None,
             ROWS=needs_ys,
             DOTS=dots,
-            SUM=_sum_dtype(grad),
+            SUM=_sum_dtype(grad.dtype),
             **tile,
             **options,
         )

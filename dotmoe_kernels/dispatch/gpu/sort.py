@@ -12,12 +12,14 @@ Cost: the indices are read twice (the second time from L2) and 20 bytes a pair w
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._backend import device_guard
+from ..._backend import MOST_PLANS, Launch, aligned, device_guard
 from ..._tiles import dispatch_tile, row_tiles_tile
 from .tiles import RowTiles, empty_table, write_row_tiles
 
@@ -156,32 +158,52 @@ def _inverse_slots_kernel(
 # --- launchers ----------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=MOST_PLANS)
+def _sort_plan(
+    shape: tuple[int, int],
+    strides: tuple[int, int],
+    num_experts: int,
+    tiles: tuple[int, int, int],
+    keep: bool,
+    *types: object,
+) -> tuple[int, tuple[Launch, ...]]:
+    """(blocks, launches) of indices [T, K]; ``tiles``: how many row tiles of how many rows, in bands of how many; ``types``: what
+    else the kernels are compiled for."""
+    S = shape[0] * shape[1]
+    tile, scan, options = dispatch_tile(S, num_experts)
+    blocks, (count, block_m, group_m) = triton.cdiv(S, tile["BLOCK_S"]), tiles
+    sizes = (S, shape[1], num_experts, blocks, *strides)
+    of_tiles = {"BLOCK_M": block_m, "GROUP_M": group_m, "BLOCK_R": row_tiles_tile(num_experts)[0]["BLOCK_R"]}
+    constants = {"ALONE": blocks == 1, **tile, **of_tiles}
+    place = Launch(_dispatch_place_kernel, (blocks,), (*sizes, count), constants, options, keep=keep)
+    if blocks == 1:
+        return blocks, (place,)
+    counting = Launch(_dispatch_count_kernel, (blocks,), sizes, tile, options, keep=keep)
+    return blocks, (counting, Launch(_dispatch_scan_kernel, (num_experts,), (blocks,), scan, options, keep=keep), place)
+
+
 def _sort(
     indices: Tensor, num_experts: int, table: Tensor | None, block_m: int = 1, group_m: int = 1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``sort_slots``; ``table``: the row tiles of ``block_m`` rows, written in passing."""
-    (_, K), S, device = indices.shape, indices.numel(), indices.device
+    S, device = indices.numel(), indices.device
     token = torch.empty(S, dtype=torch.int64, device=device)
     source = torch.empty(S, dtype=torch.int64, device=device)
     slot_of = torch.empty(indices.shape, dtype=torch.int32, device=device)
     if S == 0:
         return token, source, torch.zeros(num_experts + 1, dtype=torch.int32, device=device), slot_of
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    tile, scan, options = dispatch_tile(S, num_experts)
-    blocks = triton.cdiv(S, tile["BLOCK_S"])
-    sizes = (S, K, num_experts, blocks, *indices.stride())
-    of_tiles = {"BLOCK_M": block_m, "GROUP_M": group_m, "BLOCK_R": row_tiles_tile(num_experts)[0]["BLOCK_R"]}
+    tiles = (0 if table is None else len(table), block_m, group_m)
+    keep, types = aligned(indices, table), (device, indices.dtype, table is None)
+    blocks, launches = _sort_plan(indices.shape, indices.stride(), num_experts, tiles, keep, *types)
     with device_guard(indices):
         counts = None
         if blocks > 1:
+            count, scan, _ = launches
             counts = torch.empty((num_experts, blocks + 1), dtype=torch.int32, device=device)
-            _dispatch_count_kernel[(blocks,)](indices, counts, *sizes, **tile, **options)
-            _dispatch_scan_kernel[(num_experts,)](counts, blocks, **scan, **options)
-        outputs = (token, source, offsets, slot_of, table)
-        tiles = 0 if table is None else len(table)
-        _dispatch_place_kernel[(blocks,)](
-            indices, counts, *outputs, *sizes, tiles, ALONE=counts is None, **tile, **of_tiles, **options
-        )
+            count(indices, counts)
+            scan(counts)
+        launches[-1](indices, counts, token, source, offsets, slot_of, table)
     return token, source, offsets, slot_of
 
 
@@ -198,10 +220,15 @@ def sort_into_tiles(
     return *_sort(indices, num_experts, table, block_m, group_m), RowTiles(table, block_m, group_m)
 
 
+@lru_cache(maxsize=MOST_PLANS)
+def _inverse_plan(S: int, keep: bool, *types: object) -> Launch:
+    return Launch(_inverse_slots_kernel, (triton.cdiv(S, 1024),), (S,), {"BLOCK_S": 1024}, {"num_warps": 4}, keep=keep)
+
+
 def inverse(source: Tensor) -> Tensor:
     S = source.numel()
     source, slot_of = source.contiguous(), torch.empty(S, dtype=torch.int32, device=source.device)
     if S > 0:
         with device_guard(source):
-            _inverse_slots_kernel[(triton.cdiv(S, 1024),)](source, slot_of, S, BLOCK_S=1024, num_warps=4)
+            _inverse_plan(S, aligned(source), source.device, source.dtype)(source, slot_of)
     return slot_of

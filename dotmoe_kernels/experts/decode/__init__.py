@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..._backend import use_kernels
+from ..._backend import is_direct, use_kernels
 from . import cpu
 
 
@@ -20,6 +20,10 @@ def decode_ffn(
     arguments = (x, gate_up_proj, down_proj, indices, weights, activation)
     if not use_kernels(x):
         return cpu.decode_ffn(*arguments)
+    if is_direct(*arguments[:5]):
+        from .gpu import decode_ffn as launch
+
+        return launch(*arguments)
     from .operators import decode_op  # defined when it is first needed: that takes milliseconds
 
     return decode_op(*arguments)

@@ -16,12 +16,15 @@ Cost: 6 s H bytes an expert chosen in 16 bits; scratch of 4 SPLITS T H bytes.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._backend import device_guard, product_options
+from ..._backend import MOST_PLANS, Launch, aligned, device_guard, product_options
 from ..._tiles import MOST_DECODE_TOKENS, decode_tile
 from ..activations.gpu import activate
 
@@ -240,52 +243,96 @@ def _decode_sum_kernel(partial_ptr, y_ptr, numel, SPLITS: tl.constexpr, BLOCK: t
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=at < numel)
 
 
+class _Plan(NamedTuple):
+    up: Launch
+    down: Launch
+    add: Launch
+    hidden: tuple[int, int, int]
+    partial: tuple[int, int, int]
+
+
+@lru_cache(maxsize=MOST_PLANS)
+def _plan(
+    tokens: tuple[int, ...],
+    experts: tuple[int, ...],
+    K: int,
+    strides: tuple[int, ...],
+    itemsize: int,
+    activation: str,
+    product: tuple[tuple[str, object], ...],
+    keep: bool,
+    *types: object,
+) -> _Plan:
+    """Of x [T, H], gate_up [E, 2s, H] and K; strides of x, gate_up, indices, weights and down; ``types``: whatever else a kernel
+    is compiled for."""
+    (T, H), (E, width, _) = tokens, experts
+    s, precision = width // 2, dict(product)
+    tile = decode_tile(T, H, E, s, K, itemsize)
+    up = {"ACTIVATION": activation, "BY_PAIR": T * K < E, **precision, **tile.up}
+    return _Plan(
+        Launch(
+            _decode_up_kernel,
+            (1 + min(T * K, E) * triton.cdiv(s, tile.up["BLOCK_S"]),),
+            (T, H, E, s, K, *strides[:-3]),
+            up,
+            tile.up_options,
+            keep=keep,
+        ),
+        Launch(
+            _decode_down_kernel,
+            (triton.cdiv(H, tile.down["BLOCK_H"]), tile.splits),
+            (T, H, s, *strides[-3:]),
+            {**precision, **tile.down},
+            tile.down_options,
+            keep=keep,
+        ),
+        Launch(
+            _decode_sum_kernel,
+            (triton.cdiv(T * H, 256),),
+            (T * H,),
+            {"SPLITS": tile.splits, "BLOCK": 256},
+            {"num_warps": 2},
+            keep=keep,
+        ),
+        (E, T, s),
+        (tile.splits, T, H),
+    )
+
+
 def _decode(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor | None, activation: str, y: Tensor) -> None:
     """Writes y [T, H] of at most MOST_DECODE_TOKENS tokens."""
-    (T, H), (E, width), K = x.shape, gate_up.shape[:2], indices.shape[1]
-    s, precision = width // 2, product_options(x)
-    tile = decode_tile(T, H, E, s, K, x.element_size())
-    by_pair = T * K < E
-    hidden = torch.empty((E, T, s), dtype=x.dtype, device=x.device)
-    chosen = torch.empty(E + 1, dtype=torch.int32, device=x.device)
-    partial = torch.empty((tile.splits, T, H), dtype=torch.float32, device=x.device)
-    _decode_up_kernel[(1 + min(T * K, E) * triton.cdiv(s, tile.up["BLOCK_S"]),)](
-        x,
-        gate_up,
-        indices,
-        weights,
-        hidden,
-        chosen,
-        T,
-        H,
-        E,
-        s,
-        K,
-        *x.stride(),
-        *gate_up.stride(),
-        *indices.stride(),
-        *((0, 0) if weights is None else weights.stride()),
-        ACTIVATION=activation,
-        BY_PAIR=by_pair,
-        **precision,
-        **tile.up,
-        **tile.up_options,
+    by_slot = (0, 0) if weights is None else weights.stride()
+    plan = _plan(
+        x.shape,
+        gate_up.shape,
+        indices.shape[1],
+        (*x.stride(), *gate_up.stride(), *indices.stride(), *by_slot, *down.stride()),
+        x.element_size(),
+        activation,
+        tuple(product_options(x).items()),
+        aligned(x, gate_up, down, indices, weights, y),
+        *(x.device, x.dtype, gate_up.dtype, down.dtype, indices.dtype, None if weights is None else weights.dtype),
     )
-    _decode_down_kernel[(triton.cdiv(H, tile.down["BLOCK_H"]), tile.splits)](
-        hidden, down, chosen, partial, T, H, s, *down.stride(), **precision, **tile.down, **tile.down_options
-    )
-    _decode_sum_kernel[(triton.cdiv(T * H, 256),)](partial, y, T * H, SPLITS=tile.splits, BLOCK=256, num_warps=2)
+    hidden = torch.empty(*plan.hidden, dtype=x.dtype, device=x.device)
+    chosen = torch.empty(plan.hidden[0] + 1, dtype=torch.int32, device=x.device)
+    partial = torch.empty(*plan.partial, dtype=torch.float32, device=x.device)
+    plan.up(x, gate_up, indices, weights, hidden, chosen)
+    plan.down(hidden, down, chosen, partial)
+    plan.add(partial, y)
 
 
 def decode_ffn(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor | None, activation: str) -> Tensor:
     """x [T, H] -> y [T, H]; more than MOST_DECODE_TOKENS tokens in parts, each of which reads its experts anew."""
     T, H = x.shape
-    y = torch.empty((T, H), dtype=x.dtype, device=x.device)
+    y = torch.empty(T, H, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     if indices.shape[1] == 0 or gate_up.shape[0] == 0 or gate_up.shape[1] == 0:
         return y.zero_()
     with device_guard(x):
+        if T <= MOST_DECODE_TOKENS:
+            _decode(x, gate_up, down, indices, weights, activation, y)
+            return y
         for start in range(0, T, MOST_DECODE_TOKENS):
             part = slice(start, start + MOST_DECODE_TOKENS)
             _decode(x[part], gate_up, down, indices[part], None if weights is None else weights[part], activation, y[part])

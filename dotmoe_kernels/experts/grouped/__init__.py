@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._autograd import first_order
-from ..._backend import use_kernels
+from ..._backend import is_direct, use_kernels
 from ..._checks import require, require_float, require_offsets, require_same
 from . import cpu
 from .cpu.products import multiply, multiply_backward
@@ -76,4 +76,10 @@ def grouped_ffn(
 ) -> Tensor:
     """x [T, H] -> [T, H] over the expert-sorted slots, without a gradient; the arguments of ``expert_ffn``, checked there."""
     arguments = (x, gate_up_proj, down_proj, indices, weights, activation)
-    return grouped_ffn_op(*arguments, "", workspace) if use_kernels(x) else cpu.grouped_ffn(*arguments)
+    if not use_kernels(x):
+        return cpu.grouped_ffn(*arguments)
+    if is_direct(*arguments[:5]):
+        from .gpu.forward import grouped_ffn as launch
+
+        return launch(*arguments, "", workspace)
+    return grouped_ffn_op(*arguments, "", workspace)

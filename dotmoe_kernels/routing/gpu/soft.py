@@ -12,15 +12,31 @@ Cost: one read and one write of [T, E] each way, and 12 max_active bytes a token
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._backend import device_guard
+from ..._backend import MOST_PLANS, Launch, aligned, device_guard
 from ..._tiles import soft_routing_tile, soft_top_k_tile
 from ...soft_topk.gpu import laplace, laplace_gradient, laplace_offset
-from .top_k import Outputs, byte_mask, key_index, key_value, load_tile, order_keys, pair, scatter_slots, softmax_rows, store_sums
+from .top_k import (
+    Outputs,
+    Plan,
+    byte_mask,
+    finish_launch,
+    key_index,
+    key_value,
+    load_tile,
+    order_keys,
+    pair,
+    row_programs,
+    scatter_slots,
+    softmax_rows,
+    store_sums,
+)
 
 
 @triton.jit(do_not_specialize=["T", "E", "K", "chunk", "threshold"])
@@ -37,11 +53,11 @@ def _route_soft_top_k_kernel(
     count_ptr,  # [programs, E] int32
     sum_ptr,  # [programs, E]
     scalar_ptr,  # [programs, 2]
+    threshold,
     T,
     E,
     K,  # max_active
     chunk,
-    threshold,
     stride_st,
     stride_se,
     BLOCK_T: tl.constexpr,
@@ -154,40 +170,37 @@ def _route_soft_top_k_backward_kernel(
     tl.store(dtemperature_ptr + rows, dalpha, mask=live)
 
 
+@lru_cache(maxsize=MOST_PLANS)
+def _plan(
+    shape: tuple[int, int],
+    strides: tuple[int, int],
+    max_active: int,
+    keep: bool,
+    device: torch.device,
+    *types: object,
+) -> Plan:
+    """Of scores [T, E]; ``types``: whatever else the kernel is compiled for."""
+    (T, E), (tile, options) = shape, soft_routing_tile(shape[1])
+    programs, chunk = row_programs(T, tile["BLOCK_T"], device)
+    route = Launch(_route_soft_top_k_kernel, (programs,), (T, E, max_active, chunk, *strides), tile, options, keep=keep)
+    return Plan(programs, route, finish_launch(E, programs, device))
+
+
 def forward(
     scores: Tensor, k: Tensor, temperature: Tensor, mask: Tensor | None, threshold: float, max_active: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """scores [T, E] any strides, k and temperature [T] float64 -> weights, indices [T, K], probs [T, E], load [E], losses [3],
     lse [T], solution [T, 2] float64."""
-    T, E = scores.shape
-    tile, options = soft_routing_tile(E)
-    out = Outputs(scores, max_active, tile["BLOCK_T"])
-    solution = torch.empty((T, 2), dtype=torch.float64, device=scores.device)
+    k, temperature, bytes_ = k.contiguous(), temperature.contiguous(), byte_mask(mask)
+    keep = aligned(scores, k, temperature, bytes_)
+    plan = _plan(scores.shape, scores.stride(), max_active, keep, scores.device, scores.dtype, mask is None)
+    out = Outputs(scores, max_active, plan.programs)
+    solution = torch.empty((scores.shape[0], 2), dtype=torch.float64, device=scores.device)
     with device_guard(scores):
-        if T:
-            _route_soft_top_k_kernel[(out.programs,)](
-                scores,
-                k.contiguous(),
-                temperature.contiguous(),
-                byte_mask(mask),
-                out.indices,
-                out.weights,
-                out.probs,
-                out.lse,
-                solution,
-                out.count,
-                out.sums,
-                out.scalars,
-                T,
-                E,
-                max_active,
-                out.chunk,
-                threshold,
-                *scores.stride(),
-                **tile,
-                **options,
-            )
-        return *out.finish(), solution
+        if plan.programs:
+            outputs = (out.indices, out.weights, out.probs, out.lse, solution, out.count, out.sums, out.scalars)
+            plan.route(scores, k, temperature, bytes_, *outputs, threshold)
+        return *out.finish(plan.finish), solution
 
 
 def backward(

@@ -15,12 +15,15 @@ Cost: forward one read and one write of [T, E] and 12 K bytes a token; backward 
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._backend import device_guard
+from ..._backend import MOST_PLANS, Launch, aligned, device_guard
 from ..._tiles import routing_finish_tile, routing_programs, routing_tile
 
 LOWEST = tl.constexpr(-(2**62))  # below every key
@@ -267,27 +270,56 @@ def row_programs(T: int, block_t: int, device: torch.device) -> tuple[int, int]:
     return triton.cdiv(T, chunk) if T else 0, chunk
 
 
+class Plan(NamedTuple):
+    """How the rows of a forward are shared among programs, and its two launches."""
+
+    programs: int
+    route: Launch
+    finish: Launch
+
+
+@lru_cache(maxsize=MOST_PLANS)
+def finish_launch(E: int, programs: int, device: torch.device) -> Launch:
+    """Of ``Outputs``: count, sums, scalars, load, losses."""
+    return Launch(_route_finish_kernel, (1,), (programs, E), *routing_finish_tile(E), keep=True)
+
+
+@lru_cache(maxsize=MOST_PLANS)
+def _plan(
+    shape: tuple[int, int],
+    strides: tuple[int, int],
+    top_k: int,
+    experts: int,
+    weights: str,
+    keep: bool,
+    device: torch.device,
+    *types: object,
+) -> Plan:
+    """Of logits [T, E]; ``types``: whatever else the kernel is compiled for."""
+    (T, E), (tile, options) = shape, routing_tile(shape[1])
+    programs, chunk = row_programs(T, tile["BLOCK_T"], device)
+    constants = {"MODE": _MODES[weights], "BLOCK_K": min(triton.next_power_of_2(top_k), tile["BLOCK_E"]), **tile}
+    route = Launch(_route_top_k_kernel, (programs,), (T, E, top_k, experts, chunk, *strides), constants, options, keep=keep)
+    return Plan(programs, route, finish_launch(E, programs, device))
+
+
 class Outputs:
-    """Empty outputs of a forward, the sums that its programs leave, and how the rows are shared among them."""
+    """Empty outputs of a forward, and the sums that its programs leave."""
 
-    def __init__(self, logits: Tensor, slots: int, block_t: int) -> None:
-        T, E = logits.shape
-        device = logits.device
+    def __init__(self, logits: Tensor, slots: int, programs: int) -> None:
+        (T, E), device, empty = logits.shape, logits.device, torch.empty  # sizes one by one: a tuple takes half as long again
+        self.indices = empty(T, slots, dtype=torch.int64, device=device)
+        self.weights = empty(T, slots, dtype=torch.float32, device=device)
+        self.probs = empty(T, E, dtype=torch.float32, device=device)
+        self.load = empty(E, dtype=torch.float32, device=device)
+        self.losses = empty(3, dtype=torch.float32, device=device)
+        self.lse = empty(T, dtype=torch.float32, device=device)
+        self.count = empty(programs, E, dtype=torch.int32, device=device)
+        self.sums = empty(programs, E, dtype=torch.float32, device=device)
+        self.scalars = empty(programs, 2, dtype=torch.float32, device=device)
 
-        def new(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=device)
-
-        self.indices = torch.empty((T, slots), dtype=torch.int64, device=device)
-        self.weights, self.probs, self.load, self.losses, self.lse = new(T, slots), new(T, E), new(E), new(3), new(T)
-        self.programs, self.chunk = row_programs(T, block_t, device)
-        self.count = torch.empty((self.programs, E), dtype=torch.int32, device=device)
-        self.sums, self.scalars = new(self.programs, E), new(self.programs, 2)
-
-    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        E = self.load.shape[0]
-        tile, options = routing_finish_tile(E)
-        sums = (self.count, self.sums, self.scalars)
-        _route_finish_kernel[(1,)](*sums, self.load, self.losses, self.programs, E, **tile, **options)
+    def finish(self, launch: Launch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        launch(self.count, self.sums, self.scalars, self.load, self.losses)
         return self.weights, self.indices, self.probs, self.load, self.losses, self.lse
 
 
@@ -297,48 +329,26 @@ def byte_mask(mask: Tensor | None) -> Tensor | None:
 
 def forward(logits: Tensor, mask: Tensor | None, top_k: int, weights: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logits [T, E] any strides, mask [T] bool -> weights, indices [T, K], probs [T, E], load [E], losses [3], lse [T]."""
-    T, E = logits.shape
-    tile, options = routing_tile(E)
-    out = Outputs(logits, top_k, tile["BLOCK_T"])
+    shape, bytes_ = logits.shape, byte_mask(mask)
+    keep = aligned(logits, bytes_)
+    plan = _plan(shape, logits.stride(), top_k, shape[1], weights, keep, logits.device, logits.dtype, mask is None)
+    out = Outputs(logits, top_k, plan.programs)
     with device_guard(logits):
-        if T:
-            _route_top_k_kernel[(out.programs,)](
-                logits,
-                byte_mask(mask),
-                out.indices,
-                out.weights,
-                out.probs,
-                out.lse,
-                out.count,
-                out.sums,
-                out.scalars,
-                T,
-                E,
-                top_k,
-                E,
-                out.chunk,
-                *logits.stride(),
-                MODE=_MODES[weights],
-                BLOCK_K=min(triton.next_power_of_2(top_k), tile["BLOCK_E"]),
-                **tile,
-                **options,
-            )
-        return out.finish()
+        if plan.programs:
+            plan.route(logits, bytes_, out.indices, out.weights, out.probs, out.lse, out.count, out.sums, out.scalars)
+        return out.finish(plan.finish)
 
 
 def choose(logits: Tensor, top_k: int, experts: int) -> tuple[Tensor, Tensor]:
     """logits [T, E] any strides, of which the columns from ``experts`` on are zero experts -> unit weights, indices [T, K]."""
-    T, E = logits.shape
-    tile, options = routing_tile(E)
-    weights = torch.empty((T, top_k), dtype=torch.float32, device=logits.device)
-    indices = torch.empty((T, top_k), dtype=torch.int64, device=logits.device)
-    if T == 0:
+    shape, device = logits.shape, logits.device
+    weights = torch.empty(shape[0], top_k, dtype=torch.float32, device=device)
+    indices = torch.empty(shape[0], top_k, dtype=torch.int64, device=device)
+    if shape[0] == 0:
         return weights, indices
-    programs, chunk = row_programs(T, tile["BLOCK_T"], logits.device)
-    block_k = min(triton.next_power_of_2(top_k), tile["BLOCK_E"])
-    given = (logits, None, indices, weights, *(None,) * 5, T, E, top_k, experts, chunk, *logits.stride())
+    plan = _plan(shape, logits.stride(), top_k, experts, "unit", aligned(logits), device, logits.dtype, "alone")
     with device_guard(logits):
-        _route_top_k_kernel[(programs,)](*given, MODE=0, BLOCK_K=block_k, **tile, **options)
+        plan.route(logits, None, indices, weights, None, None, None, None, None)
     return weights, indices
 
 

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._backend import device_guard
+from ..._backend import Launch, aligned, device_guard
 from ..._tiles import transport_tiles
 from ..cpu.scaling import SAFE
 from .plain import _sinkhorn_adjoint_plain_kernel
@@ -195,9 +195,9 @@ def _sinkhorn_adjoint_step_kernel(
     z_ptr,  # [L, T, E]
     v_ptr,  # [L, T, E]
     dlogc_ptr,  # [L, E]
+    step,
     F,
     num_iters,
-    step,
     chunk,
     E: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
@@ -336,10 +336,10 @@ def unrolled_adjoint(
         _sinkhorn_adjoint_start_kernel[(programs, L)](
             plan, grad, *potentials, partial, u, fbar, F, T, chunk, **grad_strides, VEC=vec_g, **common
         )
+        constants, keep = {**fixed, **tiles.blocks, "BLOCK_P": BLOCK_P}, aligned(plan, history, count)
+        back = Launch(_sinkhorn_adjoint_step_kernel, (programs, L), (F, T, chunk), constants, tiles.options, keep=keep)
         for step in range(T, 0, -1):
-            _sinkhorn_adjoint_step_kernel[(programs, L)](
-                plan, *potentials, partial, *sums, dlogc, F, T, step, chunk, BLOCK_P=BLOCK_P, **common
-            )
+            back(plan, *potentials, partial, *sums, dlogc, step)
         plain_sums = (partial, uf, fbar, z, v, dlogc, dinit)
         _sinkhorn_adjoint_plain_kernel[(L,)](
             *(affinity, tau, history, count, plain, *plain_sums, F, T, programs),

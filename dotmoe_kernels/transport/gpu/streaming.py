@@ -16,12 +16,15 @@ read of A and one write of the plan. Workspace: the history [T + 1, E] and the c
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._backend import device_guard
+from ..._backend import MOST_PLANS, Launch, aligned, device_guard
 from ..._tiles import TransportTiles, transport_form, transport_tiles
 from .ending import _sinkhorn_columns_kernel, _sinkhorn_error_kernel, _sinkhorn_plan_kernel
 from .persistent import take_steps
@@ -86,11 +89,11 @@ def _sinkhorn_step_kernel(
     history_ptr,  # [L, T + 1, E]
     partial_ptr,  # [2, L, programs, E], by the parity of the step
     count_ptr,  # [L] steps taken by a layer that has stopped, else 0
+    step,
+    tol,
     F,
     num_iters,
-    step,
     chunk,
-    tol,
     stride_al,
     stride_af,
     stride_ae,
@@ -151,105 +154,61 @@ def _sinkhorn_step_kernel(
         tl.store(out_ptr + cols_rest, total_rest, mask=cols_rest < E)
 
 
-def _take_steps(
-    affinity: Tensor,
-    tau: Tensor,
-    capacity: Tensor,
-    history: Tensor,
-    partial: Tensor,
-    count: Tensor,
-    tol: float,
-    chunk: int,
-    tiles: TransportTiles,
-    known: dict[str, int],
-) -> None:
-    """All the steps, a launch each: history [L, T + 1, E], partial [2, L, programs, E], count [L]."""
-    (_, F, E), num_iters, grid = affinity.shape, history.shape[1] - 1, (partial.shape[2], len(count))
-    first = transport_tiles(E, "first", device=affinity.device)
-    _sinkhorn_first_step_kernel[grid](
-        affinity, tau, history, partial, F, num_iters, chunk, **known, **first.blocks, **first.options
-    )
-    for step in range(2, num_iters + 1):
-        _sinkhorn_step_kernel[grid](
-            affinity,
-            tau,
-            capacity,
-            history,
-            partial,
-            count,
-            F,
-            num_iters,
-            step,
-            chunk,
-            tol,
-            **known,
-            **tiles.blocks,
-            BLOCK_P=BLOCK_P,
-            **tiles.options,
-        )
+class _Plan(NamedTuple):
+    """The launches of a call, and how many programs share a layer: in its steps, each of ``chunk`` rows, and in the plan's kernel,
+    whose programs hold more registers than a step's, so that fewer of them run at once, and whose grid is its own."""
+
+    form: str
+    programs: int
+    chunk: int
+    tiles: TransportTiles
+    known: dict[str, int]
+    writers: int
+    first: Launch
+    step: Launch
+    columns: Launch
+    plan: Launch
+    error: Launch
 
 
-def _finish(
-    affinity: Tensor,
-    tau: Tensor,
-    capacity: Tensor,
-    history: Tensor,
-    partial: Tensor,
-    count: Tensor,
-    chunk: int,
+@lru_cache(maxsize=MOST_PLANS)
+def _plan(
+    shape: tuple[int, int, int],
+    strides: tuple[int, int, int, int],
+    num_iters: int,
     exact_rows: bool,
-    known: dict[str, int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """plan, log_u, log_v and error from the steps' sums. The plan's programs hold more registers than a step's, so fewer of them
-    run at once, and its grid is its own."""
-    (L, F, E), num_iters, programs = affinity.shape, history.shape[1] - 1, partial.shape[2]
-    new = capacity.new_empty
-    plan, log_u, log_v, error = new((L, F, E)), new((L, F)), new((L, E)), new((L,))
-    tiles = transport_tiles(E, "plan", device=affinity.device)
-    writers, rows = tiles.split(F, L)
-    worst, sums, columns = new((L, writers)), new((L, writers, E)), new(0 if exact_rows else (L, programs, 2, E))
-    if not exact_rows:
-        first = transport_tiles(E, "first", device=affinity.device)
-        _sinkhorn_columns_kernel[programs, L](
-            affinity, tau, history, count, columns, F, num_iters, chunk, **known, **first.blocks, **first.options
-        )
-    _sinkhorn_plan_kernel[writers, L](
-        affinity,
-        tau,
-        capacity,
-        history,
-        partial,
-        count,
-        plan,
-        log_u,
-        log_v,
-        columns,
-        worst,
-        sums,
-        F,
-        num_iters,
-        rows,
+    form: str,
+    keep: bool,
+    device: torch.device,
+    *types: object,
+) -> _Plan:
+    """Of an affinity [L, F, E] and its ``vector_strides``; ``types``: what else the kernels are compiled for."""
+    L, F, E = shape
+    form = form or transport_form(L, F, E, num_iters, device)
+    first, plan = (transport_tiles(E, kernel, device=device) for kernel in ("first", "plan"))
+    step = transport_tiles(E, "persistent" if form == "persistent" else "step", device=device)
+    programs, chunk = step.split(F, L)
+    if form == "persistent" and device.type != "cuda":
+        programs, chunk = 1, F  # interpreted programs run one after the other: none could wait for the next
+    writers, rows = plan.split(F, L)
+    stride_l, stride_f, stride_e, vec = strides
+    layout, exact = {"E": E, "VEC": vec}, {"EXACT_ROWS": exact_rows, "BLOCK_P": BLOCK_P}
+    sizes, of_plan = (F, num_iters, chunk, *strides[:3]), (F, num_iters, rows, programs, *strides[:3])
+    grid, of_first = (programs, L), {**layout, **first.blocks}
+    constants = {"E": E, "BLOCK_E": triton.next_power_of_2(max(E, 16)), **exact}
+    return _Plan(
+        form,
         programs,
-        **known,
-        EXACT_ROWS=exact_rows,
-        **tiles.blocks,
-        BLOCK_P=BLOCK_P,
-        **tiles.options,
-    )
-    _sinkhorn_error_kernel[(L,)](
-        capacity,
-        sums,
-        worst,
-        count,
-        error,
-        num_iters,
+        chunk,
+        step,
+        {"stride_al": stride_l, "stride_af": stride_f, "stride_ae": stride_e, **layout},
         writers,
-        E=E,
-        EXACT_ROWS=exact_rows,
-        BLOCK_E=triton.next_power_of_2(max(E, 16)),
-        BLOCK_P=BLOCK_P,
+        Launch(_sinkhorn_first_step_kernel, grid, sizes, of_first, first.options, keep=keep),
+        Launch(_sinkhorn_step_kernel, grid, sizes, {**layout, **step.blocks, "BLOCK_P": BLOCK_P}, step.options, keep=keep),
+        Launch(_sinkhorn_columns_kernel, grid, sizes, of_first, first.options, keep=keep),
+        Launch(_sinkhorn_plan_kernel, (writers, L), of_plan, {**layout, **exact, **plan.blocks}, plan.options, keep=keep),
+        Launch(_sinkhorn_error_kernel, (L,), (num_iters, writers), constants, keep=keep),
     )
-    return plan, log_u, log_v, error
 
 
 def solve(
@@ -266,26 +225,29 @@ def solve(
 
     form: "streaming", a launch a step, or "persistent", one for all of them; empty: that of ``_tiles``."""
     L, F, E = affinity.shape
-    new, device = capacity.new_empty, affinity.device
-    history = new((L, num_iters + 1, E))
-    count, met = torch.zeros((2, L), dtype=torch.int64, device=device)
+    new = capacity.new_empty
+    plan, log_u, log_v = new((L, F, E)), new((L, F)), new((L, E))
+    history, error = new((L, num_iters + 1, E)), new((L,))
+    count, met = torch.zeros((2, L), dtype=torch.int64, device=affinity.device)
     if L == 0:
-        return new((L, F, E)), new((L, F)), new((L, E)), history, count, new((L,))
+        return plan, log_u, log_v, history, count, error
     capacity, tau = capacity.contiguous(), tau.contiguous()
     history[:, 0] = init
-    form = form or transport_form(L, F, E, num_iters, device)
-    tiles = transport_tiles(E, "persistent" if form == "persistent" else "step", device=device)
-    programs, chunk = tiles.split(F, L)
-    if form == "persistent" and device.type != "cuda":
-        programs, chunk = 1, F  # interpreted programs run one after the other: none could wait for the next
-    partial = new((2, L, programs, E))
-    stride_l, stride_f, stride_e, vec = vector_strides(affinity)
-    known = {"stride_al": stride_l, "stride_af": stride_f, "stride_ae": stride_e, "E": E, "VEC": vec}
+    keep, types = aligned(affinity, capacity, tau, count), (affinity.device, affinity.dtype)
+    launches = _plan(affinity.shape, vector_strides(affinity), num_iters, exact_rows, form, keep, *types)
+    programs, writers = launches.programs, launches.writers
+    partial, worst, sums = new((2, L, programs, E)), new((L, writers)), new((L, writers, E))
+    columns = new(0 if exact_rows else (L, programs, 2, E))
     state = (affinity, tau, capacity, history, partial, count)
     with device_guard(affinity):
-        if form == "persistent":
-            take_steps(*state, met, tol, chunk, tiles, known)
+        if launches.form == "persistent":
+            take_steps(*state, met, tol, launches.chunk, launches.tiles, launches.known)
         else:
-            _take_steps(*state, tol, chunk, tiles, known)
-        plan, log_u, log_v, error = _finish(*state, chunk, exact_rows, known)
+            launches.first(affinity, tau, history, partial)
+            for step in range(2, num_iters + 1):
+                launches.step(*state, step, tol)
+        if not exact_rows:
+            launches.columns(affinity, tau, history, count, columns)
+        launches.plan(*state, plan, log_u, log_v, columns, worst, sums)
+        launches.error(capacity, sums, worst, count, error)
     return plan, log_u, log_v, history, count, error
