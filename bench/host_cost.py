@@ -111,7 +111,8 @@ def _soft_top_k() -> Case:
 
 
 def _dispatch(T: int) -> list[Case]:
-    from dotmoe_kernels.dispatch import gpu, operators
+    from dotmoe_kernels.dispatch import operators
+    from dotmoe_kernels.dispatch.gpu import rows, sort
 
     E, K, S, H = L3.E, L3.K, T * L3.K, L3.H
     indices, weights = torch.zeros(T, K, dtype=torch.int64), torch.ones(T, K)
@@ -121,19 +122,19 @@ def _dispatch(T: int) -> list[Case]:
         Case(
             f"dispatch_tokens T={T}",
             lambda: dk.dispatch_tokens(indices, E),
-            lambda: gpu.sort_slots(indices, E),
+            lambda: sort.sort_slots(indices, E),
             lambda: operators.sort_slots_op(indices, E),
         ),
         Case(
             f"scatter_tokens T={T}",
             lambda: dk.scatter_tokens(x, slots),
-            lambda: gpu.scatter_rows(x, gpu.inverse(slots.source).view(T, K), slots.offsets),
+            lambda: rows.scatter_rows(x, sort.inverse(slots.source).view(T, K), slots.offsets),
             lambda: operators.scatter_op(x, operators.inverse_op(slots.source).view(T, K), slots.offsets),
         ),
         Case(
             f"gather_tokens T={T}",
             lambda: dk.gather_tokens(ys, slots, weights),
-            lambda: gpu.gather_rows(ys, weights, gpu.inverse(slots.source).view(T, K), slots.offsets),
+            lambda: rows.gather_rows(ys, weights, sort.inverse(slots.source).view(T, K), slots.offsets),
             lambda: operators.gather_op(ys, weights, operators.inverse_op(slots.source).view(T, K), slots.offsets),
         ),
     ]

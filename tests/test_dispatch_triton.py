@@ -72,14 +72,14 @@ def test_any_routing_is_sorted_stably(T, E, K, seed):
 
 def test_many_blocks(monkeypatch, request):
     """More pairs than a block has: the counts of earlier blocks move every run."""
-    from dotmoe_kernels.dispatch import gpu
+    from dotmoe_kernels.dispatch.gpu import sort
 
     tile, scan, options = _tiles.dispatch_tile(4096, 37)
     monkeypatch.setattr(
         "dotmoe_kernels.dispatch.gpu.sort.dispatch_tile", lambda S, E: ({**tile, "BLOCK_S": 16}, {"BLOCK_B": 4}, options)
     )
-    gpu._sort_plan.cache_clear()
-    request.addfinalizer(gpu._sort_plan.cache_clear)
+    sort._sort_plan.cache_clear()
+    request.addfinalizer(sort._sort_plan.cache_clear)
     check_sort(routed_indices(50, 5, 37, seed=2, empty=0.1), 37)
 
 

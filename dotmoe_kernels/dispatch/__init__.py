@@ -69,19 +69,19 @@ def sort_slots(indices: Tensor, num_experts: int) -> Slots:
     """``dispatch_tokens`` of arguments that were checked. ``sort_slots_op`` gives the inverse of ``source`` as well."""
     if _as_operator(indices):
         if is_direct(indices):
-            from . import gpu
+            from .gpu import sort
 
-            if num_experts <= gpu.MOST_EXPERTS:
-                return Slots(*gpu.sort_slots(indices, int(num_experts))[:3])
+            if num_experts <= sort.MOST_EXPERTS:
+                return Slots(*sort.sort_slots(indices, int(num_experts))[:3])
         return Slots(*sort_slots_op(indices, num_experts)[:3])
     return Slots(*cpu.sort_slots(indices, num_experts))
 
 
 def _inverse(source: Tensor) -> Tensor:
     if is_direct(source):
-        from . import gpu
+        from .gpu import sort
 
-        return gpu.inverse(source)
+        return sort.inverse(source)
     return inverse_op(source)
 
 
@@ -154,9 +154,9 @@ def scatter_tokens(x: Tensor, slots: Slots) -> Tensor:
     if _as_operator(x):
         slot_of = _slot_of(slots, x.shape[0])
         if is_direct(x, slot_of, slots.offsets):
-            from . import gpu
+            from .gpu import rows
 
-            return gpu.scatter_rows(x, slot_of, slots.offsets)
+            return rows.scatter_rows(x, slot_of, slots.offsets)
         return scatter_op(x, slot_of, slots.offsets)
     scatter = cpu.Scatter.apply if wants_gradient(x) else cpu.scatter
     return scatter(x, slots.token, slots.offsets)
@@ -212,9 +212,9 @@ def gather_tokens(ys: Tensor, slots: Slots, weights: Tensor | None = None, *, nu
         slot_of = _slot_of(slots, T) if weights is None else _inverse(slots.source).view(weights.shape)
         given = ys, weights, slot_of, slots.offsets
         if is_direct(*given):
-            from . import gpu
+            from .gpu import rows
 
-            return gpu.gather_rows(*given)
+            return rows.gather_rows(*given)
         return gather_op(*given)
     gather = cpu.Gather.apply if wants_gradient(ys, weights) else cpu.gather
     return gather(ys, weights, *slots, T)
