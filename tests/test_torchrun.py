@@ -1,7 +1,9 @@
 """`dotmoe convert` under torchrun: the same flags, one voice, and a run that one process ends."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +12,8 @@ import pytest
 from test_cli import call, convert_arguments
 from test_cli import here as here
 from test_cli import tokenizer as tokenizer
+
+from dotmoe_kernels import cli
 
 FLAGS = ("--steps", "6", "--batch-size", "4", "--micro-batch-size", "1", "--checkpoint-every", "2")
 SIGNALLED = """
@@ -112,10 +116,6 @@ def test_sharded_weights_give_the_same_model(capsys, here, tmp_path):
     ("flags", "message"),
     [
         (("--shard",), "--shard is given; allowed: under torchrun, whose processes share the weights"),
-        (
-            ("--shard", "--stage", "reconstruct,align"),
-            "--shard is given; allowed: the stage align alone: the others need the whole ",
-        ),
         (("--gpus", "8"), "--gpus is 8; allowed: together with --dry-run; a run gets its GPUs from torchrun --nproc-per-node"),
         (("--gpus", "65", "--dry-run"), "--gpus is 65; allowed: 1 to 64"),
         (("--gpus", "0", "--dry-run"), "--gpus is 0; allowed: 1 to 64"),
@@ -126,3 +126,29 @@ def test_refused(capsys, here, tmp_path, flags, message):
     assert (status, err.count("\n")) == (2, 1)
     assert err.startswith(f"dotmoe convert: error: {message}")
     assert not (tmp_path / "moe").exists()
+
+
+def test_an_error_in_the_arguments_is_said_once(here, tmp_path):
+    wrong = ("-m", "dotmoe_kernels", *convert_arguments(here, tmp_path / "moe", "--steps", "many"))
+    done = torchrun(*wrong)
+    said = [line for line in done.stderr.splitlines() if line.startswith("dotmoe convert")]
+    assert said == ["dotmoe convert: error: argument --steps: invalid int value: 'many'"]
+    assert done.returncode != 0
+
+
+@pytest.fixture
+def second_rank(monkeypatch):
+    """This process as torchrun's second; what it waits for is that torchrun ends it, the first having failed."""
+    monkeypatch.setattr(cli, "process_rank", lambda: 1)
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(("convert", "--steps", "many"), 2), (("convert", "--help"), 0)])
+def test_another_rank_is_silent_and_ends_alike(capsys, second_rank, arguments, status):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == status
+    assert capsys.readouterr() == ("", "")
