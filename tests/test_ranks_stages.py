@@ -23,6 +23,10 @@ CONVERSIONS = {
     "soft router": ({"hidden": 0.5}, {"router": "soft"}),
     "fixed assignment": ({}, {"method": "kmeans"}),
     "sharded": ({"micro_batch_size": 1}, {"shard": True}),
+    "sharded, reconstruct and align": (
+        {"micro_batch_size": 1},
+        {"shard": True, "stages": ("reconstruct", "align"), "reconstruct_steps": 2, "layers": 3},  # one more than ranks
+    ),
     "sharded and computed again": ({"hidden": 0.5}, {"shard": True, "activation_checkpointing": True}),
 }
 TUNINGS = {
@@ -40,7 +44,8 @@ def convert(case, folder, **options):
         arguments.pop("shard", None)
     topology = DotMoeConfig(num_experts=E, top_k=K, router=arguments.pop("router", "top_k"))
     values = {"steps": 4, "batch_size": 4, "num_iters": 10, "checkpoint_every": 2, "affinity_lr": 0.05} | fields | options
-    model = dk.convert(dense_model(), topology, data=DATA, alignment=AlignmentConfig(**values), folder=folder / case, **arguments)
+    dense = dense_model(num_hidden_layers=arguments.pop("layers", 2))
+    model = dk.convert(dense, topology, data=DATA, alignment=AlignmentConfig(**values), folder=folder / case, **arguments)
     return read_log(folder / case / "log.jsonl"), model.state_dict(), model.config.stages
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .._files import write_file
-from .distributed import is_shards, read_shards, write_shards
+from .distributed import is_shards, map_tensors, read_shards, write_shards
 from .ranks import Ranks
+from .sharding import whole
 
 _KEEP = 2  # the newest checkpoints that are kept
 _CHUNK = 1 << 17  # token ids at a time: the rest of a corpus may lie on disk
@@ -91,7 +92,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], ranks: Ranks
     path = path if alone else path.with_suffix("")
     try:
         if alone:
-            write_file(path, lambda file: _write_state(state, file))
+            write_file(path, lambda file: _write_state(map_tensors(state, whole), file))  # divided by one rank
         else:
             write_shards(path, state, ranks)  # type: ignore[arg-type]
     except OSError as error:

@@ -33,14 +33,14 @@ def _engine() -> Any:
     return torch.distributed.checkpoint
 
 
-def _map(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Dictionaries, lists and tuples with every tensor changed, always in the same order."""
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, dict):
-        return {key: _map(value, change) for key, value in tree.items()}
+        return {key: map_tensors(value, change) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_map(value, change) for value in tree)
+        return type(tree)(map_tensors(value, change) for value in tree)
     return tree
 
 
@@ -51,7 +51,7 @@ def _numbered(tree: Any) -> dict[str, Tensor]:
         found.append(tensor)
         return tensor
 
-    _map(tree, take)
+    map_tensors(tree, take)
     return {str(n): tensor for n, tensor in enumerate(found)}
 
 
@@ -76,7 +76,7 @@ def write_shards(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
         return new
 
     def finish(checks: list[dict[str, int]]) -> None:
-        plain = _map(state, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
+        plain = map_tensors(state, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
         write_file(new / _STATE, lambda file: torch.save(plain, file))
         found = {name: value for part in checks for name, value in part.items()}
         found |= {name: _checksum(new / name) for name in (_STATE, ".metadata")}
@@ -117,7 +117,7 @@ def read_shards(path: Path) -> dict[str, Any]:
             if _checksum(path / name) != expected:
                 raise ValueError(f"its part {name} is not what was written")
         state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
-        state = _map(state, lambda t: torch.empty(t.shape, dtype=t.dtype))
+        state = map_tensors(state, lambda t: torch.empty(t.shape, dtype=t.dtype))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a single process reads: each does so on its own
             dcp.load(_numbered(state), checkpoint_id=path, no_dist=True)

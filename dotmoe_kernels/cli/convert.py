@@ -39,10 +39,11 @@ if TYPE_CHECKING:
 _HELD_OUT = 64  # most sequences that are kept back to measure on
 _PAIRS = (("expert_size", "num_experts"), ("active_fraction", "top_k"))  # one of a pair gives the other
 _TOPOLOGY = (*_PAIRS[0], *_PAIRS[1], "router")
-_BOTH = "reconstruct or align"
+_BOTH, _LOSSES = "reconstruct or align", "align or finetune"
 _OF_STAGE = {  # flags that no other stage reads
     "reconstruct": ("reconstruct_steps",),
-    "align": ("steps", "hidden", "budget_lr", "shard", "activation_checkpointing"),
+    "align": ("steps", "hidden", "budget_lr"),
+    _LOSSES: ("activation_checkpointing",),
     "finetune": ("finetune_steps", "finetune_lr", "finetune_router_lr", "lora_rank", "zero_experts", "teacher", "no_teacher"),
     _BOTH: (
         *("method", "init", "shared", "centre", "affinity_lr", "router_lr", "tau_start", "tau_end", "refresh_every"),
@@ -121,6 +122,7 @@ def _dry_run(
             stages=stages,
             tuning=tuning,
             gpus=args.gpus,
+            activation_checkpointing=bool(args.activation_checkpointing),
             teacher="another" if args.teacher else "itself" if itself and not args.no_teacher else None,
             **({} if args.reconstruct_steps is None else {"reconstruct_steps": args.reconstruct_steps}),
         )
@@ -141,7 +143,7 @@ def _stages(args: argparse.Namespace) -> list[str]:
         require(name in STAGES, "--stage", repr(name), ", ".join(STAGES))
     stages = [name for name in STAGES if name in given]
     for stage, flags in _OF_STAGE.items():
-        read = stage in stages or (stage == _BOTH and stages != ["finetune"])
+        read = not set(stages).isdisjoint(stage.split(" or "))
         for flag in flags:
             value = getattr(args, flag)
             require(value is None or read, _flag(flag), value, f"together with --stage {stage}")
@@ -299,8 +301,6 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
     missing = [name for name, value in (("MODEL", args.model), ("--data", args.data), ("--output", args.output)) if not value]
     if missing and not untrained:
         raise ValueError(f"the following arguments are required: {', '.join(missing)}")
-    alone = "the stage align alone: the others need the whole model on every GPU"
-    require(not args.shard or stages == ["align"], "--shard", "given", alone)
     with joined_ranks(args) as ranks:
         require(not args.shard or ranks.grouped, "--shard", "given", "under torchrun, whose processes share the weights")
         if untrained:
@@ -324,7 +324,7 @@ def _train(
 
     from ..alignment.sharding import spread
     from ..conversion import DotMoeConfig, convert, find_ffns, finetune, moe_blocks, self_check
-    from ..conversion.finetuning import require_lora
+    from ..conversion.adapters import require_lora
     from ..evaluation import collect_load, perplexity
 
     tuning = _finetune_options(args, options) if "finetune" in stages else None
@@ -373,6 +373,7 @@ def _train(
                 return failed(checks)
         with named(teacher="--teacher", zero_experts="--zero-experts"):
             rerun |= {"teacher": _teacher(args, model), "held_out": held, "folder": run / "finetune"}
+            rerun |= {"shard": bool(args.shard), "activation_checkpointing": bool(args.activation_checkpointing)}
             model, dense_logits = finetune(model, train, tuning, **rerun), None
     if not ranks.first and not args.shard:  # what is left to do is for one
         return 0

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,19 @@ from ..alignment.checkpoints import (
     truncate_log,
     weights_checksum,
 )
-from ..alignment.ranks import find_ranks
+from ..alignment.ranks import Ranks, computing_device, find_ranks
 from ..alignment.schedule import ends, learning_rate, shuffled_rows
+from ..alignment.sharding import Divided, part_of, recomputed, spread, twin, whole
 from ..alignment.stopping import Stop, stopped
 from ..evaluation import perplexity
 from ..models.block import moe_blocks
 from ..models.config import DotMoeConfig
 from ..models.folder import check_state
 from ..models.modeling import DotMoeForCausalLM
+from .adapters import adapters, require_lora, resting
 from .data import as_tokens
 from .passes import Passes
+from .sharded import divide_student, divided_teacher, whole_tensors
 from .teacher import Teacher, teaching
 from .zero_experts import add_zero_experts
 
@@ -147,66 +150,6 @@ def _in_float32(parameters: list[nn.Parameter]) -> Iterator[None]:
             parameter.data = parameter.data.to(dtype)
 
 
-def require_lora() -> Any:
-    """The module peft.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        import peft
-    except ImportError:
-        raise ValueError(
-            "lora_rank needs peft, which is not installed; allowed: 0, or pip install 'dotmoe_kernels[lora]'"
-        ) from None
-    return peft
-
-
-@contextmanager
-def _resting(model: nn.Module, rest: bool) -> Iterator[None]:
-    """Inside, if they are to rest, the routers do not train."""
-    gates = [block.gate.weight for block in moe_blocks(model).values()] if rest else []
-    flags = [gate.requires_grad for gate in gates]
-    try:
-        for gate in gates:
-            gate.requires_grad_(False)
-        yield
-    finally:
-        for gate, flag in zip(gates, flags, strict=True):
-            gate.requires_grad_(flag)
-
-
-@contextmanager
-def _adapters(model: DotMoeForCausalLM, config: FinetuneConfig) -> Iterator[None]:
-    """Inside, the attention's projections carry adapters, and these and perhaps the routers alone train; then they are merged."""
-    if not config.lora_rank:
-        yield
-        return
-    peft = require_lora()
-    blocks, head = tuple(f"{name}." for name in moe_blocks(model)), model.get_output_embeddings()
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and not name.startswith(blocks)
-    ]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
-    options = peft.LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=targets)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        wrapped = peft.get_peft_model(model, options)
-    for block in moe_blocks(model).values():
-        block.gate.weight.requires_grad_()
-    merge = False
-    try:
-        yield
-        merge = True
-    finally:
-        (wrapped.merge_and_unload if merge else wrapped.unload)()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
 def _trained(model: nn.Module) -> list[nn.Parameter]:
     found = [p for p in model.parameters() if p.requires_grad]
     require(bool(found), "model", "without a parameter that requires a gradient", "at least one")
@@ -225,6 +168,8 @@ def finetune(
     progress: bool = False,
     on_step: Callable[[int], None] | None = None,
     stop: Stop | None = None,
+    shard: bool = False,
+    activation_checkpointing: bool = False,
 ) -> DotMoeForCausalLM:
     """Train a converted model on text: CE(next token) + z mean(logsumexp(Z)^2) + balance E <load, mean Q>; with a teacher
     kl KL(teacher || sparse) + ce CE(next token) in the place of the first.
@@ -245,6 +190,9 @@ def finetune(
         progress: show a bar.
         on_step: called with the number of steps done after each.
         stop: looked at once a step; where it asks for it, Stopped is raised once the state is in ``folder``.
+        shard: for a model that fits no GPU, and so lies on the CPU: each rank's GPU holds a part of the weights, of their gradients
+            and moments, and of the teacher.
+        activation_checkpointing: of a block its input alone is kept, and the block computed once more.
 
     Returns:
         The model, in eval mode, with the figures after those of earlier runs in ``config.stages["finetune"]``. With every expert
@@ -261,8 +209,10 @@ def finetune(
         check_state(model, DotMoeForCausalLM(copy.deepcopy(model.config)))  # or what is saved afterwards cannot be read back
     options = _with_rates(_with_weights(FinetuneConfig() if config is None else config, teacher is not None), model.config)
     tokens = as_tokens(data)
-    vocabulary, ranks = model.config.get_text_config().vocab_size, find_ranks(model.device)
+    ranks = find_ranks(computing_device(model.device) if shard else model.device)
+    require(ranks.grouped or not shard, "shard", True, "in a process group, such as torchrun's")
     ranks.require_passes(options.batch_size, options.micro_batch_size)
+    vocabulary = model.config.get_text_config().vocab_size
     require_range(tokens, "data", 0, vocabulary - 1)
     figures: dict[str, Any] = {"steps": options.steps, "tokens": options.steps * options.batch_size * tokens.shape[1]}
     if options.lora_rank:
@@ -271,24 +221,17 @@ def finetune(
     if held_out is not None:
         held_out = as_tokens(held_out, "held_out")
         require_range(held_out, "held_out", 0, vocabulary - 1)
-        before = perplexity(model.eval(), held_out, batch_size=1)
+        before = _measure(model.eval(), held_out, ranks if shard else None)
     log_path = None if folder is None else Path(folder) / "log.jsonl"
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
     weights = {"kl": options.kl or 0.0, "ce": options.ce or 0.0}
     taught: dict[str, Any] = {**weights, "adapters": bool(options.lora_rank), "half": half, "static": bool(options.zero_experts)}
-    with teaching(teacher, model, tokens, **taught) as guide:
-        if options.zero_experts:
-            add_zero_experts(model, options.zero_experts, seed=options.seed)
-        marks = _marks(model, guide, tokens, options)
-        if guide is not None:
-            figures["teacher"] = guide.name
-        with _adapters(model, options), _resting(model, not options.router_lr):
-            trained = _trained(model)
-            # float16 would need its loss scaled: all of it is float32 instead
-            wide = trained + [p for p in model.parameters() if p.dtype == torch.float16 and not p.requires_grad]
-            with _in_float32(wide):
-                told = (log_path, half, resume, progress, on_step, Stop() if stop is None else stop)
-                log = _train(model.train(), guide, trained, tokens, options, marks, *told)
+    told: dict[str, Any] = {"resume": resume, "progress": progress, "on_step": on_step, "stop": Stop() if stop is None else stop}
+    told |= {"log_path": log_path, "half": half, "again": activation_checkpointing}
+    tuned = _tune_divided if shard else _tune_whole
+    log, name = tuned(model, teacher, tokens, options, taught, ranks, told)
+    if name is not None:
+        figures["teacher"] = name
     model.eval()
     if not options.steps:
         return model
@@ -297,7 +240,7 @@ def finetune(
         figures["loss"] = ends([entry["ce"] for entry in entries])
         figures |= {name: ends([entry[name] for entry in entries]) for name in ("kl", "zero") if name in entries[0]}
     if held_out is not None:
-        figures["perplexity"] = [before, perplexity(model, held_out, batch_size=1)]
+        figures["perplexity"] = [before, _measure(model, held_out, ranks if shard else None)]
     runs = model.config.finetune_runs
     if not (resume and runs[-1:] == [figures]):  # a run resumed at its end that moved no weight: its model is the one it began with
         runs.append(figures)
@@ -305,16 +248,99 @@ def finetune(
     return model
 
 
-def _marks(model: DotMoeForCausalLM, teacher: Teacher | None, tokens: Tensor, options: FinetuneConfig) -> dict[str, Any]:
-    """What must agree with a run that is resumed; without zero experts that of the time before there were any."""
-    zeros = model.config.num_zero_experts
+def _measure(model: DotMoeForCausalLM, tokens: Tensor, sharing: Ranks | None) -> float:
+    """The perplexity on tokens [M, S]; ``sharing``: the ranks that divide the weights."""
+    measured: Any = model if sharing is None else spread(model, moe_blocks(model), sharing)
+    return perplexity(measured, tokens, batch_size=1)
+
+
+def _tune_whole(
+    model: DotMoeForCausalLM,
+    teacher: Any,
+    tokens: Tensor,
+    options: FinetuneConfig,
+    taught: dict[str, Any],
+    ranks: Ranks,
+    told: dict[str, Any],
+) -> tuple[list[dict[str, float]], str | None]:
+    """The log of the steps that were taken, and what figures call the teacher. ``taught``: of ``teaching``; ``told``: of
+    ``_train``."""
+    with teaching(teacher, model, tokens, **taught) as guide:
+        if options.zero_experts:
+            add_zero_experts(model, options.zero_experts, seed=options.seed)
+        checksums = (weights_checksum(model.parameters()), None if guide is None else weights_checksum(guide.model.parameters()))
+        marks = _marks(options, model.config, tokens, *checksums)
+        with adapters(model, options), resting(model, not options.router_lr):
+            trained = _trained(model)
+            # float16 would need its loss scaled: all of it is float32 instead
+            wide = trained + [p for p in model.parameters() if p.dtype == torch.float16 and not p.requires_grad]
+            with _in_float32(wide):
+                log = _train(model.train(), guide, trained, tokens, options, marks, ranks, **told)
+    return log, None if guide is None else guide.name
+
+
+def _tune_divided(
+    model: DotMoeForCausalLM,
+    teacher: Any,
+    tokens: Tensor,
+    options: FinetuneConfig,
+    taught: dict[str, Any],
+    ranks: Ranks,
+    told: dict[str, Any],
+) -> tuple[list[dict[str, float]], str | None]:
+    """As ``_tune_whole``, of a twin whose weights the ranks divide; ``model`` gets what became of them."""
+
+    def fresh(trains: bool) -> tuple[Any, None]:
+        return twin(model, trains=trains), None
+
+    student = divide_student(fresh, options, ranks, taught["half"])
+    guide, checksum = divided_teacher(teacher, model, student, fresh, tokens, ranks, **taught)
+    marks = _marks(options, student.model.config, tokens, student.checksums[1], checksum)
+    trained = _trained(student.model.train())
+    log = _train(student.model, guide, trained, tokens, options, marks, ranks, divided=student.divided, **told)
+    if options.zero_experts:
+        add_zero_experts(model, options.zero_experts, seed=options.seed)
+    places = dict(model.named_parameters())
+    for name, tensor, moved in whole_tensors(student):
+        if moved:
+            places[name].data.copy_(tensor)
+    return log, None if guide is None else guide.name
+
+
+def _marks(options: FinetuneConfig, config: DotMoeConfig, tokens: Tensor, weights: int, teacher: int | None) -> dict[str, Any]:
+    """What must agree with a run that is resumed; without zero experts that of the time before there were any. ``weights``,
+    ``teacher``: checksums."""
+    zeros = config.num_zero_experts
     return {
         **{name: value for name, value in dataclasses.asdict(options).items() if zeros or not name.startswith("zero_")},
         "data": list(tokens.shape),
-        "weights": weights_checksum(model.parameters()),
+        "weights": weights,
         "tokens": tokens_checksum(tokens),
-        "teacher": None if teacher is None else weights_checksum(teacher.model.parameters()),
+        "teacher": teacher,
     }
+
+
+def _optimizer(model: DotMoeForCausalLM, trained: list[nn.Parameter], config: FinetuneConfig) -> torch.optim.Optimizer:
+    rate, gates = float(config.lr or 0.0), {id(block.gate.weight) for block in moe_blocks(model).values()}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.dim() >= 2 and id(p) not in gates], "weight_decay": config.weight_decay, "peak": rate},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0, "peak": rate},
+        {"params": [p for p in trained if id(p) in gates], "weight_decay": config.weight_decay, "peak": config.router_lr},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0)
+
+
+@torch.no_grad()
+def _take_over(state: dict[str, Any], trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """The weights and the moments of a checkpoint, of which a rank may have a part alone."""
+    for parameter, value in zip(trained, state["parameters"], strict=True):
+        parameter.copy_(part_of(value, parameter))
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    for n, moments in state["optimizer"]["state"].items():
+        for name, value in moments.items():
+            if value.dim() and name != "step":
+                moments[name] = part_of(value, order[n])
+    optimizer.load_state_dict(state["optimizer"])
 
 
 def _train(
@@ -324,32 +350,26 @@ def _train(
     data: Tensor,
     config: FinetuneConfig,
     marks: dict[str, Any],
+    ranks: Ranks,
+    *,
     log_path: Path | None,
     half: bool,
     resume: bool,
     progress: bool,
     on_step: Callable[[int], None] | None,
     stop: Stop,
+    again: bool,
+    divided: Divided | None = None,
 ) -> list[dict[str, float]]:
-    """The loop; returns the log of the steps it took."""
-    device, ranks = model.device, find_ranks(model.device)
-    rate, gates = float(config.lr or 0.0), {id(block.gate.weight) for block in moe_blocks(model).values()}
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.dim() >= 2 and id(p) not in gates], "weight_decay": config.weight_decay, "peak": rate},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0, "peak": rate},
-        {"params": [p for p in trained if id(p) in gates], "weight_decay": config.weight_decay, "peak": config.router_lr},
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0)
+    """The loop; returns the log of the steps it took. ``again``: blocks are computed again in the backward pass."""
+    device, rate, optimizer = ranks.device, float(config.lr or 0.0), _optimizer(model, trained, config)
     first, last_good = 0, "none"
     checkpoints = None if log_path is None else log_path.parent / "checkpoints"
     found = resume_from(checkpoints, marks, ranks) if resume and checkpoints is not None else None
     if found is not None:
         path, state = found
         first, last_good = state["step"], str(path)
-        with torch.no_grad():
-            for parameter, value in zip(trained, state["parameters"], strict=True):
-                parameter.copy_(value)
-        optimizer.load_state_dict(state["optimizer"])
+        _take_over(state, trained, optimizer)
     if log_path is not None and ranks.first:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         truncate_log(log_path, first)
@@ -359,7 +379,9 @@ def _train(
     quiet = not (progress and ranks.first)
     bar = tqdm(total=config.steps, initial=first, desc="finetune", disable=quiet, dynamic_ncols=True)
     devices = [device] if device.type == "cuda" else []
-    with bar, Passes(model, teacher, trained, config, half, ranks) as passes, torch.random.fork_rng(devices), stop.finishing():
+    computed = recomputed(model, moe_blocks(model)) if again else nullcontext()
+    passing = Passes(model, teacher, trained, config, half, ranks, divided)
+    with bar, passing as passes, computed, torch.random.fork_rng(devices), stop.finishing():
         for step in range(first, config.steps):
             # of dropout, where the model has it
             torch.manual_seed(config.seed * 1_000_003 + step + (ranks.rank << 40))
@@ -370,7 +392,7 @@ def _train(
             batch = shuffled_rows(data, step, config.batch_size, config.seed).to(device)
             sums, wish = passes.take(batch, stop)
             norm = nn.utils.clip_grad_norm_(trained, config.clip)
-            values = dict(zip(sums, torch.stack([*sums.values()]).tolist(), strict=True)) | {"grad_norm": float(norm)}
+            values = dict(zip(sums, torch.stack([*sums.values()]).tolist(), strict=True)) | {"grad_norm": float(whole(norm))}
             if not all(map(math.isfinite, values.values())):
                 shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
                 raise FloatingPointError(

@@ -266,12 +266,10 @@ def _warn_of_unused(loads: dict[str, Tensor], tokens: int, layers: dict[str, Ali
         warnings.warn(f"{unused_line(unused, slots)} in the last step of the alignment: {COLLAPSE}", stacklevel=4)
 
 
-def _sharing(model: PreTrainedModel, stages: Sequence[str], reconstruct_steps: int) -> Ranks:
+def _sharing(model: PreTrainedModel) -> Ranks:
     """The ranks that share the weights of ``model``, each with the device that it computes on."""
     ranks = find_ranks(computing_device(model.device))
     require(ranks.grouped, "shard", True, "in a process group, such as torchrun's")
-    early = "reconstruct" in stages and reconstruct_steps > 0
-    require(not early, "shard", True, "without the stage reconstruct, which takes a layer at a time on one GPU")
     return ranks
 
 
@@ -363,7 +361,7 @@ def convert(
         resume: continue from the newest checkpoint in ``folder``, bit for bit on CPU.
         progress: show a bar.
         stop: looked at once a step; where it asks for it, Stopped is raised once the state is in ``folder``.
-        shard: for a model that fits no GPU, and so lies on the CPU: in the alignment each rank's GPU holds a part of its weights.
+        shard: for a model that fits no GPU, and so lies on the CPU: each rank's GPU holds a part of its weights.
         activation_checkpointing: of a block its input alone is kept in the alignment, and the block computed once more.
 
     Returns:
@@ -393,7 +391,7 @@ def convert(
     options, stages = _soft_options(options, config), _ordered(stages, reconstruct_steps)
     tokens = _check_data(model, data, method, options)
     figures: dict[str, Any] = {}
-    budgets, ranks = None, _sharing(model, stages, reconstruct_steps) if shard else None
+    budgets, ranks = None, _sharing(model) if shard else None
     with _frozen(model, ffns):
         options = find_start(options, method, model, ffns, tokens)
         work: Any = model if ranks is None else twin(model)
