@@ -12,8 +12,8 @@ from tiny import dense_model, sparse_model
 import dotmoe_kernels as dk
 from dotmoe_kernels.alignment.checkpoints import checkpoints_in, read_log
 from dotmoe_kernels.alignment.ranks import find_ranks
-from dotmoe_kernels.alignment.sharding import twin
 from dotmoe_kernels.conversion.finetuning import FinetuneConfig, finetune
+from dotmoe_kernels.conversion.origins import Memory
 from dotmoe_kernels.conversion.sharded import divide_student
 
 CASES = {
@@ -57,7 +57,7 @@ def tune(case, folder=None, *, until=math.inf, resume=False, dtype=torch.float32
 def parts():
     """Entries of the weights, their gradients and their moments that this rank has, and that there are of each."""
     model, held = sparse_model(), {}
-    student = divide_student(lambda trains: (twin(model, trains=trains), None), FinetuneConfig(router_lr=1e-3), find_ranks(), False)
+    student = divide_student(Memory(model), FinetuneConfig(router_lr=1e-3), find_ranks(), False)
     trained = list(student.model.parameters())
     optimizer = torch.optim.AdamW(trained)
     student.divided(lambda tokens: student.model(input_ids=tokens, labels=tokens).loss, DATA[:2]).backward()

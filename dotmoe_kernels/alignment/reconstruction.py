@@ -206,8 +206,12 @@ def _deal(todo: list[str], ranks: Ranks, divided: bool) -> tuple[list[list[str]]
 
 def _own_layer(layers: dict[str, AlignmentFFN], turn: list[str], own: str | None) -> AlignmentFFN | None:
     """Of the layers of a turn, one a rank, this rank's, with all of its weights. All ranks."""
-    found = [whole_layer(layers[name], name == own) for name in turn]
-    return next((layer for layer in found if layer is not None), None)
+    found = None
+    for name in turn:
+        layer = whole_layer(layers[name])
+        found = layer if name == own else found
+        del layer  # before the next one is gathered
+    return found
 
 
 def _share(ranks: Ranks, layers: dict[str, AlignmentFFN], errors: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:

@@ -140,12 +140,9 @@ def divide(
     return divided
 
 
-def whole_layer(layer: AlignmentFFN, mine: bool) -> AlignmentFFN | None:
-    """A copy of a layer that has all of its weights, where they are divided, and shares what trains; None where it is not
-    ``mine``. All ranks."""
+def whole_layer(layer: AlignmentFFN) -> AlignmentFFN:
+    """A copy of a layer that has all of its weights, where they are divided, and shares what trains. All ranks."""
     weights = {name: whole(getattr(layer, name)) for name in _WEIGHTS}
-    if not mine:
-        return None
     other = copy.copy(layer)
     other._parameters = {name: p for name, p in layer._parameters.items() if name not in _WEIGHTS}
     for name, weight in weights.items():

@@ -32,7 +32,7 @@ from ..alignment.checkpoints import (
 )
 from ..alignment.ranks import Ranks, computing_device, find_ranks
 from ..alignment.schedule import ends, learning_rate, shuffled_rows
-from ..alignment.sharding import Divided, part_of, recomputed, spread, twin, whole
+from ..alignment.sharding import Divided, part_of, recomputed, whole
 from ..alignment.stopping import Stop, stopped
 from ..evaluation import perplexity
 from ..models.block import moe_blocks
@@ -41,8 +41,9 @@ from ..models.folder import check_state
 from ..models.modeling import DotMoeForCausalLM
 from .adapters import adapters, require_lora, resting
 from .data import as_tokens
+from .origins import Memory
 from .passes import Passes
-from .sharded import divide_student, divided_teacher, whole_tensors
+from .sharded import Student, divide_student, divided_teacher, whole_tensors
 from .teacher import Teacher, teaching
 from .zero_experts import add_zero_experts
 
@@ -205,53 +206,91 @@ def finetune(
         FloatingPointError: a non-finite loss or gradient; names the step and the last good checkpoint.
     """
     require(isinstance(model, DotMoeForCausalLM), "model", f"a {type(model).__name__}", "a DotMoeForCausalLM")
+    ranks = find_ranks(computing_device(model.device)) if shard else None
+    require(ranks is None or ranks.grouped, "shard", True, "in a process group, such as torchrun's")
+    told: dict[str, Any] = {"resume": resume, "progress": progress, "on_step": on_step, "stop": stop, "folder": folder}
+    told |= {"teacher": teacher, "held_out": held_out, "activation_checkpointing": activation_checkpointing}
+    return tune(model, _InPlace(model), data, config, ranks=ranks, **told)
+
+
+class _InPlace(Memory):
+    """A model that gets what becomes of it."""
+
+    def take_back(self, student: Student, options: FinetuneConfig) -> None:
+        if options.zero_experts:
+            add_zero_experts(self.model, options.zero_experts, seed=options.seed)
+        places = dict(self.model.named_parameters())
+        for name, tensor, moved in whole_tensors(student):
+            if moved:
+                places[name].data.copy_(tensor)
+
+    def note(self, stages: dict[str, Any]) -> None:
+        self.model.config.stages = stages
+
+
+def tune(
+    model: DotMoeForCausalLM,
+    origin: Any,
+    data: Tensor | Iterable[Tensor],
+    config: FinetuneConfig | None,
+    *,
+    ranks: Ranks | None,
+    teacher: Any,
+    held_out: Tensor | None,
+    folder: str | Path | None,
+    resume: bool,
+    progress: bool,
+    on_step: Callable[[int], None] | None = None,
+    stop: Stop | None,
+    activation_checkpointing: bool,
+) -> DotMoeForCausalLM:
+    """``finetune``. ``ranks``: those that divide the weights, which then come from ``origin`` and go back there; ``model`` may have
+    none."""
     with torch.device("meta"):
         check_state(model, DotMoeForCausalLM(copy.deepcopy(model.config)))  # or what is saved afterwards cannot be read back
     options = _with_rates(_with_weights(FinetuneConfig() if config is None else config, teacher is not None), model.config)
-    tokens = as_tokens(data)
-    ranks = find_ranks(computing_device(model.device) if shard else model.device)
-    require(ranks.grouped or not shard, "shard", True, "in a process group, such as torchrun's")
-    ranks.require_passes(options.batch_size, options.micro_batch_size)
+    tokens, taking = as_tokens(data), find_ranks(model.device) if ranks is None else ranks
+    taking.require_passes(options.batch_size, options.micro_batch_size)
     vocabulary = model.config.get_text_config().vocab_size
     require_range(tokens, "data", 0, vocabulary - 1)
     figures: dict[str, Any] = {"steps": options.steps, "tokens": options.steps * options.batch_size * tokens.shape[1]}
     if options.lora_rank:
         require_lora()
         figures["lora_rank"] = options.lora_rank
+
+    def measured() -> float | None:
+        if held_out is None:
+            return None
+        return perplexity(model.eval() if ranks is None else origin.spread(ranks), held_out, batch_size=1)
+
     if held_out is not None:
         held_out = as_tokens(held_out, "held_out")
         require_range(held_out, "held_out", 0, vocabulary - 1)
-        before = _measure(model.eval(), held_out, ranks if shard else None)
+    before = measured()
     log_path = None if folder is None else Path(folder) / "log.jsonl"
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
     weights = {"kl": options.kl or 0.0, "ce": options.ce or 0.0}
     taught: dict[str, Any] = {**weights, "adapters": bool(options.lora_rank), "half": half, "static": bool(options.zero_experts)}
     told: dict[str, Any] = {"resume": resume, "progress": progress, "on_step": on_step, "stop": Stop() if stop is None else stop}
     told |= {"log_path": log_path, "half": half, "again": activation_checkpointing}
-    tuned = _tune_divided if shard else _tune_whole
-    log, name = tuned(model, teacher, tokens, options, taught, ranks, told)
+    given = (model, teacher, tokens, options, taught, taking, told)
+    log, name = _tune_whole(*given) if ranks is None else _tune_divided(origin, *given)
     if name is not None:
         figures["teacher"] = name
     model.eval()
     if not options.steps:
         return model
-    entries = log if log_path is None else ranks.once(lambda: read_log(log_path))
+    entries = log if log_path is None else taking.once(lambda: read_log(log_path))
     if len(entries) == options.steps:  # otherwise the log was removed before the run was resumed, and the beginning with it
         figures["loss"] = ends([entry["ce"] for entry in entries])
         figures |= {name: ends([entry[name] for entry in entries]) for name in ("kl", "zero") if name in entries[0]}
     if held_out is not None:
-        figures["perplexity"] = [before, _measure(model, held_out, ranks if shard else None)]
+        figures["perplexity"] = [before, measured()]
     runs = model.config.finetune_runs
     if not (resume and runs[-1:] == [figures]):  # a run resumed at its end that moved no weight: its model is the one it began with
         runs.append(figures)
-    model.config.stages = {**(model.config.stages or {}), "finetune": runs}
+    origin.note({**(model.config.stages or {}), "finetune": runs})
     return model
-
-
-def _measure(model: DotMoeForCausalLM, tokens: Tensor, sharing: Ranks | None) -> float:
-    """The perplexity on tokens [M, S]; ``sharing``: the ranks that divide the weights."""
-    measured: Any = model if sharing is None else spread(model, moe_blocks(model), sharing)
-    return perplexity(measured, tokens, batch_size=1)
 
 
 def _tune_whole(
@@ -280,6 +319,7 @@ def _tune_whole(
 
 
 def _tune_divided(
+    origin: Any,
     model: DotMoeForCausalLM,
     teacher: Any,
     tokens: Tensor,
@@ -288,22 +328,13 @@ def _tune_divided(
     ranks: Ranks,
     told: dict[str, Any],
 ) -> tuple[list[dict[str, float]], str | None]:
-    """As ``_tune_whole``, of a twin whose weights the ranks divide; ``model`` gets what became of them."""
-
-    def fresh(trains: bool) -> tuple[Any, None]:
-        return twin(model, trains=trains), None
-
-    student = divide_student(fresh, options, ranks, taught["half"])
-    guide, checksum = divided_teacher(teacher, model, student, fresh, tokens, ranks, **taught)
+    """As ``_tune_whole``, of modules whose weights the ranks divide and ``origin`` gives and takes back."""
+    student = divide_student(origin, options, ranks, taught["half"])
+    guide, checksum = divided_teacher(teacher, model, student, origin, tokens, ranks, **taught)
     marks = _marks(options, student.model.config, tokens, student.checksums[1], checksum)
     trained = _trained(student.model.train())
     log = _train(student.model, guide, trained, tokens, options, marks, ranks, divided=student.divided, **told)
-    if options.zero_experts:
-        add_zero_experts(model, options.zero_experts, seed=options.seed)
-    places = dict(model.named_parameters())
-    for name, tensor, moved in whole_tensors(student):
-        if moved:
-            places[name].data.copy_(tensor)
+    origin.take_back(student, options)
     return log, None if guide is None else guide.name
 
 

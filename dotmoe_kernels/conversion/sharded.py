@@ -7,26 +7,27 @@ teacher is another model that is divided, or with adapters the student itself, a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .._checks import refuse
 from ..alignment.checkpoints import weights_checksum
 from ..alignment.ranks import Ranks
-from ..alignment.sharding import Divided, Prepare, divide, is_divided, shard_blocks, spread, whole
+from ..alignment.sharding import Divided, Prepare, divide, is_divided, shard_blocks, whole
 from ..models.block import DotMoeRouter, moe_blocks
 from ..models.modeling import DotMoeForCausalLM
-from ..models.surgery import find_ffns
 from .adapters import add_adapters
+from .origins import Files, Memory, ffn_names
 from .teacher import BEFORE, ITSELF, Teacher, known_heads, other_teacher, probe, require_same_tokens
 from .zero_experts import note_zero_experts
-
-# modules of the model, of which something trains or not, and what reads the weights of a part where they are not in memory
-Fresh = Callable[[bool], tuple[Any, Prepare | None]]
 
 
 class Student(NamedTuple):
@@ -86,9 +87,9 @@ class _Prepared(_Counted):
                 parameter.data = parameter.data.float()
 
 
-def divide_student(fresh: Fresh, options: Any, ranks: Ranks, half: bool) -> Student:
+def divide_student(origin: Memory | Files, options: Any, ranks: Ranks, half: bool) -> Student:
     """The model as it trains. ``options``: a FinetuneConfig; ``half``: it computes in bfloat16."""
-    model, fill = fresh(True)
+    model, fill = origin.fresh(trains=True)
     prepared = _Prepared(model, fill, options, ranks.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)  # of the adapters
@@ -134,11 +135,30 @@ def _as_before(student: Student, static: bool) -> Iterator[None]:
             block.gate = gate
 
 
+def _spread(origin: Memory | Files, ranks: Ranks) -> tuple[Any, int]:
+    """The model with its blocks divided, and the checksum of its weights."""
+    model, fill = origin.fresh()
+    counted = _Counted(model, fill)
+    shard_blocks(model, ffn_names(model), ranks, counted)
+    return model, counted.checksum
+
+
+def _other(teacher: Any, model: DotMoeForCausalLM) -> tuple[Memory | Files, str]:
+    """A teacher that is not ``model``, and what figures call it."""
+    if isinstance(teacher, str | os.PathLike) and Path(teacher).expanduser().is_dir():
+        try:
+            return Files(teacher, model.dtype), os.fspath(teacher)
+        except (ValueError, OSError, SafetensorError) as error:
+            refuse("teacher", f"{os.fspath(teacher)}, which cannot be read ({error})", "the folder of a causal LM, or a name")
+    found, name = other_teacher(teacher, model)
+    return Memory(found), name
+
+
 def divided_teacher(
     teacher: Any,
     model: DotMoeForCausalLM,
     student: Student,
-    fresh: Fresh,
+    origin: Memory | Files,
     tokens: Tensor,
     ranks: Ranks,
     *,
@@ -157,20 +177,15 @@ def divided_teacher(
         return None, None
     mode: Any = nullcontext
     if teacher is not model:
-        other, name = other_teacher(teacher, model)
-        require_same_tokens(model, other, name)
-        names = list(moe_blocks(other) or find_ffns(other))
-        found, checksum = spread(other, names, ranks), weights_checksum(other.parameters())
-        del other
+        source, name = _other(teacher, model)
+        require_same_tokens(model, source.model, name)
+        found, checksum = _spread(source, ranks)
     elif adapters:
         name, found, checksum = BEFORE if static else ITSELF, student.model, student.checksums[0]
         mode = partial(_as_before, student, static)
     else:
         name = BEFORE if static else ITSELF
-        found, fill = fresh(False)
-        counted = _Counted(found, fill)
-        shard_blocks(found, moe_blocks(found), ranks, counted)
-        checksum = counted.checksum
+        found, checksum = _spread(origin, ranks)
         for block in moe_blocks(found).values():
             block.gate.bypass = not static
     with torch.no_grad():
