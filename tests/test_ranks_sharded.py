@@ -11,11 +11,15 @@ from tiny import dense_model, sparse_model
 
 import dotmoe_kernels as dk
 from dotmoe_kernels.alignment.checkpoints import checkpoints_in, read_log
+from dotmoe_kernels.alignment.config import AlignmentConfig
 from dotmoe_kernels.alignment.ranks import find_ranks
+from dotmoe_kernels.conversion.files import convert_files, finetune_files
 from dotmoe_kernels.conversion.finetuning import FinetuneConfig, finetune
-from dotmoe_kernels.conversion.origins import Memory
+from dotmoe_kernels.conversion.origins import Files, Memory
 from dotmoe_kernels.conversion.sharded import divide_student
 
+TOPOLOGY = dk.DotMoeConfig(num_experts=8, top_k=2)
+ALIGNMENT = AlignmentConfig(steps=4, batch_size=4, micro_batch_size=1, num_iters=10, affinity_lr=0.05, init="auto")
 CASES = {
     "text alone": ({"micro_batch_size": 1}, {}),
     "tied embeddings": ({}, {"tie_word_embeddings": True}),
@@ -67,7 +71,19 @@ def parts():
     return {name: sum(sizes) for name, sizes in held.items()}, sum(p.numel() for p in trained)
 
 
+def from_files(folder):
+    """Both kinds of run from the files of a folder to another one."""
+    values = FinetuneConfig(steps=5, batch_size=4, lr=2e-4)
+    source = Files(folder / "sparse")
+    options = {"resume": False, "progress": False, "stop": None, "activation_checkpointing": False}
+    tuning = {"teacher": source.model, "held_out": DATA[:2], "folder": folder / "tuned.run"}
+    finetune_files(source, folder / "tuned", DATA, values, **tuning, **options)
+    aligning = {"alignment": ALIGNMENT, "stages": ("reconstruct", "align"), "reconstruct_steps": 2, "folder": folder / "moe.run"}
+    convert_files(Files(folder / "dense"), folder / "moe", TOPOLOGY, data=DATA, **aligning, **options)
+
+
 def tune_all(folder):
+    from_files(folder)
     tune("the model teaches", folder / "begun", until=4, resume=True)
     half = {"half": tune("the model teaches", folder / "half", dtype=torch.bfloat16)}
     return {case: tune(case, folder / case) for case in CASES} | {"parts": parts()} | half
@@ -81,6 +97,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def by_two(folder, tmp_path_factory):
     tune("the model teaches", folder / "begun", until=2)
+    dk.save(sparse_model(), folder / "sparse")
+    dense_model(tie_word_embeddings=True).save_pretrained(folder / "dense")
     return run_ranks(2, tmp_path_factory.mktemp("ranks"), tune_all, folder)
 
 
@@ -118,6 +136,45 @@ def test_one_then_two_then_one(by_two, folder, tmp_path):
     found = tune("the model teaches", folder / "begun", resume=True)
     assert [path.name for path in checkpoints_in(folder / "begun" / "checkpoints")] == ["step-0000004", "step-0000005.pt"]
     assert_same(found, tune("the model teaches", tmp_path), {"loss", "ce", "kl", "z", "balance"})
+
+
+def test_a_fine_tuning_from_files_to_files(by_two, folder, tmp_path):
+    log, state, stages = tune("the model teaches", tmp_path)
+    model = dk.load(folder / "tuned")
+    assert_same(
+        (read_log(folder / "tuned.run" / "log.jsonl"), model.state_dict(), model.config.stages), (log, state, stages), ("ce", "kl")
+    )
+    (figures,), (others,) = model.config.stages["finetune"], stages["finetune"]
+    assert figures["perplexity"] == pytest.approx(others["perplexity"], rel=1e-4)
+    assert figures["teacher"] == others["teacher"]
+    dk.save(model, tmp_path / "again")  # it is a model like any other
+    assert_equal_tensors(tmp_path / "again", folder / "tuned")
+
+
+def test_a_conversion_from_files_to_files(by_two, folder, tmp_path):
+    aligning = {"alignment": ALIGNMENT, "stages": ("reconstruct", "align"), "reconstruct_steps": 2, "folder": tmp_path / "run"}
+    expected = dk.convert(dense_model(tie_word_embeddings=True), TOPOLOGY, data=DATA, **aligning)
+    model = dk.load(folder / "moe")
+    found = (read_log(folder / "moe.run" / "log.jsonl"), model.state_dict(), model.config.stages)
+    assert_same(
+        found, (read_log(tmp_path / "run" / "log.jsonl"), expected.state_dict(), expected.config.stages), ("loss", "kl", "ce")
+    )
+    assert model.config.assignment == expected.config.assignment
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.state_dict().items() if "experts" in name)
+
+
+def assert_equal_tensors(a, b):
+    ours, theirs = dk.load(a).state_dict(), dk.load(b).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_files_that_are_no_folder_are_refused():
+    with pytest.raises(ValueError) as raised:
+        Files("some/name")
+    assert (
+        str(raised.value) == "model is some/name; allowed: a local folder of safetensors files, of which every process reads a part"
+    )
 
 
 def test_without_ranks_it_is_refused():
