@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 import dotmoe_kernels as dk
 from dotmoe_kernels.alignment.config import AlignmentConfig
-from dotmoe_kernels.conversion import DotMoeConfig, DotMoeForCausalLM, find_ffns, moe_blocks, self_check
+from dotmoe_kernels.conversion import DotMoeConfig, DotMoeForCausalLM, find_ffns, moe_blocks, self_check, starts
 from dotmoe_kernels.conversion import pipeline as module
 from dotmoe_kernels.conversion.pipeline import METHODS
 
@@ -137,9 +137,9 @@ def test_auto_is_the_shared_start_where_the_inputs_share_a_vector():
     for handle in handles:
         handle.remove()
     shares = [float(x.mean(0).square().sum() / x.square().sum(1).mean()) for x in inputs]
-    assert module.constant_share(model, ffns, DATA) == pytest.approx(sum(shares) / 2, rel=1e-5)
+    assert starts.constant_share(model, ffns, DATA) == pytest.approx(sum(shares) / 2, rel=1e-5)
     plainly = dense_model()
-    assert sum(shares) / 2 > 0.3 > 0.15 > module.constant_share(plainly, find_ffns(plainly), DATA)
+    assert sum(shares) / 2 > 0.3 > 0.15 > starts.constant_share(plainly, find_ffns(plainly), DATA)
     assert not any(ffn.module._forward_pre_hooks for ffn in ffns.values())
     found = [convert(alike(), alignment=options(steps=0, **init)) for init in ({}, {"init": "shared"})]
     assert {model.config.assignment["init"] for model in found} == {"shared"}
