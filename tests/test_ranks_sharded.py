@@ -85,7 +85,9 @@ def from_files(folder):
 def tune_all(folder):
     from_files(folder)
     tune("the model teaches", folder / "begun", until=4, resume=True)
-    half = {"half": tune("the model teaches", folder / "half", dtype=torch.bfloat16)}
+    tune("text alone", folder / "twice", until=3)
+    half = {"twice": tune("text alone", folder / "twice", resume=True)}
+    half |= {"half": tune("the model teaches", folder / "half", dtype=torch.bfloat16)}
     return {case: tune(case, folder / case) for case in CASES} | {"parts": parts()} | half
 
 
@@ -136,6 +138,11 @@ def test_one_then_two_then_one(by_two, folder, tmp_path):
     found = tune("the model teaches", folder / "begun", resume=True)
     assert [path.name for path in checkpoints_in(folder / "begun" / "checkpoints")] == ["step-0000004", "step-0000005.pt"]
     assert_same(found, tune("the model teaches", tmp_path), {"loss", "ce", "kl", "z", "balance"})
+
+
+def test_two_go_on_from_what_two_have_left(by_two, tmp_path):
+    """Each reads its part."""
+    assert_same(by_two[0]["twice"], tune("text alone", tmp_path), {"loss", "ce", "z", "balance"})
 
 
 def test_a_fine_tuning_from_files_to_files(by_two, folder, tmp_path):

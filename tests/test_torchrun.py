@@ -9,10 +9,12 @@ import sys
 import time
 
 import pytest
+import torch
 from test_cli import call, convert_arguments
 from test_cli import here as here
 from test_cli import tokenizer as tokenizer
 
+import dotmoe_kernels as dk
 from dotmoe_kernels import cli
 
 FLAGS = ("--steps", "6", "--batch-size", "4", "--micro-batch-size", "1", "--checkpoint-every", "2")
@@ -100,16 +102,23 @@ def test_a_refusal_is_said_once(here, tmp_path):
 
 
 def test_sharded_weights_give_the_same_model(capsys, here, tmp_path):
-    command = ("-m", "dotmoe_kernels", *convert_arguments(here, tmp_path / "moe", *FLAGS))
+    stages = ("--stage", "reconstruct,align,finetune", "--reconstruct-steps", "2", "--finetune-steps", "2")
+    command = ("-m", "dotmoe_kernels", *convert_arguments(here, tmp_path / "moe", *FLAGS, *stages))
     done = torchrun(*command, "--shard", "--activation-checkpointing")
     assert done.returncode == 0, done.stderr
-    status, out, _ = call(capsys, *convert_arguments(here, tmp_path / "whole", *FLAGS))
+    status, out, _ = call(capsys, *convert_arguments(here, tmp_path / "whole", *FLAGS, *stages))
     assert status == 0
     for name in ("dense", "sparse"):
         found, expected = (re.search(rf"{name} ([\d.]+)", text)[1] for text in (done.stdout, out))
         assert float(found) == pytest.approx(float(expected), rel=1e-4)
-    log, expected = entries(tmp_path / "moe.run"), entries(tmp_path / "whole.run")
-    assert [entry["loss"] for entry in log] == pytest.approx([entry["loss"] for entry in expected], rel=1e-5)
+    for part in ("", "finetune"):
+        log, expected = entries(tmp_path / "moe.run" / part), entries(tmp_path / "whole.run" / part)
+        assert [entry["loss"] for entry in log] == pytest.approx([entry["loss"] for entry in expected], rel=1e-5)
+    assert sorted(path.name for path in (tmp_path / "moe.run").iterdir()) == ["finetune", "log.jsonl"]
+    ours, theirs = (dk.load(tmp_path / name).state_dict() for name in ("moe", "whole"))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

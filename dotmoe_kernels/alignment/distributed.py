@@ -26,6 +26,14 @@ from .ranks import Ranks
 _STATE, _CHECKS = "state.pt", "checks.json"
 
 
+# puts a DTensor in the place of tensors without values that are to be read in parts
+Blank = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def _room(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor
+
+
 def _engine() -> Any:
     """Nearly a second to import, which a single process need not spend."""
     import torch.distributed.checkpoint
@@ -105,8 +113,8 @@ def is_shards(path: Path) -> bool:
     return path.is_dir() and path.suffix == "" and (path / _CHECKS).is_file()
 
 
-def read_shards(path: Path) -> dict[str, Any]:
-    """The state in a folder, every tensor whole.
+def read_shards(path: Path, blank: Blank | None = None) -> dict[str, Any]:
+    """The state in a folder, every tensor whole but for those that ``blank`` divides.
 
     Raises:
         ValueError: a part of it is missing, or not what was written.
@@ -117,7 +125,7 @@ def read_shards(path: Path) -> dict[str, Any]:
             if _checksum(path / name) != expected:
                 raise ValueError(f"its part {name} is not what was written")
         state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
-        state = map_tensors(state, lambda t: torch.empty(t.shape, dtype=t.dtype))
+        state = map_tensors(state if blank is None else blank(state), _room)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a single process reads: each does so on its own
             dcp.load(_numbered(state), checkpoint_id=path, no_dist=True)

@@ -44,8 +44,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """``value``, whole on every rank, divided as ``like`` is."""
-    if not is_divided(like):
+    """``value``, whole on every rank or a part already, divided as ``like`` is."""
+    if not is_divided(like) or is_divided(value):
         return value
     from torch.distributed.tensor import distribute_tensor
 

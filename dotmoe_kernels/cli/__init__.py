@@ -1,7 +1,7 @@
 """`dotmoe`: convert, evaluate, generate, time, inspect, plan, report, demonstrate. Wrong arguments end in one line and status 2.
 
-parser.py the arguments, inputs.py what they name, folders.py where they write, signals.py when to stop, commands.py and the files
-of single commands what they do
+parser.py the arguments, inputs.py what they name, folders.py where they write, signals.py when to stop, jobs.py what convert does
+with a whole model or a part, commands.py and the files of single commands what they do
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,23 @@ def _optimizer(model: DotMoeForCausalLM, trained: list[nn.Parameter], config: Fi
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0)
 
 
+def _blank(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """``state``, of tensors without values, with room for this rank's part of weights and moments that are divided."""
+
+    def room(value: Tensor, like: Tensor) -> Tensor:
+        return torch.empty_like(like, dtype=value.dtype) if value.shape == like.shape else value
+
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {
+        n: {name: room(value, order[n]) for name, value in found.items()} if n < len(order) else found
+        for n, found in state["optimizer"]["state"].items()
+    }
+    parameters = [room(value, p) for value, p in zip(state["parameters"], trained, strict=False)]
+    if len(parameters) != len(state["parameters"]):  # of another run, which is refused once it is read
+        return state
+    return state | {"parameters": parameters, "optimizer": state["optimizer"] | {"state": moments}}
+
+
 @torch.no_grad()
 def _take_over(state: dict[str, Any], trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """The weights and the moments of a checkpoint, of which a rank may have a part alone."""
@@ -308,7 +326,8 @@ def _train(
     device, rate, optimizer = ranks.device, float(config.lr or 0.0), _optimizer(model, trained, config)
     first, last_good = 0, "none"
     checkpoints = None if log_path is None else log_path.parent / "checkpoints"
-    found = resume_from(checkpoints, marks, ranks) if resume and checkpoints is not None else None
+    blank = None if divided is None else partial(_blank, trained, optimizer)
+    found = resume_from(checkpoints, marks, ranks, blank) if resume and checkpoints is not None else None
     if found is not None:
         path, state = found
         first, last_good = state["step"], str(path)
