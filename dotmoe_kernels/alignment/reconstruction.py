@@ -296,16 +296,16 @@ def reconstruct(
     shown = tqdm(total=total, initial=len(errors) * config.steps, desc=label, disable=quiet, dynamic_ncols=True)
     stop, end = Stop() if stop is None else stop, None
     with centred, shown as bar, stop.finishing():
-        for turn, (name, x) in zip(turns, _inputs(model, layers, mine, sequences), strict=False):
-            layer = _own_layer(layers, turn, name) if divided else layers[name or ""]
-            if name is not None and x is not None and layer is not None:
+        for turn, (own, x) in zip(turns, _inputs(model, layers, mine, sequences), strict=False):
+            layer = _own_layer(layers, turn, own) if divided else layers[own or ""]
+            if own is not None and x is not None and layer is not None:
                 parts = (x[:cut], x[cut:]) if keep else (x, x)
                 try:
-                    errors[name] = _fit(name, layer, *parts, config, batch_tokens, bar, places[name], begun.pop(name, None), stop)
-                    layers[name].expert_of = layer.expert_of
-                    written = places[name].write_done(config.steps, layer, errors[name])
+                    errors[own] = _fit(own, layer, *parts, config, batch_tokens, bar, places[own], begun.pop(own, None), stop)
+                    layers[own].expert_of = layer.expert_of
+                    written = places[own].write_done(config.steps, layer, errors[own])
                     if stop.asked:
-                        raise stopped(f"reconstruct of layer {name}", config.steps, config.steps, written)
+                        raise stopped(f"reconstruct of layer {own}", config.steps, config.steps, written)
                 except Stopped as asked:
                     end = asked
             if ranks.any(end is not None) if divided else end is not None:

@@ -123,7 +123,8 @@ def finetune_files(source: Files, output: Path, data: Tensor, config: FinetuneCo
         OSError: the disk is full or not writable.
     """
     ranks = sharing_ranks()
-    tune(source.model, _Tuned(source, output, ranks), data, config, ranks=ranks, **options)
+    model: Any = source.model
+    tune(model, _Tuned(source, output, ranks), data, config, ranks=ranks, **options)
 
 
 class _Tuned(Files):

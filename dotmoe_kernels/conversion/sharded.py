@@ -108,8 +108,9 @@ def whole_tensors(student: Student) -> Iterator[tuple[str, Tensor, bool]]:
         if ".lora_" in name:
             continue
         tensor, layer = whole(parameter.detach()), merged.get(id(parameter))
-        for adapter in () if layer is None else layer.active_adapters:
-            tensor += whole(layer.get_delta_weight(adapter).detach())
+        if layer is not None:
+            for adapter in layer.active_adapters:
+                tensor += whole(layer.get_delta_weight(adapter).detach())
         yield name.replace(".base_layer.", "."), tensor, parameter.requires_grad or layer is not None
 
 
