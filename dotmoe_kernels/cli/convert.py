@@ -321,7 +321,7 @@ def _train(
         measured = job.measured()
         dense_perplexity = figures["dense perplexity"] = perplexity(measured, held, batch_size=1)
         with torch.no_grad():
-            dense_logits = measured(input_ids=held[:1].to(job.device), use_cache=False).logits
+            dense_logits = measured(input_ids=held[:1].to(job.device), use_cache=False).logits.cpu()  # until after the training
         del measured
     if args.overwrite and not args.resume:
         ranks.once(lambda: clear_run(run, logs=True))
