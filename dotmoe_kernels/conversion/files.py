@@ -140,8 +140,13 @@ class _Tuned(Files):
 
     def note(self, stages: dict[str, Any]) -> None:
         """In the config of the folder."""
+
+        def write() -> None:
+            with write_folder(self.folder) as new:
+                self.config.save_pretrained(new)
+
         self.config.stages = stages
-        self.ranks.once(lambda: self.config.save_pretrained(self.folder))
+        self.ranks.once(write)
 
 
 def write_student(student: Student, source: Files, folder: Path, ranks: Ranks) -> None:
