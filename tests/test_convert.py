@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 
 import dotmoe_kernels as dk
 from dotmoe_kernels.alignment.config import AlignmentConfig
-from dotmoe_kernels.conversion import DotMoeConfig, DotMoeForCausalLM, find_ffns, moe_blocks, self_check
+from dotmoe_kernels.alignment.ranks import Ranks
+from dotmoe_kernels.conversion import DotMoeConfig, DotMoeForCausalLM, find_ffns, moe_blocks, self_check, starts
 from dotmoe_kernels.conversion import pipeline as module
 from dotmoe_kernels.conversion.pipeline import METHODS
 
@@ -137,9 +138,9 @@ def test_auto_is_the_shared_start_where_the_inputs_share_a_vector():
     for handle in handles:
         handle.remove()
     shares = [float(x.mean(0).square().sum() / x.square().sum(1).mean()) for x in inputs]
-    assert module.constant_share(model, ffns, DATA) == pytest.approx(sum(shares) / 2, rel=1e-5)
+    assert starts.constant_share(model, ffns, DATA) == pytest.approx(sum(shares) / 2, rel=1e-5)
     plainly = dense_model()
-    assert sum(shares) / 2 > 0.3 > 0.15 > module.constant_share(plainly, find_ffns(plainly), DATA)
+    assert sum(shares) / 2 > 0.3 > 0.15 > starts.constant_share(plainly, find_ffns(plainly), DATA)
     assert not any(ffn.module._forward_pre_hooks for ffn in ffns.values())
     found = [convert(alike(), alignment=options(steps=0, **init)) for init in ({}, {"init": "shared"})]
     assert {model.config.assignment["init"] for model in found} == {"shared"}
@@ -147,6 +148,28 @@ def test_auto_is_the_shared_start_where_the_inputs_share_a_vector():
     assert convert(alignment=options(steps=0, shared=1)).config.assignment["init"] == "shared", "asked for by its option"
     with pytest.warns(UserWarning, match="the router is random"):
         assert convert(data=None).config.assignment["init"] == "noise"
+
+
+class OneOf(Ranks):
+    """Keeps what it would add to that of the others."""
+
+    def sum(self, tensors):
+        self.given = tensors[0].clone()
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_ranks_measure_the_constant_share_of_their_own_sequences(count):
+    """Four sequences, of which the last of three ranks has none, nor has the last of five."""
+    model, rows = dense_model(), []
+    ffns, data = find_ffns(model), tokens(4, 512 + 1, seed=5)
+    model.register_forward_pre_hook(lambda m, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    ranks = [OneOf(rank, count) for rank in range(count)]
+    for each in ranks:
+        starts.constant_share(model, ffns, data, each)
+    assert rows == {2: [2, 2], 3: [2, 2, 1], 5: [1, 1, 1, 1, 1]}[count]
+    total = sum(each.given for each in ranks)
+    share = (total[:, :-1].square().sum(-1) / total[:, -1]).mean()
+    assert starts.constant_share(model, ffns, data) == pytest.approx(float(share), rel=1e-5)
 
 
 def test_dot_from_a_partition_may_leave_it():

@@ -12,10 +12,10 @@ import dotmoe_kernels as dk
 from dotmoe_kernels.alignment.checkpoints import checkpoints_in, read_log
 from dotmoe_kernels.alignment.config import AlignmentConfig
 from dotmoe_kernels.alignment.ranks import find_ranks
-from dotmoe_kernels.alignment.sharding import twin
+from dotmoe_kernels.alignment.sharding import shard_blocks, twin
 from dotmoe_kernels.conversion import DotMoeConfig, find_ffns
 from dotmoe_kernels.conversion.finetuning import FinetuneConfig, finetune
-from dotmoe_kernels.conversion.pipeline import _build_layers
+from dotmoe_kernels.conversion.pipeline import _start, _swap_in
 
 DATA = tokens(12, 12, seed=5)
 CONVERSIONS = {
@@ -23,6 +23,10 @@ CONVERSIONS = {
     "soft router": ({"hidden": 0.5}, {"router": "soft"}),
     "fixed assignment": ({}, {"method": "kmeans"}),
     "sharded": ({"micro_batch_size": 1}, {"shard": True}),
+    "sharded, reconstruct and align": (
+        {"micro_batch_size": 1},
+        {"shard": True, "stages": ("reconstruct", "align"), "reconstruct_steps": 2, "layers": 3},  # one more than ranks
+    ),
     "sharded and computed again": ({"hidden": 0.5}, {"shard": True, "activation_checkpointing": True}),
 }
 TUNINGS = {
@@ -40,7 +44,8 @@ def convert(case, folder, **options):
         arguments.pop("shard", None)
     topology = DotMoeConfig(num_experts=E, top_k=K, router=arguments.pop("router", "top_k"))
     values = {"steps": 4, "batch_size": 4, "num_iters": 10, "checkpoint_every": 2, "affinity_lr": 0.05} | fields | options
-    model = dk.convert(dense_model(), topology, data=DATA, alignment=AlignmentConfig(**values), folder=folder / case, **arguments)
+    dense = dense_model(num_hidden_layers=arguments.pop("layers", 2))
+    model = dk.convert(dense, topology, data=DATA, alignment=AlignmentConfig(**values), folder=folder / case, **arguments)
     return read_log(folder / case / "log.jsonl"), model.state_dict(), model.config.stages
 
 
@@ -77,7 +82,9 @@ def shares():
     before = {name: p.clone() for name, p in model.named_parameters()}
     work, ffns = twin(model), find_ffns(model)
     topology, options = DotMoeConfig(num_experts=E, top_k=K), AlignmentConfig(init="noise")
-    layers = _build_layers(work, ffns, topology, "dot", options, None, ranks=find_ranks())
+    layers = {name: _swap_in(work, name, ffn, topology) for name, ffn in ffns.items()}
+    shard_blocks(work, layers, find_ranks())
+    _start(work, layers, topology, "dot", options, None)
     sharded = [p for p in work.parameters() if isinstance(p, DTensor)]
     whole = {name for name, p in work.named_parameters() if not isinstance(p, DTensor)}
     kept = all(torch.equal(p, before[name]) and not isinstance(p, DTensor) for name, p in model.named_parameters())

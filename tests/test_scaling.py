@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_recipes import call
 
-from dotmoe_kernels._tiles import NETWORK, NVLINK
+from dotmoe_kernels._tiles import NETWORK, NVLINK, leaves_zeros_out
 from dotmoe_kernels.alignment.config import AlignmentConfig
 from dotmoe_kernels.conversion import DotMoeConfig
 from dotmoe_kernels.conversion.dryrun import dense_config, predict_run, run_lines
@@ -17,7 +17,7 @@ from dotmoe_kernels.conversion.scaling import gpu_counts
 GB = 1e9
 
 
-def predict(gpus=64, *, name="llama3-8b", stages=("align",), tuning=None, **changes):
+def predict(gpus=64, *, name="llama3-8b", stages=("align",), tuning=None, teacher=None, again=False, **changes):
     recipe = load_recipe(name)
     dense = dense_config(None, recipe)
     return predict_run(
@@ -28,7 +28,9 @@ def predict(gpus=64, *, name="llama3-8b", stages=("align",), tuning=None, **chan
         dtype=torch.bfloat16,
         stages=stages,
         tuning=tuning,
+        teacher=teacher,
         gpus=gpus,
+        activation_checkpointing=again,
     )
 
 
@@ -90,6 +92,92 @@ def test_a_model_too_large_for_a_gpu_is_bound_by_memory():
     assert {f["bound_by"] for f in found.values()} == {"memory"}
     few = rows(predict(8, stages=("finetune",), tuning=FinetuneConfig(steps=10, batch_size=8, micro_batch_size=1, lora_rank=8)))
     assert {f["bound_by"] for f in few.values()} == {"products"}
+
+
+L, F, H, E, K, V, Q, W, S = 32, 14336, 4096, 112, 28, 128256, 4096, 1024, 2048  # LLaMA-3-8B; queries, keys
+PRODUCTS, ATTENTION = L * (2 * H * (Q + W) + 3 * F * H) + V * H, 2 * S * Q * L
+NORMS, AROUND = L * 2 * H, 2 * V * H + H
+BLOCKS = PRODUCTS - V * H + NORMS  # parameters, dense
+ROUTERS = L * E * H
+
+
+def stage(report, name):
+    return report["stages"][name]
+
+
+def test_blocks_computed_again_by_hand():
+    """align: of a block its input in 2 bytes is kept, and one block's activations; a pass without the head is added."""
+    plain, again = (stage(predict(1, again=flag, micro_batch_size=1, hidden=0.0), "align") for flag in (False, True))
+    kept = 2 * (2 * F + 2 * Q + 2 * W + E) + 4 * (3 * H + 2 * E) + 12 * K
+    less = (plain["predicted_memory_gb"]["activations"] - again["predicted_memory_gb"]["activations"]) * GB
+    assert less == pytest.approx(S * (L * kept - L * 2 * H - kept), abs=2e6)
+    masked = 2 * L * F * H * (K / E if leaves_zeros_out(S, E, F // E, K, H) else 1) - 2 * L * F * H
+    more = 2 * (PRODUCTS - V * H) + ATTENTION + 2 * ROUTERS + masked
+    assert (again["flops"] - plain["flops"]) / plain["tokens"] == pytest.approx(more, rel=1e-9)
+    rows = [row for flag in (False, True) for row in predict(8, again=flag)["gpus"] if row["gpus"] == 8]
+    for kind in ("whole", "sharded"):
+        few, many = (row[kind] for row in rows)
+        assert many["predicted_memory_gb"] < few["predicted_memory_gb"]
+        assert many["predicted_seconds"] > few["predicted_seconds"]
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_blocks_computed_again_while_fine_tuning_by_hand(rank):
+    tuning = FinetuneConfig(steps=10, batch_size=8, micro_batch_size=1, lora_rank=rank)
+    plain, again = (stage(predict(1, again=flag, stages=("finetune",), tuning=tuning), "finetune") for flag in (False, True))
+    kept = 28 * H + 2 * (2 * Q + 2 * W + 2 * K * F // E) + 8 * E + 32 * K
+    less = (plain["predicted_memory_gb"]["activations"] - again["predicted_memory_gb"]["activations"]) * GB
+    assert less == pytest.approx(S * (L * kept - L * 4 * H - kept), abs=2e6)
+    active = PRODUCTS - V * H - 3 * L * F * H * (1 - K / E)
+    adapters = rank * L * (2 * (H + Q) + 2 * (H + W))
+    more = 2 * active + ATTENTION + 2 * ROUTERS + 2 * adapters
+    assert (again["flops"] - plain["flops"]) / plain["tokens"] == pytest.approx(more, rel=1e-9)
+
+
+def test_a_sharded_fine_tuning_by_hand():
+    """On 8 GPUs a sequence each: 16 bytes a parameter divided; two blocks gathered in bfloat16 and one's gradients, those once more
+    in float32; what is around the blocks gathered, and its gradient; the teacher, in bfloat16."""
+    tuning = FinetuneConfig(steps=10, batch_size=8, micro_batch_size=1)
+    report = predict(8, stages=("finetune",), tuning=tuning, teacher="itself")
+    memory = stage(report, "finetune")["predicted_memory_gb"]
+    sparse = BLOCKS + ROUTERS
+    expected = 16 * (sparse + AROUND) / 8 + (3 * 2 + 4) * sparse / L + 8 * AROUND
+    expected += 2 * (BLOCKS / 8 + 2 * BLOCKS / L + AROUND) + (memory["activations"] + memory["loss"]) * GB
+    found = rows(report, "sharded")[8]
+    assert found["predicted_memory_gb"] * GB == pytest.approx(expected, abs=3e6)
+    assert found["bound_by"] == "products"
+    assert found["predicted_memory_gb"] < 141 < rows(report)[8]["predicted_memory_gb"]
+    adam = 10 * 84 * (sparse + AROUND) / 4.3e12
+    alone = rows(report)[1]["predicted_seconds"] - adam
+    assert found["predicted_seconds"] == pytest.approx(alone / 8 + adam / 8, rel=1e-4)
+
+
+def test_sharded_adapters_by_hand():
+    tuning = FinetuneConfig(steps=10, batch_size=8, micro_batch_size=1, lora_rank=8)
+    report = predict(8, stages=("finetune",), tuning=tuning, teacher="itself")
+    memory = stage(report, "finetune")["predicted_memory_gb"]
+    sparse, adapters = BLOCKS + ROUTERS, 8 * L * (2 * (H + Q) + 2 * (H + W))
+    expected = (2 * (sparse + AROUND) + 16 * adapters) / 8 + 2 * 2 * sparse / L + 2 * AROUND
+    expected += (memory["activations"] + memory["loss"]) * GB
+    assert rows(report, "sharded")[8]["predicted_memory_gb"] * GB == pytest.approx(expected, abs=3e6)
+
+
+def test_the_messages_of_a_sharded_fine_tuning_bind_slow_links():
+    """A gathering of all weights for a pass of one sequence, over the network of 64 GPUs."""
+    tuning = FinetuneConfig(steps=10, batch_size=64, micro_batch_size=1)
+    report = predict(64, stages=("finetune",), tuning=tuning)
+    found, sparse = rows(report, "sharded")[64], BLOCKS + ROUTERS
+    assert found["bound_by"] == "gathering of weights"
+    a_pass = 2 * 2 * sparse + 4 * sparse + 12 * AROUND
+    assert found["predicted_seconds"] == pytest.approx(10 * a_pass * 63 / 64 / NETWORK, rel=1e-3)
+
+
+def test_a_sharded_reconstruction_weighs_less():
+    report = predict(8, stages=("reconstruct",))
+    whole, sharded = rows(report)[8], rows(report, "sharded")[8]
+    less = 2 * (BLOCKS * (1 - 1 / 8 - 2 / L) - 3 * F * H)
+    assert (whole["predicted_memory_gb"] - sharded["predicted_memory_gb"]) * GB == pytest.approx(less, abs=2e6)
+    assert list(rows(predict(8, stages=("reconstruct", "align", "finetune"), tuning=FinetuneConfig(batch_size=8)), "sharded"))
 
 
 def test_the_command_line(capsys):

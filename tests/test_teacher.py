@@ -20,8 +20,9 @@ from dotmoe_kernels.alignment.chunked import chunk_rows, chunked_distillation
 from dotmoe_kernels.alignment.head import find_head
 from dotmoe_kernels.alignment.losses import distillation_losses
 from dotmoe_kernels.conversion import teacher as module
+from dotmoe_kernels.conversion.adapters import adapters
 from dotmoe_kernels.conversion.demo import train_tokenizer
-from dotmoe_kernels.conversion.finetuning import FinetuneConfig, _adapters, finetune
+from dotmoe_kernels.conversion.finetuning import FinetuneConfig, finetune
 from dotmoe_kernels.models.card import model_card
 
 LORA = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed: pip install '.[lora]'")
@@ -245,7 +246,7 @@ def test_with_adapters_the_teacher_is_the_dense_model_without_a_copy():
     config = FinetuneConfig(lora_rank=4)
     with _teacher(model, 4) as teacher:
         assert [p.data_ptr() for p in teacher.model.parameters()] == [p.data_ptr() for p in model.parameters()]
-        with _adapters(model, config), torch.no_grad():
+        with adapters(model, config), torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.normal_()

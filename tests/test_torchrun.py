@@ -1,15 +1,21 @@
 """`dotmoe convert` under torchrun: the same flags, one voice, and a run that one process ends."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from test_cli import call, convert_arguments
 from test_cli import here as here
 from test_cli import tokenizer as tokenizer
+
+import dotmoe_kernels as dk
+from dotmoe_kernels import cli
 
 FLAGS = ("--steps", "6", "--batch-size", "4", "--micro-batch-size", "1", "--checkpoint-every", "2")
 SIGNALLED = """
@@ -96,26 +102,29 @@ def test_a_refusal_is_said_once(here, tmp_path):
 
 
 def test_sharded_weights_give_the_same_model(capsys, here, tmp_path):
-    command = ("-m", "dotmoe_kernels", *convert_arguments(here, tmp_path / "moe", *FLAGS))
+    stages = ("--stage", "reconstruct,align,finetune", "--reconstruct-steps", "2", "--finetune-steps", "2")
+    command = ("-m", "dotmoe_kernels", *convert_arguments(here, tmp_path / "moe", *FLAGS, *stages))
     done = torchrun(*command, "--shard", "--activation-checkpointing")
     assert done.returncode == 0, done.stderr
-    status, out, _ = call(capsys, *convert_arguments(here, tmp_path / "whole", *FLAGS))
+    status, out, _ = call(capsys, *convert_arguments(here, tmp_path / "whole", *FLAGS, *stages))
     assert status == 0
     for name in ("dense", "sparse"):
         found, expected = (re.search(rf"{name} ([\d.]+)", text)[1] for text in (done.stdout, out))
         assert float(found) == pytest.approx(float(expected), rel=1e-4)
-    log, expected = entries(tmp_path / "moe.run"), entries(tmp_path / "whole.run")
-    assert [entry["loss"] for entry in log] == pytest.approx([entry["loss"] for entry in expected], rel=1e-5)
+    for part in ("", "finetune"):
+        log, expected = entries(tmp_path / "moe.run" / part), entries(tmp_path / "whole.run" / part)
+        assert [entry["loss"] for entry in log] == pytest.approx([entry["loss"] for entry in expected], rel=1e-5)
+    assert sorted(path.name for path in (tmp_path / "moe.run").iterdir()) == ["finetune", "log.jsonl"]
+    ours, theirs = (dk.load(tmp_path / name).state_dict() for name in ("moe", "whole"))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--shard",), "--shard is given; allowed: under torchrun, whose processes share the weights"),
-        (
-            ("--shard", "--stage", "reconstruct,align"),
-            "--shard is given; allowed: the stage align alone: the others need the whole ",
-        ),
         (("--gpus", "8"), "--gpus is 8; allowed: together with --dry-run; a run gets its GPUs from torchrun --nproc-per-node"),
         (("--gpus", "65", "--dry-run"), "--gpus is 65; allowed: 1 to 64"),
         (("--gpus", "0", "--dry-run"), "--gpus is 0; allowed: 1 to 64"),
@@ -126,3 +135,29 @@ def test_refused(capsys, here, tmp_path, flags, message):
     assert (status, err.count("\n")) == (2, 1)
     assert err.startswith(f"dotmoe convert: error: {message}")
     assert not (tmp_path / "moe").exists()
+
+
+def test_an_error_in_the_arguments_is_said_once(here, tmp_path):
+    wrong = ("-m", "dotmoe_kernels", *convert_arguments(here, tmp_path / "moe", "--steps", "many"))
+    done = torchrun(*wrong)
+    said = [line for line in done.stderr.splitlines() if line.startswith("dotmoe convert")]
+    assert said == ["dotmoe convert: error: argument --steps: invalid int value: 'many'"]
+    assert done.returncode != 0
+
+
+@pytest.fixture
+def second_rank(monkeypatch):
+    """This process as torchrun's second; what it waits for is that torchrun ends it, the first having failed."""
+    monkeypatch.setattr(cli, "process_rank", lambda: 1)
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(("convert", "--steps", "many"), 2), (("convert", "--help"), 0)])
+def test_another_rank_is_silent_and_ends_alike(capsys, second_rank, arguments, status):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == status
+    assert capsys.readouterr() == ("", "")

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .._files import write_file
-from .distributed import is_shards, read_shards, write_shards
+from .distributed import Blank, is_shards, map_tensors, read_shards, write_shards
 from .ranks import Ranks
+from .sharding import whole
 
 _KEEP = 2  # the newest checkpoints that are kept
 _CHUNK = 1 << 17  # token ids at a time: the rest of a corpus may lie on disk
@@ -91,7 +92,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], ranks: Ranks
     path = path if alone else path.with_suffix("")
     try:
         if alone:
-            write_file(path, lambda file: _write_state(state, file))
+            write_file(path, lambda file: _write_state(map_tensors(state, whole), file))  # divided by one rank
         else:
             write_shards(path, state, ranks)  # type: ignore[arg-type]
     except OSError as error:
@@ -122,23 +123,24 @@ class BrokenCheckpoint(ValueError):
     """None of a folder's checkpoints is whole."""
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
+def _read_checkpoint(path: Path, blank: Blank | None = None) -> dict[str, Any]:
     """The state in ``path``, every part of which has its checksum; torch.load alone reads what it finds."""
     if path.is_dir():
-        return read_shards(path)
+        return read_shards(path, blank)
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         if broken is not None:
             raise ValueError(f"its part {broken} is not what was written")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # mapped, where but a part of it is wanted
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=blank is not None)
         state["fingerprint"]
     except Exception as error:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from error
     return state
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def newest_checkpoint(folder: Path, blank: Blank | None = None) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint in ``folder`` and its state, if there is any checkpoint. A warning names those that are not.
 
     Raises:
@@ -147,7 +149,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     broken: list[str] = []
     for path in reversed(checkpoints_in(folder)):
         try:
-            state = _read_checkpoint(path)
+            state = _read_checkpoint(path, blank)
         except ValueError as error:
             broken.append(str(error))
             continue
@@ -159,20 +161,22 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def resume_from(folder: Path, fingerprint: dict[str, Any], ranks: Ranks | None = None) -> tuple[Path, dict[str, Any]] | None:
+def resume_from(
+    folder: Path, fingerprint: dict[str, Any], ranks: Ranks | None = None, blank: Blank | None = None
+) -> tuple[Path, dict[str, Any]] | None:
     """``newest_checkpoint``, as the first rank finds it; ValueError if it was written by a run with other options or another
-    model."""
+    model. ``blank``: of a rank that wants a part (``read_shards``)."""
     found: tuple[Path, dict[str, Any]] | None = None
 
     def find() -> Path | None:
         nonlocal found
-        found = newest_checkpoint(folder)
+        found = newest_checkpoint(folder, blank)
         return None if found is None else found[0]
 
-    whole = find() if ranks is None else ranks.once(find)
-    if whole is None:
+    newest = find() if ranks is None else ranks.once(find)
+    if newest is None:
         return None
-    path, state = found or (whole, _read_checkpoint(whole))
+    path, state = found or (newest, _read_checkpoint(newest, blank))
     theirs = state["fingerprint"]
     for key, ours in fingerprint.items():
         if theirs.get(key) != ours:

@@ -26,6 +26,14 @@ from .ranks import Ranks
 _STATE, _CHECKS = "state.pt", "checks.json"
 
 
+# puts a DTensor in the place of tensors without values that are to be read in parts
+Blank = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def _room(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor
+
+
 def _engine() -> Any:
     """Nearly a second to import, which a single process need not spend."""
     import torch.distributed.checkpoint
@@ -33,14 +41,14 @@ def _engine() -> Any:
     return torch.distributed.checkpoint
 
 
-def _map(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Dictionaries, lists and tuples with every tensor changed, always in the same order."""
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, dict):
-        return {key: _map(value, change) for key, value in tree.items()}
+        return {key: map_tensors(value, change) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_map(value, change) for value in tree)
+        return type(tree)(map_tensors(value, change) for value in tree)
     return tree
 
 
@@ -51,7 +59,7 @@ def _numbered(tree: Any) -> dict[str, Tensor]:
         found.append(tensor)
         return tensor
 
-    _map(tree, take)
+    map_tensors(tree, take)
     return {str(n): tensor for n, tensor in enumerate(found)}
 
 
@@ -76,7 +84,7 @@ def write_shards(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
         return new
 
     def finish(checks: list[dict[str, int]]) -> None:
-        plain = _map(state, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
+        plain = map_tensors(state, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
         write_file(new / _STATE, lambda file: torch.save(plain, file))
         found = {name: value for part in checks for name, value in part.items()}
         found |= {name: _checksum(new / name) for name in (_STATE, ".metadata")}
@@ -105,8 +113,8 @@ def is_shards(path: Path) -> bool:
     return path.is_dir() and path.suffix == "" and (path / _CHECKS).is_file()
 
 
-def read_shards(path: Path) -> dict[str, Any]:
-    """The state in a folder, every tensor whole.
+def read_shards(path: Path, blank: Blank | None = None) -> dict[str, Any]:
+    """The state in a folder, every tensor whole but for those that ``blank`` divides.
 
     Raises:
         ValueError: a part of it is missing, or not what was written.
@@ -117,7 +125,7 @@ def read_shards(path: Path) -> dict[str, Any]:
             if _checksum(path / name) != expected:
                 raise ValueError(f"its part {name} is not what was written")
         state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
-        state = _map(state, lambda t: torch.empty(t.shape, dtype=t.dtype))
+        state = map_tensors(state if blank is None else blank(state), _room)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a single process reads: each does so on its own
             dcp.load(_numbered(state), checkpoint_id=path, no_dist=True)

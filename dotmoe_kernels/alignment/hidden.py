@@ -23,8 +23,8 @@ from .module import AlignmentFFN
 CAP = 4.0  # of a token's term
 
 
-def find_blocks(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """The blocks of ``model`` that hold ``layers``, each once, in the model's order.
+def block_paths(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The blocks of ``model`` that hold ``layers``, each once, by path in the model's order.
 
     Raises:
         ValueError: a layer is in no module list, or is itself the child of one.
@@ -41,7 +41,12 @@ def find_blocks(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[nn.Mo
         if not above:
             refuse("hidden", f"set, and {ours[id(module)]} is inside no child of a module list", "0: the blocks cannot be found")
         blocks[above] = modules[above]
-    return list(blocks.values())
+    return blocks
+
+
+def find_blocks(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """Those of ``block_paths``."""
+    return list(block_paths(model, layers).values())
 
 
 class _BlockError(torch.autograd.Function):

@@ -4,7 +4,8 @@
 
 over X, what enters the FFN in the dense model; Y the dense output and Y^ the masked one (eq. 4), with the straight-through
 gradients of the alignment. Nothing passes through the rest of the model, so that a step costs one FFN, not all layers and the head.
-Several ranks take the layers in turn.
+Several ranks take the layers in turn. Where the weights are divided over them, all collect the inputs together, each those of its
+own layers, and each has the weights of one layer as long as it trains it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .config import SOFT_OPTIONS, AlignmentConfig
 from .module import AlignmentFFN, all_experts, centred_routers, collect_inputs
 from .ranks import Ranks, find_ranks
 from .schedule import learning_rate, shuffled_rows
+from .sharding import is_divided, whole_layer
 from .soft import SoftRouting
 from .stopping import Stop, Stopped, stopped
 from .transport import Transport
@@ -81,18 +83,21 @@ def _dense_outputs(name: str, layer: AlignmentFFN, x: Tensor) -> Tensor:
         return _outputs(layer, x)
 
 
-def _inputs(model: nn.Module, layers: dict[str, AlignmentFFN], names: list[str], tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(name, [T, H]) of the layers in ``names``, collected for as many of them at a time as ``_MEMORY`` holds."""
+def _inputs(
+    model: nn.Module, layers: dict[str, AlignmentFFN], names: list[str | None], tokens: Tensor
+) -> Iterator[tuple[str | None, Tensor | None]]:
+    """(name, [T, H]) of the layers in ``names``, collected for as many of them at a time as ``_MEMORY`` holds. None: of no layer,
+    while the other ranks collect."""
     batch_size = max(1, _ROWS // tokens.shape[1])
-    todo = list(names)
+    todo, weight = list(names), next(iter(layers.values())).gate_proj
+    count = max(1, _MEMORY // (tokens.numel() * weight.shape[1] * weight.element_size()))
     while todo:
-        weight = layers[todo[0]].gate_proj
-        count = max(1, _MEMORY // (tokens.numel() * weight.shape[1] * weight.element_size()))
         group, todo = todo[:count], todo[count:]
         with all_experts(layers):
-            found = collect_inputs(model, {name: layers[name] for name in group}, tokens, batch_size=batch_size)
+            wanted = {name: layers[name] for name in group if name is not None}
+            found = collect_inputs(model, wanted, tokens, batch_size=batch_size)
         for name in group:
-            yield name, found.pop(name)
+            yield name, None if name is None else found.pop(name)
 
 
 def _fit(
@@ -192,6 +197,23 @@ def _take_over(
     return errors, begun
 
 
+def _deal(todo: list[str], ranks: Ranks, divided: bool) -> tuple[list[list[str]], list[str | None]]:
+    """Layers by turn, one for each rank while there are enough; and those of this rank, where weights are divided None as well."""
+    turns = [todo[n : n + ranks.count] for n in range(0, len(todo), ranks.count)]
+    own = [turn[ranks.rank] if ranks.rank < len(turn) else None for turn in turns]
+    return turns, [name for name in own if divided or name is not None]
+
+
+def _own_layer(layers: dict[str, AlignmentFFN], turn: list[str], own: str | None) -> AlignmentFFN | None:
+    """Of the layers of a turn, one a rank, this rank's, with all of its weights. All ranks."""
+    found = None
+    for name in turn:
+        layer = whole_layer(layers[name])
+        found = layer if name == own else found
+        del layer  # before the next one is gathered
+    return found
+
+
 def _share(ranks: Ranks, layers: dict[str, AlignmentFFN], errors: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
     """Gives all ranks what each has made of its layers, and returns the errors of all."""
     found = {}
@@ -267,21 +289,27 @@ def reconstruct(
     begin, ranks = time.monotonic(), find_ranks(device)
     ranks.wait()  # until all have seen the same layers done
     todo = [name for name in layers if name not in errors]
-    mine = todo[ranks.rank :: ranks.count]
+    divided = is_divided(next(iter(layers.values())).gate_proj)
+    turns, mine = _deal(todo, ranks, divided)
     total, quiet = (len(errors) + len(mine)) * config.steps, not (progress and ranks.first)
     centred = centred_routers(model, layers, sequences) if config.centre else nullcontext()
     shown = tqdm(total=total, initial=len(errors) * config.steps, desc=label, disable=quiet, dynamic_ncols=True)
     stop, end = Stop() if stop is None else stop, None
     with centred, shown as bar, stop.finishing():
-        try:
-            for name, x in _inputs(model, layers, mine, sequences):
-                layer, parts = layers[name], (x[:cut], x[cut:]) if keep else (x, x)
-                errors[name] = _fit(name, layer, *parts, config, batch_tokens, bar, places[name], begun.pop(name, None), stop)
-                written = places[name].write_done(config.steps, layer, errors[name])
-                if stop.asked:
-                    raise stopped(f"reconstruct of layer {name}", config.steps, config.steps, written)
-        except Stopped as asked:
-            end = asked
+        for turn, (own, x) in zip(turns, _inputs(model, layers, mine, sequences), strict=False):
+            layer = _own_layer(layers, turn, own) if divided else layers[own or ""]
+            if own is not None and x is not None and layer is not None:
+                parts = (x[:cut], x[cut:]) if keep else (x, x)
+                try:
+                    errors[own] = _fit(own, layer, *parts, config, batch_tokens, bar, places[own], begun.pop(own, None), stop)
+                    layers[own].expert_of = layer.expert_of
+                    written = places[own].write_done(config.steps, layer, errors[own])
+                    if stop.asked:
+                        raise stopped(f"reconstruct of layer {own}", config.steps, config.steps, written)
+                except Stopped as asked:
+                    end = asked
+            if ranks.any(end is not None) if divided else end is not None:
+                break
         if ranks.any(end is not None):
             raise end or Stopped("reconstruct stopped, as another rank was asked")
         errors |= _share(ranks, {name: layers[name] for name in todo}, errors)

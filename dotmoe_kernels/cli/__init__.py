@@ -1,7 +1,7 @@
 """`dotmoe`: convert, evaluate, generate, time, inspect, plan, report, demonstrate. Wrong arguments end in one line and status 2.
 
-parser.py the arguments, inputs.py what they name, folders.py where they write, signals.py when to stop, commands.py and the files
-of single commands what they do
+parser.py the arguments, inputs.py what they name, folders.py where they write, signals.py when to stop, jobs.py what convert does
+with a whole model or a part, commands.py and the files of single commands what they do
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import argparse
 import errno
 import io
 import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
 from safetensors import SafetensorError
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong arguments, 130 for an interruption."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks must not end a command whose work is done
         sys.stdout.reconfigure(errors="backslashreplace")
-    args = build_parser().parse_args(argv)
+    args = _parse(argv)
 
     def show(message: Warning | str, *where: Any, **more: Any) -> None:
         print(f"dotmoe {args.command}: warning: {' '.join(str(message).split())}", file=sys.stderr)
@@ -49,6 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.filterwarnings("ignore", category=category)
         warnings.showwarning = show
         return _run(args)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Help and errors in the arguments, which are those of all processes, are said by the first of several."""
+    parser = build_parser()
+    if not process_rank():
+        return parser.parse_args(argv)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            return parser.parse_args(argv)
+        except SystemExit as end:
+            status = end.code
+            if status:  # torchrun ends the others once one of them has failed, and the first may not have spoken yet
+                signal.signal(signal.SIGTERM, lambda *_: sys.exit(status))
+                time.sleep(_PATIENCE)
+            raise
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ from .inputs import (
     require_seed,
     require_vocabulary,
 )
+from .jobs import ALONE, Parts, Whole
 from .parser import SEQUENCE_LENGTH, STAGES
 from .signals import stop_on_sigterm
 from .untrained import is_untrained, run_untrained
@@ -39,10 +40,11 @@ if TYPE_CHECKING:
 _HELD_OUT = 64  # most sequences that are kept back to measure on
 _PAIRS = (("expert_size", "num_experts"), ("active_fraction", "top_k"))  # one of a pair gives the other
 _TOPOLOGY = (*_PAIRS[0], *_PAIRS[1], "router")
-_BOTH = "reconstruct or align"
+_BOTH, _LOSSES = "reconstruct or align", "align or finetune"
 _OF_STAGE = {  # flags that no other stage reads
     "reconstruct": ("reconstruct_steps",),
-    "align": ("steps", "hidden", "budget_lr", "shard", "activation_checkpointing"),
+    "align": ("steps", "hidden", "budget_lr"),
+    _LOSSES: ("activation_checkpointing",),
     "finetune": ("finetune_steps", "finetune_lr", "finetune_router_lr", "lora_rank", "zero_experts", "teacher", "no_teacher"),
     _BOTH: (
         *("method", "init", "shared", "centre", "affinity_lr", "router_lr", "tau_start", "tau_end", "refresh_every"),
@@ -51,7 +53,6 @@ _OF_STAGE = {  # flags that no other stage reads
 }
 
 _OF_DOT = ("init", "affinity_lr", "tau_start", "tau_end", "refresh_every")  # flags that no other method reads
-_ALONE = ("finetune alone, of a dense MODEL", "another stage before it, or a converted MODEL")
 
 
 def _flag(name: str) -> str:
@@ -109,7 +110,7 @@ def _dry_run(
             itself = bool(args.zero_experts) or not sparse.finetune_runs
         else:
             dense, itself = dense_config(args.model, recipe), True
-            require(stages != ["finetune"], "--stage", *_ALONE)
+            require(stages != ["finetune"], "--stage", *ALONE)
             sparse = DotMoeConfig.for_dense(dense.get_text_config(), **topology)
         report = predict_run(
             dense,
@@ -121,6 +122,7 @@ def _dry_run(
             stages=stages,
             tuning=tuning,
             gpus=args.gpus,
+            activation_checkpointing=bool(args.activation_checkpointing),
             teacher="another" if args.teacher else "itself" if itself and not args.no_teacher else None,
             **({} if args.reconstruct_steps is None else {"reconstruct_steps": args.reconstruct_steps}),
         )
@@ -141,7 +143,7 @@ def _stages(args: argparse.Namespace) -> list[str]:
         require(name in STAGES, "--stage", repr(name), ", ".join(STAGES))
     stages = [name for name in STAGES if name in given]
     for stage, flags in _OF_STAGE.items():
-        read = stage in stages or (stage == _BOTH and stages != ["finetune"])
+        read = not set(stages).isdisjoint(stage.split(" or "))
         for flag in flags:
             value = getattr(args, flag)
             require(value is None or read, _flag(flag), value, f"together with --stage {stage}")
@@ -178,22 +180,6 @@ def _finetune_options(args: argparse.Namespace, options: AlignmentConfig) -> Fin
         return FinetuneConfig(**fields, **{name: value for name, value in flags.items() if value is not None})
 
 
-def _load_dense(args: argparse.Namespace, stages: list[str], device: str) -> Any:
-    import torch
-
-    from ..conversion import find_ffns
-    from ..conversion.sources import is_gguf, read_dense
-
-    with reading(args.model):
-        dense: Any = read_dense(args.model, getattr(torch, args.dtype) if args.dtype else "auto")
-        if is_gguf(args.model):
-            print(f"{args.model}: dequantised by transformers, to {str(dense.dtype).removeprefix('torch.')}")
-        dense = dense.to(device)
-        find_ffns(dense)  # a model that cannot be converted ends here, before the data is read
-    require(stages != ["finetune"], "--stage", *_ALONE)
-    return dense
-
-
 def _is_tuning_alone(args: argparse.Namespace, stages: list[str]) -> bool:
     """Whether it is the fine-tuning of a converted MODEL."""
     from ..models.inspect import is_converted
@@ -205,16 +191,6 @@ def _refuse_topology(args: argparse.Namespace) -> None:
     for name in _TOPOLOGY:
         value = getattr(args, name)
         require(value is None, _flag(name), value, "none: MODEL is converted already")
-
-
-def _load_converted(args: argparse.Namespace, device: str) -> Any:
-    import torch
-
-    from ..conversion import load
-
-    _refuse_topology(args)
-    with reading(args.model):
-        return load(args.model, dtype=getattr(torch, args.dtype) if args.dtype else None, device=device)
 
 
 def _check_teacher(args: argparse.Namespace, tokenizer: Any) -> None:
@@ -299,8 +275,6 @@ def _run(args: argparse.Namespace, recipe: Recipe, options: AlignmentConfig, top
     missing = [name for name, value in (("MODEL", args.model), ("--data", args.data), ("--output", args.output)) if not value]
     if missing and not untrained:
         raise ValueError(f"the following arguments are required: {', '.join(missing)}")
-    alone = "the stage align alone: the others need the whole model on every GPU"
-    require(not args.shard or stages == ["align"], "--shard", "given", alone)
     with joined_ranks(args) as ranks:
         require(not args.shard or ranks.grouped, "--shard", "given", "under torchrun, whose processes share the weights")
         if untrained:
@@ -322,9 +296,8 @@ def _train(
     device = find_device(args.device)
     import torch
 
-    from ..alignment.sharding import spread
-    from ..conversion import DotMoeConfig, convert, find_ffns, finetune, moe_blocks, self_check
-    from ..conversion.finetuning import require_lora
+    from ..conversion import DotMoeConfig
+    from ..conversion.adapters import require_lora
     from ..evaluation import collect_load, perplexity
 
     tuning = _finetune_options(args, options) if "finetune" in stages else None
@@ -332,29 +305,30 @@ def _train(
         with named(lora_rank="--lora-rank"):
             require_lora()
     started_sparse = _is_tuning_alone(args, stages)
-    device = "cpu" if args.shard else device  # no GPU holds all of it
-    model = _load_converted(args, device) if started_sparse else _load_dense(args, stages, device)
-    text = model.config.get_text_config()
+    if started_sparse:
+        _refuse_topology(args)
+    job: Any = Parts(args, stages, run, ranks, started_sparse) if args.shard else Whole(args, stages, device, started_sparse)
+    text = job.model.config.get_text_config()
     config = None if started_sparse else DotMoeConfig.for_dense(text, **topology)
     tokenizer = find_tokenizer(args)
     _check_teacher(args, tokenizer)
     train, held = ranks.in_turn(lambda: _read_data(args, tokenizer, text.vocab_size, run))
     figures: dict[str, Any] = {"base_model": args.model, "data": " ".join(args.data), "held-out tokens": held.numel()}
     rerun: dict[str, Any] = {"resume": args.resume, "progress": not args.no_progress, "stop": stop}
+    rerun["activation_checkpointing"] = bool(args.activation_checkpointing)
     dense_perplexity, dense_logits = None, None
     if config is not None:
-        measured = spread(model, find_ffns(model), ranks) if args.shard else model
+        measured = job.measured()
         dense_perplexity = figures["dense perplexity"] = perplexity(measured, held, batch_size=1)
-        del measured
         with torch.no_grad():
-            dense_logits = model(input_ids=held[:1].to(device), use_cache=False).logits
+            dense_logits = measured(input_ids=held[:1].to(job.device), use_cache=False).logits.cpu()  # until after the training
+        del measured
     if args.overwrite and not args.resume:
         ranks.once(lambda: clear_run(run, logs=True))
     if args.resume and not ranks.once(lambda: has_checkpoints(run, stages)):
         print(f"dotmoe convert: --resume: nothing to resume in {run}, the run starts anew", file=sys.stderr)
     if config is not None:
-        model = convert(
-            model,
+        job.convert(
             config,
             method=args.method,
             data=train,
@@ -362,25 +336,22 @@ def _train(
             stages=[stage for stage in stages if stage != "finetune"],
             **({} if args.reconstruct_steps is None else {"reconstruct_steps": args.reconstruct_steps}),
             folder=run,
-            shard=bool(args.shard),
-            activation_checkpointing=bool(args.activation_checkpointing),
             **rerun,
         )
     if tuning is not None:
         if dense_logits is not None:  # afterwards every expert on is another model than the dense one
-            checks = self_check(model, dense_logits, held[:1])
+            checks = job.check(dense_logits, held[:1])
             if not checks["passed"]:
                 return failed(checks)
         with named(teacher="--teacher", zero_experts="--zero-experts"):
-            rerun |= {"teacher": _teacher(args, model), "held_out": held, "folder": run / "finetune"}
-            model, dense_logits = finetune(model, train, tuning, **rerun), None
+            rerun |= {"teacher": _teacher(args, job.model), "held_out": held, "folder": run / "finetune"}
+            job.finetune(train, tuning, **rerun)
+        dense_logits = None
     if not ranks.first and not args.shard:  # what is left to do is for one
         return 0
-    measured = spread(model, moe_blocks(model), ranks) if args.shard else model
+    measured = job.measured()
     with collect_load(measured) as counts:
         value = perplexity(measured, held, batch_size=1)
     del measured
-    if not ranks.first:
-        return 0
     dense = (dense_perplexity, dense_logits)
-    return save_and_report(args, model, tokenizer, held, figures, dense, (value, counts), output, run)
+    return save_and_report(args, job, tokenizer, held, figures, dense, (value, counts), output, run, ranks)

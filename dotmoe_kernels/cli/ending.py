@@ -12,6 +12,7 @@ from .folders import clear_run, clear_tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..alignment.ranks import Ranks
     from ..models.config import DotMoeConfig
 
 
@@ -22,7 +23,7 @@ def failed(checks: dict[str, Any]) -> int:
 
 def save_and_report(
     args: argparse.Namespace,
-    model: Any,
+    job: Any,
     tokenizer: Any,
     held: Tensor,
     figures: dict[str, Any],
@@ -30,10 +31,11 @@ def save_and_report(
     measured: tuple[float, Any],
     output: Path,
     run: Path,
+    ranks: Ranks,
 ) -> int:
-    """``held``: the text held out; ``dense``: perplexity and logits of the dense model; ``measured``: the sparse one's perplexity
-    and the load of its experts."""
-    from ..conversion import check_lines, count_parameters, save, self_check
+    """``job``: of ``jobs``; ``held``: the text held out; ``dense``: perplexity and logits of the dense model; ``measured``: the
+    sparse one's perplexity and the load of its experts."""
+    from ..conversion import check_lines, count_parameters
     from ..evaluation import COLLAPSE, retention, unused_experts, unused_line
 
     (dense_perplexity, dense_logits), (value, counts) = dense, measured
@@ -41,9 +43,11 @@ def save_and_report(
     mean = sum(means.values()) / len(means)
     figures |= {"sparse perplexity": value, "active experts a token": round(mean, 4)}
     if unused:
-        figures["unused experts"] = {name: f"{count} of {model.config.num_experts}" for name, count in unused.items()}
-    save(model, output, tokenizer=tokenizer, overwrite=args.overwrite, card=figures)
-    checks = self_check(model, dense_logits, held[:1], folder=output)
+        figures["unused experts"] = {name: f"{count} of {job.model.config.num_experts}" for name, count in unused.items()}
+    job.save(output, tokenizer=tokenizer, overwrite=args.overwrite, card=figures)
+    checks, model = job.check(dense_logits, held[:1], folder=output), job.model
+    if not ranks.first:
+        return 0
     total, active = count_parameters(model, means)
     for line in [*check_lines(checks), *_stage_lines(model.config)]:
         print(line)

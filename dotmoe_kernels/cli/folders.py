@@ -14,7 +14,8 @@ from .._checks import refuse, require
 from .._files import probe_folder
 
 _LOG, _TOKENS = "log.jsonl", "tokens"
-_OF_A_RUN = (_LOG, "checkpoints", "reconstruct", "finetune", _TOKENS)
+_BETWEEN = ("aligned", "tuned")  # the model after a stage, of which no process had the whole
+_OF_A_RUN = (_LOG, "checkpoints", "reconstruct", "finetune", _TOKENS, *_BETWEEN)
 _CHECKPOINTS = {"reconstruct": "reconstruct/layer-*", "align": "checkpoints", "finetune": "finetune/checkpoints"}  # of a stage
 _ELSEWHERE = "another folder"
 
@@ -137,6 +138,8 @@ def clear_run(run: Path, *, logs: bool) -> None:
     """Removes the checkpoints of a run, if ``logs`` its logs too, and the folders that are empty then; nothing else."""
     for path in list(_checkpoints(run, list(_CHECKPOINTS))):
         _remove(path)
+    for name in _BETWEEN:
+        shutil.rmtree(run / name, ignore_errors=True)
     if logs:
         for path in (run / _LOG, run / "finetune" / _LOG):
             path.unlink(missing_ok=True)

@@ -236,14 +236,14 @@ def _add_convert(commands: Any) -> None:
         "--shard",
         action="store_const",
         const=True,
-        help="under torchrun, for a MODEL that fits no GPU: each holds a part of its weights (FSDP2) in the stage align",
+        help="under torchrun, for a MODEL that fits no GPU: each holds a part of its weights (FSDP2)",
     )
     convert.add_argument(
         "--activation-checkpointing",
         action="store_const",
         const=True,
-        help="in align, keep the inputs of the blocks alone and compute each block once more in the backward pass: less memory, "
-        "more time",
+        help="in align and finetune, keep the inputs of the blocks alone and compute each block once more in the backward pass: "
+        "less memory, more time",
     )
     convert.add_argument("--run-folder", metavar="DIR", help="where log and checkpoints go (default: that of --output, with .run)")
     convert.add_argument("--resume", action="store_true", help="continue from the last checkpoint of the run")

@@ -1,8 +1,12 @@
 """A dense model into a sparse one: transformers is imported once one of these names is touched.
 
 pipeline.py    convert: the FFNs found, aligned or partitioned, made sparse
+starts.py      what the alignment starts from
 finetuning.py  the sparse model trained on text       teacher.py            whose distribution it then learns
-passes.py      the passes of one of its steps         zero_experts.py      router rows whose choice is nothing
+tuning.py      its options                            adapters.py           on the attention's projections
+passes.py      the passes of one of its steps         zero_experts.py       router rows whose choice is nothing
+files.py       both of a model that no process has whole, from folder to folder
+sharded.py     the fine-tuning with divided weights   origins.py            where those come from
 checks.py      what every conversion checks of itself
 data.py        text -> packed token sequences         readers.py             kinds of files -> their documents
 token_cache.py  those on disk, mapped into memory

@@ -17,6 +17,8 @@ align, in bytes:
     loss         3 T w H + 16 C V               both last hidden states and a gradient; four float32 [C, V] of a chunk
     hidden       T L w H + 12 T H               with that option: of every block the dense output, then the gradient in its place;
                                                 three float32 [T, H] while one block is compared
+    computed again                              with that option T w H a layer, of every block its input, and one layer's
+                                                activations
 
 and in flops a token:
 
@@ -24,8 +26,9 @@ and in flops a token:
     sparse pass  2 P + a + 2 L E H              of the dense width: the straight-through rule needs every neuron
     backward     2 P + 2.5 a + 4 L E H          through the activations alone, since the weights are frozen; through the router;
                  + 2 L F E                      and to the plan
+    again        2 P - 2 V H + a + 2 L E H      where blocks are computed again: the sparse pass without the head
     zeros        - 6 L F H (1 - K / E)          where a GPU leaves them out of the three products behind the mask (_tiles), which
-                                                then reach a share of that rate
+                                                then reach a share of that rate; 8 for 6 where blocks are computed again
 
 reconstruct, one layer after the other on a sample of M tokens, B a step. The inputs of as many layers as fit are collected at a
 time, in G passes of the dense model:
@@ -51,6 +54,7 @@ finetune, of P' = P - 3 L F H + 3 L K s H parameters in products, in bytes:
                       + 8 E + 32 K)             experts; logits and Q, the K chosen and their order. In float32 24 H, and 4 for that
                                                 2. The soft router 44 E, and its most experts for K. With adapters the same:
                                                 frozen weights need less, the adapters' inputs more [estimate]
+    computed again 4 T H a layer                with that option, of every block its input in float32, and one layer's activations
     loss         12 T V                         log-probabilities and two gradients in float32: a CPU takes as much
                  or 12 T H + 16 C V             with a teacher: both last hidden states and a gradient; four [C, V] of a chunk
                     + 8 V H                     of a head that trains: its gradient, and once more while it is scaled
@@ -58,8 +62,8 @@ finetune, of P' = P - 3 L F H + 3 L K s H parameters in products, in bytes:
                                                 large as the dense one. Its pass comes before the sparse one and keeps nothing
 
 and in flops a token 3 (2 P') + 3.5 a + 4 L E H; with adapters 2 (2 P') + 3.5 a + 4 L E H + 6 A; where the routers train 6 L E H;
-with a teacher 2 P + a more. A step of AdamW moves 84 bytes a trained parameter: 21 reads and writes of float32 by the kernels of
-its multi-tensor form and of the clipping [estimate].
+with a teacher 2 P + a more; where blocks are computed again 2 P' - 2 V H + a + 2 L E H + 2 A more. A step of AdamW moves 84 bytes a
+trained parameter: 21 reads and writes of float32 by the kernels of its multi-tensor form and of the clipping [estimate].
 
 What is not in it: the context of the driver and the allocator's gaps; padding of the grouped products; what is measured before,
 between and after the stages. The backward pass of Sinkhorn, rounding and AdamW come when the activations are gone, and take less.
@@ -156,21 +160,28 @@ def sinkhorn_seconds(z: Sizes, options: AlignmentConfig) -> float:
     return options.steps * 2 * options.num_iters * 4 * z.L * z.plan / H200_BANDWIDTH
 
 
-def align_cost(z: Sizes, options: AlignmentConfig) -> Cost:
+def _kept(z: Sizes, T: int, layer: float, block: float, again: bool) -> float:
+    """Bytes for the backward pass: ``layer`` a token and layer, or where blocks are computed again ``block`` and one layer's."""
+    return T * (z.L * block + layer) if again else T * z.L * layer
+
+
+def align_cost(z: Sizes, options: AlignmentConfig, again: bool = False) -> Cost:
+    """``again``: blocks are computed again in the backward pass."""
     T = (options.micro_batch_size or options.batch_size) * z.S
     kept = z.w * (2 * z.F + 2 * z.q + 2 * z.v + z.E) + 4 * (3 * z.H + 2 * z.E) + 12 * z.K  # bytes a token and layer
     memory: dict[str, float] = {
         "weights": z.w * z.N,
         "trained": 16 * z.L * (z.plan + z.E * z.H),
         "transport": 12 * z.L * z.plan,
-        "activations": T * z.L * kept + _working(z, T),
+        "activations": _kept(z, T, kept, z.w * z.H, again) + _working(z, T),
         "loss": 3 * T * z.w * z.H + 16 * min(chunk_rows(z.V, torch.device("cuda")), T) * z.V,
     }
     if options.hidden:
         memory["hidden"] = T * z.L * z.w * z.H + 12 * T * z.H
-    behind = 6 * z.L * z.F * z.H
+    behind, products = (8 if again else 6) * z.L * z.F * z.H, 6 * z.P + 4.5 * z.attention + 6 * z.L * z.E * z.H
     routed, in_time = _behind_the_mask(z, T, behind)
-    whole = 6 * z.P - behind + 4.5 * z.attention + 6 * z.L * z.E * z.H + 2 * z.L * z.plan
+    products += 2 * (z.P - z.V * z.H) + z.attention + 2 * z.L * z.E * z.H if again else 0
+    whole = products - behind + 2 * z.L * z.plan
     a_step = options.batch_size * z.S
     tokens = options.steps * a_step
     seconds = tokens * (whole + in_time) / (SHARE * H200_BF16) + sinkhorn_seconds(z, options)
@@ -219,8 +230,14 @@ def trained_parameters(z: Sizes, options: FinetuneConfig) -> int:
     return z.L * z.E * z.H * routers_train(z, options) + options.lora_rank * z.adapters if options.lora_rank else z.n
 
 
-def finetune_cost(z: Sizes, options: FinetuneConfig, dtype: torch.dtype, teacher: str | None = None) -> Cost:
-    """``teacher``: "itself", the model with every expert on, or "another"."""
+def adam_seconds(z: Sizes, options: FinetuneConfig) -> float:
+    """Of AdamW in the steps of a fine-tuning."""
+    return options.steps * _ADAM_BYTES * trained_parameters(z, options) / H200_BANDWIDTH
+
+
+def finetune_cost(z: Sizes, options: FinetuneConfig, dtype: torch.dtype, teacher: str | None = None, again: bool = False) -> Cost:
+    """``teacher``: "itself", the model with every expert on, or "another"; ``again``: blocks are computed again in the backward
+    pass."""
     T, half = (options.micro_batch_size or options.batch_size) * z.S, dtype == torch.bfloat16
     routers, learn = z.L * z.E * z.H, routers_train(z, options)
     adapters, trained = options.lora_rank * z.adapters, trained_parameters(z, options)
@@ -235,14 +252,16 @@ def finetune_cost(z: Sizes, options: FinetuneConfig, dtype: torch.dtype, teacher
         weights, moments = width * (z.n - routers * learn), 16 * trained
     else:
         weights, moments = 4 * z.n + (2 * z.P if half else 0), 12 * z.n
-    memory: dict[str, float] = {"weights": weights, "trained": moments, "activations": T * z.L * kept, "loss": 12 * T * z.V}
+    kept_in_all = _kept(z, T, kept, 4 * z.H, again)
+    memory: dict[str, float] = {"weights": weights, "trained": moments, "activations": kept_in_all, "loss": 12 * T * z.V}
     if teacher is not None:
         memory["loss"] = _taught_loss(z, T, not options.lora_rank)
         memory["teacher"] = 0 if options.lora_rank and teacher == "itself" else z.w * z.N
     active = z.P - 3 * z.L * z.F * z.H + 3 * z.L * z.K * (z.F // z.E) * z.H
     a_token = (4 if options.lora_rank else 6) * active + 3.5 * z.attention + (6 if learn else 4) * routers + 6 * adapters
     a_token += 0 if teacher is None else 2 * z.P + z.attention
+    a_token += 2 * (active - z.V * z.H + adapters) + z.attention + 2 * routers if again else 0
     a_step = options.batch_size * z.S
     tokens = options.steps * a_step
-    seconds = tokens * a_token / (SHARE * H200_BF16) + options.steps * _ADAM_BYTES * trained / H200_BANDWIDTH
+    seconds = tokens * a_token / (SHARE * H200_BF16) + adam_seconds(z, options)
     return Cost(options.steps, tokens, a_step, T, memory, float(tokens * a_token), seconds)

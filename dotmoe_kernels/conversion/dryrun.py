@@ -109,6 +109,7 @@ def predict_run(
     tuning: FinetuneConfig | None = None,
     teacher: str | None = None,
     gpus: int | None = None,
+    activation_checkpointing: bool = False,
 ) -> dict[str, Any]:
     """The figures of ``costs``, and with ``gpus`` of ``scaling``.
 
@@ -124,6 +125,7 @@ def predict_run(
         tuning: options of the stage finetune. None: FinetuneConfig().
         teacher: of that stage: "itself", the model with every expert on, or "another". None: the text alone.
         gpus: as many at the most, from 1 on. None: one.
+        activation_checkpointing: align and finetune keep of a block its input alone, and compute it again.
 
     Returns:
         topology, parameters; ``stages``: of each its steps, tokens, predicted memory in GB by part, flops and predicted seconds;
@@ -140,14 +142,15 @@ def predict_run(
         if stage == "reconstruct":
             costs[stage] = reconstruct_cost(z, options, reconstruct_steps)
         elif stage == "align":
-            costs[stage] = align_cost(z, options)
+            costs[stage] = align_cost(z, options, activation_checkpointing)
         else:
-            costs[stage] = finetune_cost(z, tuning or FinetuneConfig(), kind, teacher)
+            costs[stage] = finetune_cost(z, tuning or FinetuneConfig(), kind, teacher, activation_checkpointing)
     rests_on = f"one H200 at {SHARE:.0%} [estimate] of {H200_BF16 / 1e12:.0f} TFLOP/s in bfloat16; nobody measured it"
     if kind == torch.float32 or (kind == torch.float16 and "finetune" in costs):
         rests_on += "; products in float32, which this run has, are slower"
     more: dict[str, Any] = {"stages": list(stages), "reconstruct_steps": reconstruct_steps, "tuning": tuning or FinetuneConfig()}
     more |= {"most": gpus, "dtype": kind, "teacher": teacher, "capacity": _H200_GB * 1e9}
+    more["again"] = activation_checkpointing
     return {
         "layers": z.L,
         "hidden_size": z.H,

@@ -12,7 +12,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .._checks import is_integer, is_number, plain_numbers, require, require_range
+from .._checks import require, require_range
 from ..alignment.checkpoints import (
     read_log,
     resume_from,
@@ -30,107 +31,23 @@ from ..alignment.checkpoints import (
     truncate_log,
     weights_checksum,
 )
-from ..alignment.ranks import find_ranks
+from ..alignment.ranks import Ranks, computing_device, find_ranks
 from ..alignment.schedule import ends, learning_rate, shuffled_rows
+from ..alignment.sharding import Divided, part_of, recomputed, whole
 from ..alignment.stopping import Stop, stopped
 from ..evaluation import perplexity
 from ..models.block import moe_blocks
 from ..models.config import DotMoeConfig
 from ..models.folder import check_state
 from ..models.modeling import DotMoeForCausalLM
+from .adapters import adapters, require_lora, resting
 from .data import as_tokens
+from .origins import Memory
 from .passes import Passes
+from .sharded import Student, divide_student, divided_teacher, whole_tensors
 from .teacher import Teacher, teaching
+from .tuning import FinetuneConfig, with_rates, with_weights
 from .zero_experts import add_zero_experts
-
-_TAUGHT = {"kl": 1.0, "ce": 0.0}  # weights where there is a teacher
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneConfig:
-    """How a converted model is fine-tuned.
-
-    Attributes:
-        steps: optimizer steps.
-        batch_size: sequences a step.
-        micro_batch_size: sequences a forward pass; the gradients of a step's passes are summed. None: ``batch_size``.
-        lr: peak learning rate of AdamW. None: 3e-4, of adapters 1e-3.
-        router_lr: of the top-K routers. None: 0, they stay as they were aligned; where there are zero experts that of the rest. The
-            gradient that reaches it comes through the chosen experts alone; at an adapter's rate it undoes the alignment.
-        weight_decay, clip: of AdamW (matrices alone decay), and the largest gradient norm.
-        warmup: share of the steps over which the learning rate rises; then it falls as a cosine to zero.
-        z, balance: weights of the routers' losses.
-        kl, ce: weights of KL(teacher || sparse) and of the cross-entropy, with a teacher alone (None: 1 and 0); without one the
-            cross-entropy counts 1.
-        lora_rank: rank of the adapters on the attention's projections; 0 trains every weight.
-        lora_alpha: their scale, times 1 / rank; None: twice the rank.
-        zero_experts: N to add to every layer (``zero_experts``), whose choice is an empty slot; 0 adds none.
-        zero_share, zero_balance: w and the weight of the balance of zero experts against the others, for a model that has some; it
-            takes the place of ``balance``.
-        seed: of the order of the data, of the adapters, of the zero experts and of dropout.
-        checkpoint_every: steps between checkpoints; 0 writes only the last.
-    """
-
-    steps: int = 300
-    batch_size: int = 8
-    micro_batch_size: int | None = None
-    lr: float | None = None
-    router_lr: float | None = None
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    warmup: float = 0.05
-    z: float = 1e-3
-    balance: float = 1e-2
-    kl: float | None = None
-    ce: float | None = None
-    lora_rank: int = 0
-    lora_alpha: float | None = None
-    zero_experts: int = 0
-    zero_share: float = 2.0
-    zero_balance: float = 0.1
-    seed: int = 0
-    checkpoint_every: int = 100
-
-    def __post_init__(self) -> None:
-        plain_numbers(self)
-        for name in ("steps", "checkpoint_every", "lora_rank", "zero_experts"):
-            value = getattr(self, name)
-            require(is_integer(value) and value >= 0, name, value, "an integer of at least 0")
-        require(is_integer(self.batch_size) and self.batch_size >= 1, "batch_size", self.batch_size, "an integer of at least 1")
-        micro = self.micro_batch_size
-        fits = micro is None or (is_integer(micro) and 1 <= micro <= self.batch_size)
-        require(fits, "micro_batch_size", micro, f"1 to batch_size = {self.batch_size}")
-        for name in ("lr", "clip", "zero_share"):
-            value = getattr(self, name)
-            fits = (value is None and name == "lr") or (is_number(value) and 0 < value < math.inf)
-            require(fits, name, value, "a positive number")
-        for name in ("weight_decay", "z", "balance", "kl", "ce", "zero_balance", "router_lr"):
-            value = getattr(self, name)
-            fits = (value is None and name in (*_TAUGHT, "router_lr")) or (is_number(value) and 0 <= value < math.inf)
-            require(fits, name, value, "a number of at least 0")
-        require(is_number(self.warmup) and 0 <= self.warmup <= 1, "warmup", self.warmup, "a share from 0 to 1")
-        alpha = self.lora_alpha
-        require(alpha is None or (is_number(alpha) and 0 < alpha < math.inf), "lora_alpha", alpha, "a positive number, or None")
-
-
-def _with_rates(options: FinetuneConfig, config: DotMoeConfig) -> FinetuneConfig:
-    """``options`` with the learning rates for a model of this config."""
-    rate = options.lr or (1e-3 if options.lora_rank else 3e-4)
-    learns = config.router == "soft" or options.zero_experts or config.num_zero_experts
-    router = (rate if learns else 0.0) if options.router_lr is None else options.router_lr
-    return dataclasses.replace(options, lr=rate, router_lr=router)
-
-
-def _with_weights(options: FinetuneConfig, taught: bool) -> FinetuneConfig:
-    """``options`` with the weights of the teacher's terms, if there is one."""
-    given = {name: getattr(options, name) for name in _TAUGHT}
-    if not taught:
-        for name, value in given.items():
-            require(value is None, name, value, "together with a teacher")
-        return options
-    given = {name: _TAUGHT[name] if value is None else value for name, value in given.items()}
-    require(any(given.values()), "kl", given["kl"], f"a positive number where ce is {given['ce']}")
-    return dataclasses.replace(options, **given)
 
 
 @contextmanager
@@ -145,66 +62,6 @@ def _in_float32(parameters: list[nn.Parameter]) -> Iterator[None]:
         for parameter, dtype in narrow:
             parameter.grad = None
             parameter.data = parameter.data.to(dtype)
-
-
-def require_lora() -> Any:
-    """The module peft.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        import peft
-    except ImportError:
-        raise ValueError(
-            "lora_rank needs peft, which is not installed; allowed: 0, or pip install 'dotmoe_kernels[lora]'"
-        ) from None
-    return peft
-
-
-@contextmanager
-def _resting(model: nn.Module, rest: bool) -> Iterator[None]:
-    """Inside, if they are to rest, the routers do not train."""
-    gates = [block.gate.weight for block in moe_blocks(model).values()] if rest else []
-    flags = [gate.requires_grad for gate in gates]
-    try:
-        for gate in gates:
-            gate.requires_grad_(False)
-        yield
-    finally:
-        for gate, flag in zip(gates, flags, strict=True):
-            gate.requires_grad_(flag)
-
-
-@contextmanager
-def _adapters(model: DotMoeForCausalLM, config: FinetuneConfig) -> Iterator[None]:
-    """Inside, the attention's projections carry adapters, and these and perhaps the routers alone train; then they are merged."""
-    if not config.lora_rank:
-        yield
-        return
-    peft = require_lora()
-    blocks, head = tuple(f"{name}." for name in moe_blocks(model)), model.get_output_embeddings()
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and not name.startswith(blocks)
-    ]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
-    options = peft.LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=targets)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        wrapped = peft.get_peft_model(model, options)
-    for block in moe_blocks(model).values():
-        block.gate.weight.requires_grad_()
-    merge = False
-    try:
-        yield
-        merge = True
-    finally:
-        (wrapped.merge_and_unload if merge else wrapped.unload)()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
@@ -225,6 +82,8 @@ def finetune(
     progress: bool = False,
     on_step: Callable[[int], None] | None = None,
     stop: Stop | None = None,
+    shard: bool = False,
+    activation_checkpointing: bool = False,
 ) -> DotMoeForCausalLM:
     """Train a converted model on text: CE(next token) + z mean(logsumexp(Z)^2) + balance E <load, mean Q>; with a teacher
     kl KL(teacher || sparse) + ce CE(next token) in the place of the first.
@@ -245,6 +104,9 @@ def finetune(
         progress: show a bar.
         on_step: called with the number of steps done after each.
         stop: looked at once a step; where it asks for it, Stopped is raised once the state is in ``folder``.
+        shard: for a model that fits no GPU, and so lies on the CPU: each rank's GPU holds a part of the weights, of their gradients
+            and moments, and of the teacher.
+        activation_checkpointing: of a block its input alone is kept, and the block computed once more.
 
     Returns:
         The model, in eval mode, with the figures after those of earlier runs in ``config.stages["finetune"]``. With every expert
@@ -257,64 +119,189 @@ def finetune(
         FloatingPointError: a non-finite loss or gradient; names the step and the last good checkpoint.
     """
     require(isinstance(model, DotMoeForCausalLM), "model", f"a {type(model).__name__}", "a DotMoeForCausalLM")
+    ranks = find_ranks(computing_device(model.device)) if shard else None
+    require(ranks is None or ranks.grouped, "shard", True, "in a process group, such as torchrun's")
+    told: dict[str, Any] = {"resume": resume, "progress": progress, "on_step": on_step, "stop": stop, "folder": folder}
+    told |= {"teacher": teacher, "held_out": held_out, "activation_checkpointing": activation_checkpointing}
+    return tune(model, _InPlace(model), data, config, ranks=ranks, **told)
+
+
+class _InPlace(Memory):
+    """A model that gets what becomes of it."""
+
+    def take_back(self, student: Student, options: FinetuneConfig) -> None:
+        if options.zero_experts:
+            add_zero_experts(self.model, options.zero_experts, seed=options.seed)
+        places = dict(self.model.named_parameters())
+        for name, tensor, moved in whole_tensors(student):
+            if moved:
+                places[name].data.copy_(tensor)
+
+    def note(self, stages: dict[str, Any]) -> None:
+        self.model.config.stages = stages
+
+
+def tune(
+    model: DotMoeForCausalLM,
+    origin: Any,
+    data: Tensor | Iterable[Tensor],
+    config: FinetuneConfig | None,
+    *,
+    ranks: Ranks | None,
+    teacher: Any,
+    held_out: Tensor | None,
+    folder: str | Path | None,
+    resume: bool,
+    progress: bool,
+    on_step: Callable[[int], None] | None = None,
+    stop: Stop | None,
+    activation_checkpointing: bool,
+) -> DotMoeForCausalLM:
+    """``finetune``. ``ranks``: those that divide the weights, which then come from ``origin`` and go back there; ``model`` may have
+    none."""
     with torch.device("meta"):
         check_state(model, DotMoeForCausalLM(copy.deepcopy(model.config)))  # or what is saved afterwards cannot be read back
-    options = _with_rates(_with_weights(FinetuneConfig() if config is None else config, teacher is not None), model.config)
-    tokens = as_tokens(data)
-    vocabulary, ranks = model.config.get_text_config().vocab_size, find_ranks(model.device)
-    ranks.require_passes(options.batch_size, options.micro_batch_size)
+    options = with_rates(with_weights(FinetuneConfig() if config is None else config, teacher is not None), model.config)
+    tokens, taking = as_tokens(data), find_ranks(model.device) if ranks is None else ranks
+    taking.require_passes(options.batch_size, options.micro_batch_size)
+    vocabulary = model.config.get_text_config().vocab_size
     require_range(tokens, "data", 0, vocabulary - 1)
     figures: dict[str, Any] = {"steps": options.steps, "tokens": options.steps * options.batch_size * tokens.shape[1]}
     if options.lora_rank:
         require_lora()
         figures["lora_rank"] = options.lora_rank
+
+    def measured() -> float | None:
+        if held_out is None:
+            return None
+        return perplexity(model.eval() if ranks is None else origin.spread(ranks), held_out, batch_size=1)
+
     if held_out is not None:
         held_out = as_tokens(held_out, "held_out")
         require_range(held_out, "held_out", 0, vocabulary - 1)
-        before = perplexity(model.eval(), held_out, batch_size=1)
+    before = measured()
     log_path = None if folder is None else Path(folder) / "log.jsonl"
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
     weights = {"kl": options.kl or 0.0, "ce": options.ce or 0.0}
     taught: dict[str, Any] = {**weights, "adapters": bool(options.lora_rank), "half": half, "static": bool(options.zero_experts)}
-    with teaching(teacher, model, tokens, **taught) as guide:
-        if options.zero_experts:
-            add_zero_experts(model, options.zero_experts, seed=options.seed)
-        marks = _marks(model, guide, tokens, options)
-        if guide is not None:
-            figures["teacher"] = guide.name
-        with _adapters(model, options), _resting(model, not options.router_lr):
-            trained = _trained(model)
-            # float16 would need its loss scaled: all of it is float32 instead
-            wide = trained + [p for p in model.parameters() if p.dtype == torch.float16 and not p.requires_grad]
-            with _in_float32(wide):
-                told = (log_path, half, resume, progress, on_step, Stop() if stop is None else stop)
-                log = _train(model.train(), guide, trained, tokens, options, marks, *told)
+    told: dict[str, Any] = {"resume": resume, "progress": progress, "on_step": on_step, "stop": Stop() if stop is None else stop}
+    told |= {"log_path": log_path, "half": half, "again": activation_checkpointing}
+    given = (model, teacher, tokens, options, taught, taking, told)
+    log, name = _tune_whole(*given) if ranks is None else _tune_divided(origin, *given)
+    if name is not None:
+        figures["teacher"] = name
     model.eval()
     if not options.steps:
         return model
-    entries = log if log_path is None else ranks.once(lambda: read_log(log_path))
+    entries = log if log_path is None else taking.once(lambda: read_log(log_path))
     if len(entries) == options.steps:  # otherwise the log was removed before the run was resumed, and the beginning with it
         figures["loss"] = ends([entry["ce"] for entry in entries])
         figures |= {name: ends([entry[name] for entry in entries]) for name in ("kl", "zero") if name in entries[0]}
     if held_out is not None:
-        figures["perplexity"] = [before, perplexity(model, held_out, batch_size=1)]
+        figures["perplexity"] = [before, measured()]
     runs = model.config.finetune_runs
     if not (resume and runs[-1:] == [figures]):  # a run resumed at its end that moved no weight: its model is the one it began with
         runs.append(figures)
-    model.config.stages = {**(model.config.stages or {}), "finetune": runs}
+    origin.note({**(model.config.stages or {}), "finetune": runs})
     return model
 
 
-def _marks(model: DotMoeForCausalLM, teacher: Teacher | None, tokens: Tensor, options: FinetuneConfig) -> dict[str, Any]:
-    """What must agree with a run that is resumed; without zero experts that of the time before there were any."""
-    zeros = model.config.num_zero_experts
+def _tune_whole(
+    model: DotMoeForCausalLM,
+    teacher: Any,
+    tokens: Tensor,
+    options: FinetuneConfig,
+    taught: dict[str, Any],
+    ranks: Ranks,
+    told: dict[str, Any],
+) -> tuple[list[dict[str, float]], str | None]:
+    """The log of the steps that were taken, and what figures call the teacher. ``taught``: of ``teaching``; ``told``: of
+    ``_train``."""
+    with teaching(teacher, model, tokens, **taught) as guide:
+        if options.zero_experts:
+            add_zero_experts(model, options.zero_experts, seed=options.seed)
+        checksums = (weights_checksum(model.parameters()), None if guide is None else weights_checksum(guide.model.parameters()))
+        marks = _marks(options, model.config, tokens, *checksums)
+        with adapters(model, options), resting(model, not options.router_lr):
+            trained = _trained(model)
+            # float16 would need its loss scaled: all of it is float32 instead
+            wide = trained + [p for p in model.parameters() if p.dtype == torch.float16 and not p.requires_grad]
+            with _in_float32(wide):
+                log = _train(model.train(), guide, trained, tokens, options, marks, ranks, **told)
+    return log, None if guide is None else guide.name
+
+
+def _tune_divided(
+    origin: Any,
+    model: DotMoeForCausalLM,
+    teacher: Any,
+    tokens: Tensor,
+    options: FinetuneConfig,
+    taught: dict[str, Any],
+    ranks: Ranks,
+    told: dict[str, Any],
+) -> tuple[list[dict[str, float]], str | None]:
+    """As ``_tune_whole``, of modules whose weights the ranks divide and ``origin`` gives and takes back."""
+    student = divide_student(origin, options, ranks, taught["half"])
+    guide, checksum = divided_teacher(teacher, model, student, origin, tokens, ranks, **taught)
+    marks = _marks(options, student.model.config, tokens, student.checksums[1], checksum)
+    trained = _trained(student.model.train())
+    log = _train(student.model, guide, trained, tokens, options, marks, ranks, divided=student.divided, **told)
+    origin.take_back(student, options)
+    return log, None if guide is None else guide.name
+
+
+def _marks(options: FinetuneConfig, config: DotMoeConfig, tokens: Tensor, weights: int, teacher: int | None) -> dict[str, Any]:
+    """What must agree with a run that is resumed; without zero experts that of the time before there were any. ``weights``,
+    ``teacher``: checksums."""
+    zeros = config.num_zero_experts
     return {
         **{name: value for name, value in dataclasses.asdict(options).items() if zeros or not name.startswith("zero_")},
         "data": list(tokens.shape),
-        "weights": weights_checksum(model.parameters()),
+        "weights": weights,
         "tokens": tokens_checksum(tokens),
-        "teacher": None if teacher is None else weights_checksum(teacher.model.parameters()),
+        "teacher": teacher,
     }
+
+
+def _optimizer(model: DotMoeForCausalLM, trained: list[nn.Parameter], config: FinetuneConfig) -> torch.optim.Optimizer:
+    rate, gates = float(config.lr or 0.0), {id(block.gate.weight) for block in moe_blocks(model).values()}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.dim() >= 2 and id(p) not in gates], "weight_decay": config.weight_decay, "peak": rate},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0, "peak": rate},
+        {"params": [p for p in trained if id(p) in gates], "weight_decay": config.weight_decay, "peak": config.router_lr},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0)
+
+
+def _blank(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """``state``, of tensors without values, with room for this rank's part of weights and moments that are divided."""
+
+    def room(value: Tensor, like: Tensor) -> Tensor:
+        return torch.empty_like(like, dtype=value.dtype) if value.shape == like.shape else value
+
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {
+        n: {name: room(value, order[n]) for name, value in found.items()} if n < len(order) else found
+        for n, found in state["optimizer"]["state"].items()
+    }
+    parameters = [room(value, p) for value, p in zip(state["parameters"], trained, strict=False)]
+    if len(parameters) != len(state["parameters"]):  # of another run, which is refused once it is read
+        return state
+    return state | {"parameters": parameters, "optimizer": state["optimizer"] | {"state": moments}}
+
+
+@torch.no_grad()
+def _take_over(state: dict[str, Any], trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """The weights and the moments of a checkpoint, of which a rank may have a part alone."""
+    for parameter, value in zip(trained, state["parameters"], strict=True):
+        parameter.copy_(part_of(value, parameter))
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    for n, moments in state["optimizer"]["state"].items():
+        for name, value in moments.items():
+            if value.dim() and name != "step":
+                moments[name] = part_of(value, order[n])
+    optimizer.load_state_dict(state["optimizer"])
 
 
 def _train(
@@ -324,32 +311,27 @@ def _train(
     data: Tensor,
     config: FinetuneConfig,
     marks: dict[str, Any],
+    ranks: Ranks,
+    *,
     log_path: Path | None,
     half: bool,
     resume: bool,
     progress: bool,
     on_step: Callable[[int], None] | None,
     stop: Stop,
+    again: bool,
+    divided: Divided | None = None,
 ) -> list[dict[str, float]]:
-    """The loop; returns the log of the steps it took."""
-    device, ranks = model.device, find_ranks(model.device)
-    rate, gates = float(config.lr or 0.0), {id(block.gate.weight) for block in moe_blocks(model).values()}
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.dim() >= 2 and id(p) not in gates], "weight_decay": config.weight_decay, "peak": rate},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0, "peak": rate},
-        {"params": [p for p in trained if id(p) in gates], "weight_decay": config.weight_decay, "peak": config.router_lr},
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0)
+    """The loop; returns the log of the steps it took. ``again``: blocks are computed again in the backward pass."""
+    device, rate, optimizer = ranks.device, float(config.lr or 0.0), _optimizer(model, trained, config)
     first, last_good = 0, "none"
     checkpoints = None if log_path is None else log_path.parent / "checkpoints"
-    found = resume_from(checkpoints, marks, ranks) if resume and checkpoints is not None else None
+    blank = None if divided is None else partial(_blank, trained, optimizer)
+    found = resume_from(checkpoints, marks, ranks, blank) if resume and checkpoints is not None else None
     if found is not None:
         path, state = found
         first, last_good = state["step"], str(path)
-        with torch.no_grad():
-            for parameter, value in zip(trained, state["parameters"], strict=True):
-                parameter.copy_(value)
-        optimizer.load_state_dict(state["optimizer"])
+        _take_over(state, trained, optimizer)
     if log_path is not None and ranks.first:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         truncate_log(log_path, first)
@@ -359,7 +341,9 @@ def _train(
     quiet = not (progress and ranks.first)
     bar = tqdm(total=config.steps, initial=first, desc="finetune", disable=quiet, dynamic_ncols=True)
     devices = [device] if device.type == "cuda" else []
-    with bar, Passes(model, teacher, trained, config, half, ranks) as passes, torch.random.fork_rng(devices), stop.finishing():
+    computed = recomputed(model, moe_blocks(model)) if again else nullcontext()
+    passing = Passes(model, teacher, trained, config, half, ranks, divided)
+    with bar, passing as passes, computed, torch.random.fork_rng(devices), stop.finishing():
         for step in range(first, config.steps):
             # of dropout, where the model has it
             torch.manual_seed(config.seed * 1_000_003 + step + (ranks.rank << 40))
@@ -370,7 +354,7 @@ def _train(
             batch = shuffled_rows(data, step, config.batch_size, config.seed).to(device)
             sums, wish = passes.take(batch, stop)
             norm = nn.utils.clip_grad_norm_(trained, config.clip)
-            values = dict(zip(sums, torch.stack([*sums.values()]).tolist(), strict=True)) | {"grad_norm": float(norm)}
+            values = dict(zip(sums, torch.stack([*sums.values()]).tolist(), strict=True)) | {"grad_norm": float(whole(norm))}
             if not all(map(math.isfinite, values.values())):
                 shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
                 raise FloatingPointError(

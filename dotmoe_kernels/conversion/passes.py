@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..alignment.ranks import Ranks
+from ..alignment.sharding import Divided
 from ..alignment.stopping import Stop
 from ..models.block import DotMoeRouter, moe_blocks
 from ..models.modeling import DotMoeForCausalLM
@@ -53,7 +55,8 @@ def _text_loss(model: DotMoeForCausalLM, teacher: Teacher | None, tokens: Tensor
 
 
 class Passes:
-    """The passes of a step, those of the other ranks included: they leave the gradients of the whole batch."""
+    """The passes of a step, those of the other ranks included: they leave the gradients of the whole batch; where the model is
+    ``divided``, of this rank's part of it."""
 
     def __init__(
         self,
@@ -63,7 +66,9 @@ class Passes:
         config: Any,  # a FinetuneConfig
         half: bool,
         ranks: Ranks,
+        divided: Divided | None = None,
     ) -> None:
+        self.divided = divided
         self.model, self.teacher, self.trained, self.config, self.half, self.ranks = model, teacher, trained, config, half, ranks
         self.split = ranks.splits(config.micro_batch_size)
         self.routings: list[Routing] = []
@@ -86,7 +91,8 @@ class Passes:
             self.routers.clear()
             self.routings.clear()
             with torch.autocast(device.type, torch.bfloat16, enabled=self.half):
-                text, terms = _text_loss(self.model, self.teacher, micro)
+                loss = partial(_text_loss, self.model, self.teacher)
+                text, terms = loss(micro) if self.divided is None else self.divided(loss, micro)
             terms |= {name: torch.stack([losses[name] for losses in self.routers]).mean() for name in self.routers[0]}
             if self.split:
                 options = {
@@ -103,7 +109,12 @@ class Passes:
         if self.ranks.count == 1:
             return sums, None
         wish = torch.tensor(float(stop.asked), device=device)
-        for parameter in self.trained:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        self.ranks.sum([*sums.values(), wish, *(p.grad for p in self.trained if p.grad is not None)])
+        gradients = [] if self.divided is not None else [self._gradient(parameter) for parameter in self.trained]
+        self.ranks.sum([*sums.values(), wish, *gradients])
         return sums, wish
+
+    @staticmethod
+    def _gradient(parameter: nn.Parameter) -> Tensor:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad

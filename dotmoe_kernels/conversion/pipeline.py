@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 
 from .._checks import is_integer, require, require_range
 from ..alignment.checkpoints import read_log, tokens_checksum, weights_checksum
-from ..alignment.config import INITS, AlignmentConfig
+from ..alignment.config import AlignmentConfig
 from ..alignment.loop import align
-from ..alignment.module import AlignmentFFN, collect_inputs
+from ..alignment.module import AlignmentFFN, all_experts, collect_inputs
 from ..alignment.ranks import Ranks, computing_device, find_ranks
 from ..alignment.reconstruction import reconstruct
 from ..alignment.schedule import ends
-from ..alignment.sharding import recomputed, shard_blocks, twin
+from ..alignment.sharding import is_divided, recomputed, shard_blocks, twin, whole_layer
 from ..alignment.soft import BudgetState
 from ..alignment.stopping import Stop
 from ..alignment.transport import Transport
@@ -31,25 +31,14 @@ from ..models.backbone import check_backbone, shared_width
 from ..models.config import DotMoeConfig
 from ..models.modeling import DotMoeForCausalLM, check_return, materialize
 from ..models.surgery import DenseFFN, find_ffns, swap_ffn
-from ..partitions import (
-    CALIBRATED,
-    PARTITIONS,
-    Partition,
-    activation_partition,
-    kmeans_partition,
-    noise_router,
-    random_partition,
-    shared_partition,
-    start_affinity,
-)
+from ..partitions import CALIBRATED, PARTITIONS, noise_router, start_affinity
 from .data import as_tokens
+from .starts import CALIBRATION_TOKENS, find_start, make_partition
 
 METHODS = ("dot", *PARTITIONS)
 STAGES = ("reconstruct", "align")
 RECONSTRUCT_TOKENS, RECONSTRUCT_BATCH = 65536, 1024  # that the reconstruction collects at most, and takes a step
 _CURVES = ("loss", "kl", "ce", "hidden", "experts_in_use", "largest_load")  # of the log, how each began and ended
-_CONSTANT_SHARE = 0.2  # of the inputs' mean square
-_CALIBRATION_TOKENS = 2048, 16384  # least and most that a partition is fitted to; 8 H between: its router has H columns
 
 
 def _check_model(model: PreTrainedModel, config: DotMoeConfig, ffns: dict[str, DenseFFN]) -> None:
@@ -72,58 +61,6 @@ def _soft_options(options: AlignmentConfig, config: DotMoeConfig) -> AlignmentCo
     return dataclasses.replace(options, **{name: value for name, value in fields.items() if value is not None})
 
 
-def constant_share(model: PreTrainedModel, ffns: dict[str, DenseFFN], tokens: Tensor) -> float:
-    """Mean over the FFNs of |mean x|^2 / mean |x|^2, x [H] their inputs at the beginning of ``tokens`` [N, S] in the dense model:
-    from 0 to 1, how much of every input is one vector. 0.1 in a LLaMA of a million parameters, 0.3 in SmolLM2-135M."""
-    shares: list[Tensor] = []
-
-    def hook(module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        x = next(iter((*args, *kwargs.values()))).flatten(0, -2).float()  # [T, H]
-        shares.append(x.mean(0).square().sum() / x.square().sum(-1).mean().clamp(min=torch.finfo(x.dtype).tiny))
-
-    handles = [ffn.module.register_forward_pre_hook(hook, with_kwargs=True) for ffn in ffns.values()]
-    try:
-        with torch.no_grad():
-            rows = tokens[: -(-_CALIBRATION_TOKENS[0] // tokens.shape[1])].long().to(model.device)
-            model(input_ids=rows, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return float(torch.stack([share.cpu() for share in shares]).mean())
-
-
-def find_start(
-    options: AlignmentConfig, method: str, model: PreTrainedModel, ffns: dict[str, DenseFFN], tokens: Tensor | None
-) -> AlignmentConfig:
-    """``options`` with the start that ``method`` has: its own for a fixed one; for "dot" what ``init`` says, where "auto" is
-    "shared" if a large part of the FFNs' inputs is one vector, through which a random router sends all tokens to the same experts,
-    or if ``shared`` is set."""
-    start = options.init
-    if method != "dot":
-        start = method if method in INITS else "noise"  # random
-    elif start == "auto":  # a share that is no number is for the calibration to name
-        shares = tokens is not None and (options.shared is not None or not constant_share(model, ffns, tokens) <= _CONSTANT_SHARE)
-        start = "shared" if shares else "noise"
-    return dataclasses.replace(options, init=start)
-
-
-def _partition(
-    kind: str, ffn: DenseFFN, inputs: Tensor | None, num_experts: int, shared: int, generator: torch.Generator
-) -> Partition | None:
-    F, H = ffn.gate_proj.shape
-    weights = (ffn.gate_proj, ffn.up_proj, ffn.down_proj)
-    gate, up, down = (w.detach().to(w.device if inputs is None else inputs.device) for w in weights)
-    if kind == "random":
-        return random_partition(F, num_experts, H, generator)
-    if kind == "kmeans":
-        return kmeans_partition(gate, up, num_experts, generator)
-    if kind in CALIBRATED:
-        assert inputs is not None
-        sample = (inputs, gate, up, down, num_experts, ffn.activation, generator)
-        return activation_partition(*sample) if kind == "activation" else shared_partition(*sample, shared=shared)
-    return None
-
-
 def _ordered(stages: Sequence[str], reconstruct_steps: int) -> list[str]:
     """``stages`` in the order of ``STAGES``, each once."""
     whole = is_integer(reconstruct_steps) and reconstruct_steps >= 0
@@ -134,6 +71,54 @@ def _ordered(stages: Sequence[str], reconstruct_steps: int) -> list[str]:
     return [stage for stage in STAGES if stage in given]
 
 
+def _swap_in(model: PreTrainedModel, name: str, ffn: DenseFFN, config: DotMoeConfig) -> AlignmentFFN:
+    """An AlignmentFFN of its weights in the place of ``ffn``; how it starts is for ``_start`` to say."""
+    weights = (ffn.gate_proj.data, ffn.up_proj.data, ffn.down_proj.data)
+    router = torch.zeros((config.num_experts, ffn.gate_proj.shape[1]))
+    top_k, kind = config.num_experts_per_tok, config.router
+    layer = AlignmentFFN(*weights, router_weight=router, top_k=top_k, activation=ffn.activation, router=kind)
+    swap_ffn(model, name, layer)
+    return layer
+
+
+def _start(
+    model: PreTrainedModel,
+    layers: dict[str, AlignmentFFN],
+    config: DotMoeConfig,
+    method: str,
+    options: AlignmentConfig,
+    data: Tensor | None,
+    generator: torch.Generator | None = None,
+) -> None:
+    """What trains of the layers, as ``method`` and ``options.init``, which ``find_start`` has found, say."""
+    E, K = config.num_experts, config.num_experts_per_tok
+    shared = K // 2 if options.shared is None else options.shared
+    require(shared <= min(K, E - 1), "shared", shared, f"at most K = {K}" + (f" and E - 1 = {E - 1}" if K == E else ""))
+    kind = options.init if method == "dot" else method
+    generator = torch.Generator().manual_seed(options.seed) if generator is None else generator
+    inputs: dict[str, Tensor] = {}
+    if kind in CALIBRATED:
+        assert data is not None
+        (least, most), weight = CALIBRATION_TOKENS, next(iter(layers.values())).gate_proj
+        wanted = max(least, min(8 * weight.shape[1], most))
+        rows = -(-wanted // data.shape[1])
+        inputs = collect_inputs(model, layers, data[:rows].long().to(weight.device))
+        broken = next((name for name, x in inputs.items() if not bool(torch.isfinite(x).all())), None)
+        if broken is not None:
+            raise FloatingPointError(f"what enters layer {broken} of the dense model is not finite")
+    for name, layer in layers.items():
+        (F, H), device = layer.gate_proj.shape, layer.gate_proj.device
+        looks = is_divided(layer.gate_proj) and kind in ("kmeans", *CALIBRATED)  # at the weights
+        partition = make_partition(kind, whole_layer(layer) if looks else layer, inputs.pop(name, None), E, shared, generator)
+        router = noise_router(E, H, generator, std=options.init_std) if partition is None else partition.router_weight
+        layer.router_weight = torch.nn.Parameter(router.float().to(device))
+        if partition is not None:
+            layer.expert_of = partition.expert_of.to(device)
+        if method == "dot":
+            affinity = start_affinity(partition, (F, E), strength=options.init_strength, std=options.init_std, generator=generator)
+            layer.affinity = torch.nn.Parameter(affinity.to(device))
+
+
 def _build_layers(
     model: PreTrainedModel,
     ffns: dict[str, DenseFFN],
@@ -142,46 +127,11 @@ def _build_layers(
     options: AlignmentConfig,
     data: Tensor | None,
     generator: torch.Generator | None = None,
-    ranks: Ranks | None = None,
 ) -> dict[str, AlignmentFFN]:
-    """Every FFN of ``model`` swapped for an AlignmentFFN that starts as ``method`` and ``options.init`` say. ``ranks``: which
-    share the frozen weights, ``model`` being a twin."""
-    E, K = config.num_experts, config.num_experts_per_tok
-    shared = K // 2 if options.shared is None else options.shared
-    require(shared <= min(K, E - 1), "shared", shared, f"at most K = {K}" + (f" and E - 1 = {E - 1}" if K == E else ""))
+    """Every FFN of ``model`` swapped for an AlignmentFFN that starts as ``method`` and ``options.init`` say."""
     options = find_start(options, method, model, ffns, data)
-    kind = options.init if method == "dot" else method
-    generator = torch.Generator().manual_seed(options.seed) if generator is None else generator
-    layers = {}
-    for name, ffn in ffns.items():
-        shape = (E, ffn.gate_proj.shape[1])
-        weights = (ffn.gate_proj.data, ffn.up_proj.data, ffn.down_proj.data)
-        layer = AlignmentFFN(*weights, router_weight=torch.zeros(shape), top_k=K, activation=ffn.activation, router=config.router)
-        layers[name] = layer
-        swap_ffn(model, name, layer)
-    if ranks is not None:
-        shard_blocks(model, layers, ranks)
-    inputs: dict[str, Tensor] = {}
-    if kind in CALIBRATED:
-        assert data is not None
-        least, most = _CALIBRATION_TOKENS
-        wanted = max(least, min(8 * next(iter(ffns.values())).gate_proj.shape[1], most))
-        rows = -(-wanted // data.shape[1])
-        inputs = collect_inputs(model, layers, data[:rows].long().to(model.device if ranks is None else ranks.device))
-        broken = next((name for name, x in inputs.items() if not bool(torch.isfinite(x).all())), None)
-        if broken is not None:
-            raise FloatingPointError(f"what enters layer {broken} of the dense model is not finite")
-    for name, ffn in ffns.items():
-        layer, (F, H) = layers[name], ffn.gate_proj.shape
-        partition = _partition(kind, ffn, inputs.pop(name, None), E, shared, generator)
-        router = noise_router(E, H, generator, std=options.init_std) if partition is None else partition.router_weight
-        device = ffn.gate_proj.device if ranks is None else ranks.device
-        layer.router_weight = torch.nn.Parameter(router.float().to(device))
-        if partition is not None:
-            layer.expert_of = partition.expert_of.to(device)
-        if method == "dot":
-            affinity = start_affinity(partition, (F, E), strength=options.init_strength, std=options.init_std, generator=generator)
-            layer.affinity = torch.nn.Parameter(affinity.to(device))
+    layers = {name: _swap_in(model, name, ffn, config) for name, ffn in ffns.items()}
+    _start(model, layers, config, method, options, data, generator)
     return layers
 
 
@@ -266,37 +216,74 @@ def _warn_of_unused(loads: dict[str, Tensor], tokens: int, layers: dict[str, Ali
         warnings.warn(f"{unused_line(unused, slots)} in the last step of the alignment: {COLLAPSE}", stacklevel=4)
 
 
-def _sharing(model: PreTrainedModel, stages: Sequence[str], reconstruct_steps: int) -> Ranks:
+def _sharing(model: PreTrainedModel) -> Ranks:
     """The ranks that share the weights of ``model``, each with the device that it computes on."""
     ranks = find_ranks(computing_device(model.device))
     require(ranks.grouped, "shard", True, "in a process group, such as torchrun's")
-    early = "reconstruct" in stages and reconstruct_steps > 0
-    require(not early, "shard", True, "without the stage reconstruct, which takes a layer at a time on one GPU")
     return ranks
 
 
 def _fingerprint(
     model: PreTrainedModel,
     layers: dict[str, AlignmentFFN],
-    ffns: dict[str, DenseFFN],
     config: DotMoeConfig,
     method: str,
     tokens: Tensor,
     early: int,
+    weights: int,
 ) -> dict[str, Any]:
-    """What must agree with a run that is resumed. ``early``: steps of the reconstruction."""
-    inside = {id(p) for ffn in ffns.values() for p in ffn.module.parameters()}
-    around = [p for p in model.parameters() if id(p) not in inside]
-    trained = [p for layer in layers.values() for p in (layer.router_weight, layer.affinity) if p is not None]
-    count = sum(p.numel() for p in {id(p): p for p in (*around, *trained)}.values())
+    """What must agree with a run that is resumed. ``early``: steps of the reconstruction; ``weights``: checksum of the FFNs'."""
+    frozen = {id(w) for layer in layers.values() for w in (layer.gate_proj, layer.up_proj, layer.down_proj)}
     return {
         "method": method,
         "topology": [config.num_experts, config.num_experts_per_tok, *(["soft"] if config.router == "soft" else [])],
-        "model": [type(model).__name__, count],
-        "weights": weights_checksum(w for ffn in ffns.values() for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)),
+        "model": [type(model).__name__, sum(p.numel() for p in model.parameters() if id(p) not in frozen)],
+        "weights": weights,
         "tokens": tokens_checksum(tokens),
         "reconstruct_steps": early,
     }
+
+
+def ffn_checksum(ffns: Iterable[DenseFFN]) -> int:
+    return weights_checksum(w for ffn in ffns for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
+
+
+def train_layers(
+    model: PreTrainedModel,
+    layers: dict[str, AlignmentFFN],
+    config: DotMoeConfig,
+    method: str,
+    options: AlignmentConfig,
+    tokens: Tensor | None,
+    ranks: Ranks | None,
+    *,
+    weights: int,
+    stages: list[str],
+    reconstruct_steps: int,
+    folder: str | Path | None,
+    activation_checkpointing: bool,
+    **shared: Any,
+) -> tuple[AlignmentConfig, dict[str, Any], BudgetState | None]:
+    """Starts the layers and takes the stages: the options as they were found, the figures by stage and the budgets. ``ranks``: that
+    divide the weights; ``shared``: arguments of every stage."""
+    if ranks is not None:
+        with all_experts(layers):
+            options = find_start(options, method, model, layers, tokens, ranks)
+    _start(model, layers, config, method, options, tokens)
+    figures: dict[str, Any] = {}
+    budgets = None
+    if tokens is not None:
+        early = reconstruct_steps if "reconstruct" in stages else 0
+        shared["fingerprint"] = _fingerprint(model, layers, config, method, tokens, early, weights)
+        run = _Run(model, layers, tokens, options, None if folder is None else Path(folder), shared)
+        if early:
+            figures["reconstruct"] = run.reconstruct(early)
+        if "align" in stages and options.steps:
+            with recomputed(model, layers) if activation_checkpointing else nullcontext():
+                figures["align"], budgets = run.align(method)
+    if method == "dot" and not figures:
+        Transport(layers, options).refresh(options.tau_end)
+    return options, figures, budgets
 
 
 def _learned(layers: dict[str, AlignmentFFN], ffns: dict[str, DenseFFN]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -363,7 +350,7 @@ def convert(
         resume: continue from the newest checkpoint in ``folder``, bit for bit on CPU.
         progress: show a bar.
         stop: looked at once a step; where it asks for it, Stopped is raised once the state is in ``folder``.
-        shard: for a model that fits no GPU, and so lies on the CPU: in the alignment each rank's GPU holds a part of its weights.
+        shard: for a model that fits no GPU, and so lies on the CPU: each rank's GPU holds a part of its weights.
         activation_checkpointing: of a block its input alone is kept in the alignment, and the block computed once more.
 
     Returns:
@@ -392,25 +379,18 @@ def convert(
     _check_model(model, config, ffns)
     options, stages = _soft_options(options, config), _ordered(stages, reconstruct_steps)
     tokens = _check_data(model, data, method, options)
-    figures: dict[str, Any] = {}
-    budgets, ranks = None, _sharing(model, stages, reconstruct_steps) if shard else None
+    ranks = _sharing(model) if shard else None
     with _frozen(model, ffns):
-        options = find_start(options, method, model, ffns, tokens)
+        weights = 0 if tokens is None else ffn_checksum(ffns.values())
+        if ranks is None:
+            options = find_start(options, method, model, ffns, tokens)
         work: Any = model if ranks is None else twin(model)
-        layers = _build_layers(work, ffns, config, method, options, tokens, ranks=ranks)
-        if tokens is not None:
-            early = reconstruct_steps if "reconstruct" in stages else 0
-            fingerprint = _fingerprint(model, layers, ffns, config, method, tokens, early)
-            shared = {"resume": resume, "progress": progress, "fingerprint": fingerprint, "stop": stop}
-            run = _Run(work, layers, tokens, options, None if folder is None else Path(folder), shared)
-            if early:
-                figures["reconstruct"] = run.reconstruct(early)
-            if "align" in stages and options.steps:
-                with recomputed(work, layers) if activation_checkpointing else nullcontext():
-                    figures["align"], budgets = run.align(method)
-            del run
-        if method == "dot" and not figures:
-            Transport(layers, options).refresh(options.tau_end)
+        layers = {name: _swap_in(work, name, ffn, config) for name, ffn in ffns.items()}
+        if ranks is not None:
+            shard_blocks(work, layers, ranks)
+        given: dict[str, Any] = {"resume": resume, "progress": progress, "stop": stop, "folder": folder, "weights": weights}
+        given |= {"stages": stages, "reconstruct_steps": reconstruct_steps, "activation_checkpointing": activation_checkpointing}
+        options, figures, budgets = train_layers(work, layers, config, method, options, tokens, ranks, **given)
     learned = _learned(layers, ffns)
     del layers, work  # so that the dense FFNs are freed one by one
     _describe(config, method, options, figures, budgets)

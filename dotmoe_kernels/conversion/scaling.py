@@ -5,12 +5,23 @@ passes where n is more than M. r = (n - 1) / n of what is gathered passes a GPU'
 
     align        r (4 L F E (1 + 2 + 1) + 2 4 L E H)    plans gathered, their gradients summed, A's gathered; the routers' summed
     finetune     2 r 4 p                                the gradients of the p parameters that train
-    --shard      3 r w B a pass                         the B parameters of the blocks: dense, sparse and backward pass. It runs
-                                                        beside the products, so that the longer of the two counts
+    --shard      3 r w B a pass                         of align, the B parameters of the blocks: dense, sparse and backward pass.
+                                                        It runs beside the products, so that the longer of the two counts
+                 r w B a pass                           of reconstruct, of those that collect inputs; and 3 r w L F H for its layers
+                 r (2 c B + w B) a pass                 of finetune: sparse and backward pass, each weight in the c bytes of a
+                                                        product; and the teacher's pass, where there is one
+                 + r (4 B + 12 O) a pass                the gradients of the blocks summed in float32; the O parameters around them
+                                                        gathered twice, and their gradients summed. With adapters r 2 c O
 
-Sinkhorn takes ceil(L / n) of L layers, and so does the whole of reconstruct; AdamW takes all. Memory is that of one GPU at its
-share of the passes; what is gathered lies there once more, 8 L F E. With --shard the blocks' weights take w B / n, and two whole
-blocks.
+Sinkhorn takes ceil(L / n) of L layers, and so does the whole of reconstruct; AdamW takes all, or of finetune with --shard a part.
+Memory is that of one GPU at its share of the passes; what is gathered lies there once more, 8 L F E. With --shard, B / L a block:
+
+    weights      w (B / n + 2 B / L)            and what is around the blocks; in reconstruct 3 w F H of the layer that trains
+    finetune     the nth part of weights in float32, gradients and moments; with adapters of frozen weights and adapters
+                 + 3 c B / L + 4 B / L          two blocks, one block's gradients, and those in float32 while they are summed; with
+                                                adapters 2 c B / L
+                 + 8 O                          what is around the blocks, and its gradient; with adapters c O
+    its teacher  w (B / n + 2 B / L + O)        nothing where it is the student
 """
 
 from __future__ import annotations
@@ -23,8 +34,19 @@ import torch
 from .._checks import is_integer, require
 from .._tiles import GPUS_A_MACHINE, NETWORK, NVLINK
 from ..alignment.config import AlignmentConfig
-from .costs import Cost, Sizes, align_cost, finetune_cost, reconstruct_cost, sinkhorn_seconds, trained_parameters
+from ..alignment.reconstruction import _MEMORY, _ROWS
+from .costs import (
+    Cost,
+    Sizes,
+    adam_seconds,
+    align_cost,
+    finetune_cost,
+    reconstruct_cost,
+    sinkhorn_seconds,
+    trained_parameters,
+)
 from .finetuning import FinetuneConfig
+from .pipeline import RECONSTRUCT_TOKENS
 
 MOST = 64
 RESTS_ON = (
@@ -80,11 +102,23 @@ def _share_weights(z: Sizes, cost: Cost, gpus: int) -> float:
     return sum(cost.memory.values()) - blocks + blocks / gpus + 2 * blocks / z.L
 
 
-def share_align(z: Sizes, options: AlignmentConfig, gpus: int, sharded: bool = False) -> Share | None:
+def _passes(options: Any) -> int:
+    """Of a GPU in all steps; ``options`` of its own."""
+    return options.steps * -(-options.batch_size // (options.micro_batch_size or options.batch_size))
+
+
+def _beside(gathering: float, seconds: dict[str, float]) -> dict[str, float]:
+    """``seconds`` where weights are gathered beside the products: the longer of the two counts."""
+    if gathering <= seconds["products"]:
+        return seconds
+    return {"gathering of weights": gathering} | {name: s for name, s in seconds.items() if name != "products"}
+
+
+def share_align(z: Sizes, options: AlignmentConfig, gpus: int, sharded: bool = False, again: bool = False) -> Share | None:
     own = _shared(options, gpus)
     if own is None:
         return None
-    cost, transport = align_cost(z, own), sinkhorn_seconds(z, own)
+    cost, transport = align_cost(z, own, again), sinkhorn_seconds(z, own)
     plans, routers = 4 * z.L * z.plan, 4 * z.L * z.E * z.H
     seconds = {
         "products": cost.seconds - transport,
@@ -93,26 +127,52 @@ def share_align(z: Sizes, options: AlignmentConfig, gpus: int, sharded: bool = F
     }
     memory = sum(cost.memory.values())
     if sharded:
-        passes = own.steps * -(-own.batch_size // (own.micro_batch_size or own.batch_size))
-        gathering = passes * _messages(3 * z.w * (z.N - z.around), gpus)
         memory = _share_weights(z, cost, gpus)
-        if gathering > seconds["products"]:
-            seconds = {"gathering of weights": gathering} | {name: s for name, s in seconds.items() if name != "products"}
+        seconds = _beside(_passes(own) * _messages(3 * z.w * (z.N - z.around), gpus), seconds)
     return Share(memory + (2 * plans if gpus > 1 else 0), seconds)
 
 
-def share_reconstruct(z: Sizes, options: AlignmentConfig, steps: int, gpus: int) -> Share:
-    cost = reconstruct_cost(z, options, steps, layers=-(-z.L // gpus))
-    return Share(sum(cost.memory.values()), {"products": cost.seconds, "messages": _messages(8 * z.L * z.plan, gpus)})
+def share_reconstruct(z: Sizes, options: AlignmentConfig, steps: int, gpus: int, sharded: bool = False) -> Share:
+    own = -(-z.L // gpus)
+    cost = reconstruct_cost(z, options, steps, layers=own)
+    seconds = {"products": cost.seconds, "messages": _messages(8 * z.L * z.plan, gpus)}
+    if not sharded:
+        return Share(sum(cost.memory.values()), seconds)
+    sequences = max(1, RECONSTRUCT_TOKENS // z.S)
+    groups = -(-own // max(1, _MEMORY // (sequences * z.S * z.H * z.w)))
+    passes = groups * -(-sequences // max(1, _ROWS // z.S))
+    layer = 3 * z.w * z.F * z.H
+    gathering = _messages(passes * z.w * (z.N - z.around) + z.L * layer, gpus)
+    return Share(_share_weights(z, cost, gpus) + layer, _beside(gathering, seconds))
 
 
-def share_finetune(z: Sizes, options: FinetuneConfig, dtype: torch.dtype, teacher: str | None, gpus: int) -> Share | None:
+def share_finetune(
+    z: Sizes,
+    options: FinetuneConfig,
+    dtype: torch.dtype,
+    teacher: str | None,
+    gpus: int,
+    sharded: bool = False,
+    again: bool = False,
+) -> Share | None:
     own = _shared(options, gpus)
     if own is None:
         return None
-    cost = finetune_cost(z, own, dtype, teacher)
+    cost = finetune_cost(z, own, dtype, teacher, again)
     messages = options.steps * _messages(8 * trained_parameters(z, options), gpus)
-    return Share(sum(cost.memory.values()), {"products": cost.seconds, "messages": messages})
+    if not sharded:
+        return Share(sum(cost.memory.values()), {"products": cost.seconds, "messages": messages})
+    width, adapters = 2 if dtype == torch.bfloat16 else 4, bool(options.lora_rank)
+    blocks, memory = z.n - z.around, dict(cost.memory)
+    dense, itself = z.N - z.around, adapters and teacher == "itself"
+    divided = (width if adapters else 4) * z.n + memory.pop("trained")
+    gathered = 2 * width * blocks / z.L + width * z.around if adapters else (3 * width + 4) * blocks / z.L + 8 * z.around
+    taught = teacher is not None and not itself
+    memory |= {"weights": divided / gpus + gathered, "teacher": z.w * (dense / gpus + 2 * dense / z.L + z.around) if taught else 0}
+    a_pass = 2 * width * blocks + (2 * width * z.around if adapters else 4 * blocks + 12 * z.around)
+    a_pass += 0 if teacher is None else width * blocks if itself else z.w * dense
+    seconds = {"products": cost.seconds - adam_seconds(z, own) * (1 - 1 / gpus)}
+    return Share(sum(memory.values()), _beside(_passes(own) * _messages(a_pass, gpus), seconds))
 
 
 def _figures(shares: list[Share | None], gpus: int, alone: float | None, capacity: float) -> dict[str, Any] | None:
@@ -146,24 +206,23 @@ def predict_gpus(
     dtype: torch.dtype,
     teacher: str | None,
     capacity: float,
+    again: bool = False,
 ) -> list[dict[str, Any]]:
     """Of 1, 2, 4, ... and ``most`` GPUs: memory of each and time of the whole run with the weights on every one (``whole``) and
-    divided (``sharded``, of the alignment alone), how near that comes to n times as fast, and what bounds it: products, transport,
-    messages, gathering of weights, memory; None where a GPU would have no sequence. ``micro_batch_size``: where it has to be less.
-    ``capacity``: bytes of a GPU."""
+    divided (``sharded``), how near that comes to n times as fast, and what bounds it: products, transport, messages, gathering of
+    weights, memory; None where a GPU would have no sequence. ``micro_batch_size``: where it has to be less. ``capacity``: bytes of
+    a GPU; ``again``: blocks are computed again in the backward pass."""
     found, alone = [], None
     for gpus in gpu_counts(most):
         shares = {
-            "reconstruct": lambda n=gpus: share_reconstruct(z, options, reconstruct_steps, n),
-            "align": lambda n=gpus: share_align(z, options, n),
-            "finetune": lambda n=gpus: share_finetune(z, tuning, dtype, teacher, n),
+            "reconstruct": lambda sharded, n=gpus: share_reconstruct(z, options, reconstruct_steps, n, sharded),
+            "align": lambda sharded, n=gpus: share_align(z, options, n, sharded, again),
+            "finetune": lambda sharded, n=gpus: share_finetune(z, tuning, dtype, teacher, n, sharded, again),
         }
-        whole = _figures([shares[stage]() for stage in stages], gpus, alone, capacity)
+        whole = _figures([shares[stage](False) for stage in stages], gpus, alone, capacity)
         if gpus == 1 and whole is not None:
             alone, whole = whole["predicted_seconds"], whole | {"share_of_the_ideal": 1.0}
-        sharded = None
-        if stages == ["align"] and gpus > 1:
-            sharded = _figures([share_align(z, options, gpus, True)], gpus, alone, capacity)
+        sharded = _figures([shares[stage](True) for stage in stages], gpus, alone, capacity) if gpus > 1 else None
         micro = _smaller(tuning if stages == ["finetune"] else options, gpus)
         found.append({"gpus": gpus, "micro_batch_size": micro, "whole": whole, "sharded": sharded})
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,24 @@ from ..models.shards import ShardReader, ShardWriter, Spec, file_layout, find_dt
 from ..models.surgery import DenseFFN, find_ffns, recognise_ffn, swap_ffn
 from ..models.target import check_target, in_its_place, replaced_files, require_apart
 from ..partitions import CALIBRATED
+from ..routing.budgets import SoftRouter
 from .checks import TOLERANCES, relative_error
 from .pipeline import METHODS, _build_layers, _check_model, _describe, find_start
 
 _FILE_NAMES = {"experts.down_rows": "experts.down_proj"}
 
 
-class _Source:
+class Source:
     """The dense model: its skeleton without storage, and its files."""
 
-    def __init__(self, folder: str | os.PathLike[str], config: PreTrainedConfig, dtype: torch.dtype | None) -> None:
-        self.config = config
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        config: PreTrainedConfig,
+        dtype: torch.dtype | None,
+        otherwise: str = "--data, with which it is loaded whole",
+    ) -> None:
+        self.config, self.folder = config, Path(folder)
         self.reader = ShardReader(folder)
         self.model = meta_backbone(config)
         self.ffns = find_ffns(self.model)
@@ -46,7 +53,7 @@ class _Source:
             for n in file_layout(self.model)
             if n not in self.reader and not any(s == n and t in self.reader for t, s in tied.items())
         ]
-        allowed = "a checkpoint whose tensors have the names that they have in the model, or --data, with which it is loaded whole"
+        allowed = f"a checkpoint whose tensors have the names that they have in the model, or {otherwise}"
         require(not lacking, "MODEL", f"{folder}, without the tensor {', '.join(lacking[:4])}", allowed)
         self.tied = {source: target for target, source in tied.items()}
         self.dtype = find_dtype(dtype, config, self.reader)
@@ -75,30 +82,61 @@ def _layer_error(ffn: DenseFFN, block: DotMoeBlock) -> float:
     return error
 
 
-class _Layers:
-    """The layers one after the other, in the order of ``convert`` and with its draws."""
+# of a layer the assignment [F] and the router [E, H]
+Learned = Callable[[str, DenseFFN], tuple[Tensor, Tensor]]
 
-    def __init__(self, source: _Source, config: DotMoeConfig, method: str, options: AlignmentConfig) -> None:
-        self.source, self.config, self.method, self.options = source, config, method, options
-        self.generator = torch.Generator().manual_seed(options.seed)
-        self.routers = dict(zip(source.ffns, config.soft_routers(len(source.ffns)), strict=True))
 
-    def write(self, name: str, writer: ShardWriter) -> float:
-        """One layer; its error against the dense FFN."""
-        ffn, config = self.source.ffn(name), self.config
-        (layer,) = _build_layers(self.source.model, {name: ffn}, config, self.method, self.options, None, self.generator).values()
-        if self.method == "dot":
-            Transport({name: layer}, self.options).refresh(self.options.tau_end)
-        assert layer.expert_of is not None
-        router = layer.router_weight.detach()
-        block = DotMoeBlock.from_dense(ffn, layer.expert_of, router, config.num_experts_per_tok, soft=self.routers[name])
-        for part, tensor in block.state_dict().items():
-            file_name = _FILE_NAMES.get(part)
-            writer.write(f"{name}.{file_name or part}", tensor.transpose(1, 2) if file_name else tensor)
-        error = _layer_error(ffn, block)
-        ffn.module.to("meta")
-        swap_ffn(self.source.model, name, ffn.module)
-        return error
+def _write_layer(
+    source: Source, config: DotMoeConfig, name: str, learned: Learned, soft: SoftRouter | None, writer: ShardWriter
+) -> float:
+    """One layer; its error against the dense FFN."""
+    ffn = source.ffn(name)
+    expert_of, router = learned(name, ffn)
+    block = DotMoeBlock.from_dense(ffn, expert_of, router, config.num_experts_per_tok, soft=soft)
+    for part, tensor in block.state_dict().items():
+        file_name = _FILE_NAMES.get(part)
+        writer.write(f"{name}.{file_name or part}", tensor.transpose(1, 2) if file_name else tensor)
+    error = _layer_error(ffn, block)
+    ffn.module.to("meta")
+    return error
+
+
+def write_converted(
+    origin: Source,
+    config: DotMoeConfig,
+    learned: Learned,
+    path: Path,
+    *,
+    tokenizer: Any = None,
+    card: Mapping[str, Any] | None = None,
+    max_shard_size: str = "5GB",
+) -> float:
+    """Writes the sparse model of the dense one in ``origin``, whose config is bound in ``config``, with the memory of one layer;
+    returns the largest error of a layer.
+
+    Raises:
+        ValueError: a layer whose error is above the tolerance.
+    """
+    with torch.device("meta"):
+        sparse = DotMoeForCausalLM(config)
+    names, inside = file_layout(sparse), tuple(f"{name}." for name in origin.ffns)
+    layout = {n: Spec(origin.dtype if t.is_floating_point() else t.dtype, tuple(t.shape)) for n, t in names.items()}
+    soft = config.soft_routers(len(origin.ffns))
+    with write_folder(path, replaced_files(tokenizer=tokenizer is not None)) as new:
+        with writing(new, layout, max_shard_size) as writer:
+            for name in layout:
+                if not name.startswith(inside):
+                    writer.write(name, origin.read(name))
+            worst = max([_write_layer(origin, config, name, learned, s, writer) for name, s in zip(origin.ffns, soft, strict=True)])
+        save_configs(sparse, new, origin.folder, origin.dtype)
+        most = TOLERANCES[origin.dtype]
+        require(worst <= most, "a layer with every expert on", f"{worst:.1e} from its dense FFN", f"at most {most:.0e}")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        (new / "README.md").write_text(model_card(sparse, path.name, card or {}), encoding="utf-8")
+        with in_its_place(new, path):
+            check_folder(new, DotMoeForCausalLM)
+    return worst
 
 
 def convert_folder(
@@ -141,28 +179,21 @@ def convert_folder(
     require_apart(path, "output", f"{path}, which", {"source": source})
     config, dense = copy.deepcopy(config), AutoConfig.from_pretrained(source)
     with torch.device("meta"):
-        origin = _Source(source, dense, dtype)
+        origin = Source(source, dense, dtype)
         _check_model(origin.model, config, origin.ffns)
         options = find_start(given, method, origin.model, origin.ffns, None)
         config.bind(dense, dense_width=next(iter(origin.ffns.values())).gate_proj.shape[0])
         _describe(config, method, options, {}, None)
-        sparse = DotMoeForCausalLM(config)
-    names = file_layout(sparse)
-    layout = {n: Spec(origin.dtype if t.is_floating_point() else t.dtype, tuple(t.shape)) for n, t in names.items()}
-    inside = tuple(f"{name}." for name in origin.ffns)
-    with write_folder(path, replaced_files(tokenizer=tokenizer is not None)) as new:
-        with writing(new, layout, max_shard_size) as writer:
-            for name in layout:
-                if not name.startswith(inside):
-                    writer.write(name, origin.read(name))
-            layers = _Layers(origin, config, method, options)
-            worst = max([layers.write(name, writer) for name in origin.ffns])
-        save_configs(sparse, new, Path(source), origin.dtype)
-        most = TOLERANCES[origin.dtype]
-        require(worst <= most, "a layer with every expert on", f"{worst:.1e} from its dense FFN", f"at most {most:.0e}")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(new)
-        (new / "README.md").write_text(model_card(sparse, path.name, card or {}), encoding="utf-8")
-        with in_its_place(new, path):
-            check_folder(new, DotMoeForCausalLM)
-    return {"all_experts_error": worst, "tolerance": most}
+    generator = torch.Generator().manual_seed(options.seed)
+
+    def start(name: str, ffn: DenseFFN) -> tuple[Tensor, Tensor]:
+        """In the order of ``convert``, and with its draws."""
+        (layer,) = _build_layers(origin.model, {name: ffn}, config, method, options, None, generator).values()
+        if method == "dot":
+            Transport({name: layer}, options).refresh(options.tau_end)
+        swap_ffn(origin.model, name, ffn.module)
+        assert layer.expert_of is not None
+        return layer.expert_of, layer.router_weight.detach()
+
+    worst = write_converted(origin, config, start, path, tokenizer=tokenizer, card=card, max_shard_size=max_shard_size)
+    return {"all_experts_error": worst, "tolerance": TOLERANCES[origin.dtype]}

@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -43,10 +43,11 @@ class Teacher(NamedTuple):
     kl: float
     ce: float
     dtype: torch.dtype | None  # of the products of the student's head, as under autocast
+    mode: Callable[[], AbstractContextManager[object]] = nullcontext  # in which it is the teacher, where it is the student as well
 
     def losses(self, student: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """After a pass of both on tokens [B, N]: kl KL + ce CE, which has a gradient, and the two by name, unweighted."""
-        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False), self.mode():
             theirs = self._states(self.model, tokens, 1)
         ours = self._states(student, tokens, 0)
         if self.heads is None:
@@ -99,10 +100,8 @@ def _read(name: str | os.PathLike[str], model: DotMoeForCausalLM) -> PreTrainedM
         refuse("teacher", f"{place}, which cannot be read ({error})", "the folder of a causal LM, or a name")
 
 
-def _find(teacher: Any, model: DotMoeForCausalLM, adapters: bool, static: bool) -> tuple[PreTrainedModel, str]:
-    """The model that teaches, and what figures call it."""
-    if teacher is model:
-        return _own(model, adapters, static), BEFORE if static else ITSELF
+def other_teacher(teacher: Any, model: DotMoeForCausalLM) -> tuple[PreTrainedModel, str]:
+    """One that is not ``model`` itself, and what figures call it."""
     if isinstance(teacher, str | os.PathLike):
         return _read(teacher, model), os.fspath(teacher)
     kinds = "a causal LM of transformers, a folder or a name"
@@ -111,18 +110,48 @@ def _find(teacher: Any, model: DotMoeForCausalLM, adapters: bool, static: bool) 
     return teacher, str(teacher.config.name_or_path or type(teacher).__name__)
 
 
+def _find(teacher: Any, model: DotMoeForCausalLM, adapters: bool, static: bool) -> tuple[PreTrainedModel, str]:
+    """The model that teaches, and what figures call it."""
+    if teacher is model:
+        return _own(model, adapters, static), BEFORE if static else ITSELF
+    return other_teacher(teacher, model)
+
+
 def _vocabulary(model: PreTrainedModel) -> int | None:
     """Tokens that it gives logits of."""
     weight = getattr(model.get_output_embeddings(), "weight", None)
     return None if weight is None else len(weight)
 
 
-def _probe(model: PreTrainedModel, tokens: Tensor) -> Head | None:
+def require_same_tokens(model: PreTrainedModel, found: PreTrainedModel, name: str) -> None:
+    """
+    Raises:
+        ValueError: the vocabularies differ in size.
+    """
+    theirs, ours = _vocabulary(found), _vocabulary(model)
+    require(theirs == ours, "teacher", f"{name}, of {theirs} tokens", f"a causal LM of the same vocabulary, {ours} tokens")
+
+
+def probe(model: PreTrainedModel, tokens: Tensor) -> Head | None:
+    """Its head, if it is a known one."""
     training = model.training
     try:
         return find_head(model.eval(), tokens[:1, :_PROBE].long().to(model.device))
     finally:
         model.train(training)
+
+
+def known_heads(model: DotMoeForCausalLM, found: PreTrainedModel, heads: tuple[Head | None, Head | None]) -> Any:
+    """``heads`` of student and teacher, or None and a warning where one of them is not known."""
+    if None not in heads:
+        return heads
+    warnings.warn(
+        f"the logits of {type((model.backbone, found)[heads.index(None)]).__name__} are not its output embedding of the "
+        "backbone's last hidden state, scaled or capped as the config says: the loss takes the whole logits of both passes, "
+        "which costs memory and time",
+        stacklevel=6,
+    )
+    return None
 
 
 @contextmanager
@@ -154,20 +183,11 @@ def teaching(
         yield None
         return
     found, name = _find(teacher, model, adapters, static)
-    theirs, ours = _vocabulary(found), _vocabulary(model)
-    require(theirs == ours, "teacher", f"{name}, of {theirs} tokens", f"a causal LM of the same vocabulary, {ours} tokens")
-    heads = (_probe(model, tokens), _probe(found, tokens))
-    if None in heads:
-        warnings.warn(
-            f"the logits of {type((model.backbone, found)[heads.index(None)]).__name__} are not its output embedding of the "
-            "backbone's last hidden state, scaled or capped as the config says: the loss takes the whole logits of both passes, "
-            "which costs memory and time",
-            stacklevel=5,
-        )
+    require_same_tokens(model, found, name)
+    heads = known_heads(model, found, (probe(model, tokens), probe(found, tokens)))
     training = found.training
     found.eval()
     try:
-        known = None if None in heads else heads
-        yield Teacher(found, name, known, kl, ce, torch.bfloat16 if half else None)  # type: ignore[arg-type]
+        yield Teacher(found, name, heads, kl, ce, torch.bfloat16 if half else None)
     finally:
         found.train(training)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -20,11 +22,13 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from .._checks import require
+from .backbone import meta_backbone
 from .block import moe_blocks
 from .config import DotMoeConfig
 from .modeling import DotMoeForCausalLM
 from .names import no_bar, read_conversions
 from .shards import ShardReader, find_dtype, read_generation
+from .surgery import find_ffns
 
 
 def _owner(name: str, layers: Iterable[str]) -> str:
@@ -44,6 +48,7 @@ class Layerwise:
         dtype: None takes that of the config, or of the files.
         read_as: dtype that the tensors are rounded to before; likewise.
         device: where layers run.
+        on_call: a layer is read when it is called; else by ``take``.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class Layerwise:
         dtype: torch.dtype | None = None,
         read_as: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        on_call: bool = True,
     ) -> None:
         self.model, self.device, self.layers = model.eval().requires_grad_(False), device, tuple(layers)
         self._reader, self._conversions = ShardReader(folder), conversions
@@ -75,7 +81,7 @@ class Layerwise:
         for unit in keep:
             self._load(unit)
             del self.units[unit]
-        for unit in self.units:
+        for unit in self.units if on_call else ():
             module = model.get_submodule(unit)
             module.register_forward_pre_hook(lambda *_, unit=unit: self._load(unit))
             module.register_forward_hook(lambda *_, unit=unit: self._drop(unit), always_call=True)
@@ -139,6 +145,13 @@ class Layerwise:
             own, last = self._place(name)
             own[last] = self._blank[name]
 
+    def take(self, path: str) -> None:
+        """Reads what the model then keeps: a layer, or of "" all that is in none."""
+        for unit in [path] if path else [unit for unit in self.units if unit not in self.layers]:
+            self._load(unit)
+        if not path:
+            self.model.tie_weights(recompute_mapping=False)
+
     @contextmanager
     def loaded(self, unit: str) -> Iterator[None]:
         """Inside, the module has its weights."""
@@ -160,3 +173,10 @@ def converted_layers(
     model.generation_config = read_generation(Path(folder)) or model.generation_config
     layers = [name.rpartition(".")[0] for name in moe_blocks(model)]
     return Layerwise(model, folder, read_conversions(model.backbone), layers, **options)
+
+
+def dense_layers(folder: str | os.PathLike[str], config: PreTrainedConfig, **options: Any) -> Layerwise:
+    """The dense model in ``folder``, of this config; options as of ``Layerwise``."""
+    model = meta_backbone(config)
+    layers = [name.rpartition(".")[0] for name in find_ffns(model)]
+    return Layerwise(model, folder, get_model_conversion_mapping(model), layers, **options)
