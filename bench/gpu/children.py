@@ -96,7 +96,8 @@ class _Child:
         code = self.process.poll()  # before reading: what it wrote until then is read below
         self.read(on_end, now)
         if code is not None:
-            if code != ANEW and self.left:
+            none = len(self.left) == len(self.lane.items)  # who asks for a new process before any item would ask again
+            if self.left and (code != ANEW or none):
                 self.blame(on_end, f"died: exit status {code}" if code >= 0 else f"died: signal {-code}")
             return True
         limit = self.lane.limit if self.current else self.lane.start
