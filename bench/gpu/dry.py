@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ TEST_SECONDS, LARGE_SECONDS = 1.5, 12.0  # of a gpu-marked test beside its compi
 BENCH_SECONDS, INDUCTOR_SECONDS = 6.0, 5.0  # of a headline, of torch.compile for one [estimates]
 SMOKE_SECONDS = 1.0  # of an op at a size [estimate]
 CONTEXT_SECONDS = 4.0  # of a process to get at the GPU, with fifteen others doing the same [estimate]
-_MINUTES = 60.0  # that the dry call itself may take
+_MINUTES, _PATIENCE = 600.0, 3600.0  # that the dry call itself may take, and seconds of an item: a machine may have other work
 
 
 def binaries(folder: Path, names: Sequence[str]) -> dict[str, str]:
@@ -68,7 +69,7 @@ def predict(
 def _measured(session: Session, kernels: dict[str, str]) -> dict[str, float]:
     """Compiles one binary a kernel here."""
     one_each = {kernel: name for name, kernel in kernels.items()}
-    lanes = [Lane("compile", lane, 600) for lane in spread(list(one_each.values()), machine.cores())]
+    lanes = [Lane("compile", lane, _PATIENCE, _PATIENCE) for lane in spread(list(one_each.values()), machine.cores())]
     session.lanes(lanes, session.budget.left(), machine.cores())
     done = session.section("compile")
     return {kernel: done[name]["cpu_seconds"] for kernel, name in one_each.items() if done[name]["status"] == "done"}
@@ -80,7 +81,8 @@ def dry(cache: Path, path: Path | None, *, cores: int, minutes: float, only: str
     session = Session(path or cache / "dry.json", "first_dry", "", budget, runner(cache, here), here)
     files, cases = first.files_of(first.STEPS, only), first.cases_of(first.FIRST_OPS, only)
     smoke = [item for item in SMOKE if only in item]
-    session.lanes(first.walk_lanes(files, [*cases, *smoke], 4 * here), budget.left())
+    lanes = first.walk_lanes(files, [*cases, *smoke], 4 * here)
+    session.lanes([replace(lane, limit=_PATIENCE, start=_PATIENCE) for lane in lanes], budget.left())
     walk = session.section("walk")
     kernels = binaries(cache / "binaries", first.found_binaries(session))
     measured = _measured(session, kernels)

@@ -69,9 +69,7 @@ def smoke_lanes(cores: int, only: str = "") -> tuple[list[Lane], list[Lane]]:
 
 def walk_lanes(files: Sequence[str], cases: Sequence[str], cores: int) -> list[Lane]:
     """The longest first."""
-    tests = [Lane("collect", tuple(files), 120)] if files else []
     return [
-        *tests,
         *(Lane("walk", (file,), 240) for file in sorted(files, key=lambda name: "_triton" not in name)),
         *(Lane("walk", lane, 60) for lane in spread(cases, max(cores // 4, 1))),
     ]
@@ -107,7 +105,8 @@ def smoke(session: Session, only: str, seconds: float) -> None:
 
 
 def find(session: Session, files: Sequence[str], cases: Sequence[str], seconds: float) -> None:
-    session.lanes(walk_lanes(files, cases, session.cores), _WALK * seconds)
+    collection = Lane("collect", tuple(files), 120)
+    session.lanes([collection, *walk_lanes(files, cases, session.cores)], _WALK * seconds)
 
 
 def found_binaries(session: Session) -> list[str]:
@@ -115,7 +114,9 @@ def found_binaries(session: Session) -> list[str]:
 
 
 def found_tests(session: Session) -> list[str]:
-    return [test for one in session.section("collect").values() for test in one.get("tests", [])]
+    """By the collection, and where that failed by the walk."""
+    found = [test for kind in ("collect", "walk") for one in session.section(kind).values() for test in one.get("tests", [])]
+    return list(dict.fromkeys(found))
 
 
 def compile_all(session: Session, seconds: float) -> None:
