@@ -401,21 +401,52 @@ def test_the_prediction_adds_up():
     assert found["benches"] == (0.0, 100.0)
 
 
-def test_dry_of_one_group(tmp_path):
-    """Its tests and benches through the JIT, its binaries through the compiler, its minutes."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "bench.gpu", "first", "--dry", "--only", "soft_topk_triton", "--cores", "16"]
+def outside(*command, **more):
+    """A process that compiles its kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    folders = ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--commit", "abc"]
-    done = subprocess.run([*command, *folders], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "PREDICTED for 16 cores" in done.stdout
+    return done.stdout
+
+
+AGAIN = """
+from triton import knobs
+from bench.gpu import cases, fake
+
+fake.use_driver()
+knobs.compilation.listener = lambda *, src, cache_hit, **_: print(src.name, cache_hit)
+with fake.device():
+    call = cases.build("soft_top_k/small", "cuda")[0]
+    cases.values(call, call.ours)
+"""
+
+
+def test_dry_of_one_group(tmp_path):
+    """Through the JIT, its binaries through the compiler, its minutes; and the JIT then finds those binaries."""
+    pytest.importorskip("triton")
+    folders = ("--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--commit", "abc")
+    printed = outside("-m", "bench.gpu", "first", "--dry", "--only", "soft_top_k/small", "--cores", "16", *folders)
+    assert "PREDICTED for 16 cores" in printed
     data = json.loads((tmp_path / "out" / "first-dry-abc.json").read_text())
-    walked = data["items"]["walk"]["tests/test_soft_topk_triton.py"]
-    assert walked["ended"] + len(walked["stopped"]) == len(walked["tests"]) >= 4
-    assert data["items"]["compile"]
-    assert set(data["items"]["compile"]) <= set(walked["binaries"])
-    assert all(one["status"] == "done" for one in data["items"]["compile"].values())
-    assert (tmp_path / "cache" / "triton").is_dir()
+    walked = data["items"]["walk"]
+    binaries = {name for one in walked.values() for name in one["binaries"]}
+    assert set(walked) == {"soft_top_k/small", "route_soft_top_k/small"}
+    assert binaries == set(data["items"]["compile"])
+    assert all(one["status"] == "done" and one["cpu_seconds"] > 0 for one in data["items"]["compile"].values())
     assert 0 < data["predicted"]["total_seconds"] < 60 * 9
+    found = outside("-c", AGAIN, TRITON_CACHE_DIR=str(tmp_path / "cache" / "triton")).split()
+    assert found[1::2] == ["True"] * walked["soft_top_k/small"]["launches"]
+
+
+def test_marked_tests_go_through_the_jit(tmp_path):
+    pytest.importorskip("triton")
+    file = "tests/test_soft_topk_triton.py"
+    (tmp_path / "items").write_text(json.dumps([file]))
+    (tmp_path / "binaries").mkdir()
+    outside("-m", "bench.gpu.worker", "walk", str(tmp_path / "items"), str(tmp_path / "events"))
+    begin, end = map(json.loads, (tmp_path / "events").read_text().splitlines())
+    assert begin == {"begin": file}
+    assert end["ended"] == len(end["tests"]) >= 4
+    assert end["stopped"] == []
+    assert end["launches"] > len(end["binaries"]) == len(list((tmp_path / "binaries").iterdir())) >= 4

@@ -44,7 +44,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training": ("test_backward_triton",),
 }
 SHARES = (Share("smoke", 0.15, 90), Share("compile", 0.25), Share("tests", 0.3), Share("benches", 0.3))
-TEST_LIMIT, BENCH_LIMIT, SMOKE_LIMIT, ROUNDING_LIMIT = 75.0, 40.0, 60.0, 20.0  # seconds an item
+TEST_LIMIT, SMOKE_LIMIT, ROUNDING_LIMIT = 75.0, 60.0, 20.0  # seconds an item
 _ALONE = 40.0  # seconds of the smoke's share for the rounding's process
 _LARGE = re.compile(r"int64|beyond|more_slots|31_bits")  # tests of several GB each: one after the other
 _WALK = 0.6  # of the compile stage, at most, for finding the binaries
@@ -134,9 +134,14 @@ def run_tests(session: Session, seconds: float) -> None:
 
 
 def run_benches(session: Session, names: Sequence[str], seconds: float) -> None:
-    if names:
-        lane = Lane("bench", ("ceilings", *(f"{name}|{BENCH_LIMIT:.0f}" for name in names)), BENCH_LIMIT)
-        session.lanes([lane], seconds, 1)
+    """One process after the other, so that each has the device alone; those of one limit share one."""
+    from bench.gpu.headline import HEADLINES
+
+    limits: dict[float, list[str]] = {}
+    for name in names:
+        limits.setdefault(HEADLINES[name].seconds, []).append(name)
+    lanes = [Lane("bench", ("ceilings", *(f"{name}|{limit:.0f}" for name in group)), limit) for limit, group in limits.items()]
+    session.lanes(lanes, seconds, 1)
 
 
 # --- the table ---------------------------------------------------------------------------------------------------------
@@ -188,6 +193,9 @@ def summary(data: dict[str, Any]) -> str:
         for name, found in section.items():
             if found["status"] not in ("done", "skipped", "not reached"):
                 lines.append(f"  {name}: {found['status']} {found.get('reason', '')}".rstrip()[:220])
+    anew = sum(len(one.get("compiled", [])) for kind in ("tests", "bench") for one in data["items"].get(kind, {}).values())
+    if anew:
+        lines.append(f"{anew} binaries were compiled by tests and benches: the walk had not found them, or not in time")
     reached = [item for kind in ("smoke", "bench") for item in data["items"].get(kind, {}).items()]
     missing = [name for name, one in reached if one["status"].startswith("not reached")]
     if missing:

@@ -51,6 +51,7 @@ class Headline(NamedTuple):
     impls: tuple[str, ...]
     target: Target | None = None
     graph: bool = False  # ours as a graph is added to a group that has none
+    seconds: float = 40.0  # after which it counts as hung
 
 
 _FEW = (OURS, GRAPH, "dense-merged", "dense-merged-graph")
@@ -90,10 +91,10 @@ SECOND: tuple[Headline, ...] = (
     Headline("training L3 T 8192", (OURS, "ours-recompute", "dense-merged"), Target("times", 1.8, "dense-merged")),
     Headline("alignment L3 T 8192", _ALIGNMENT, Target("times", 1.3, "eager")),
     Headline("alignment coarse T 8192", _ALIGNMENT, Target("times", 1.5, "eager")),
-    Headline("alignment step Q25", (OURS, "autograd")),
     Headline("training coarse T 8192", (OURS, "dense-merged"), Target("times", 1.8, "dense-merged")),
     Headline("sinkhorn gradient Q25 x 1", (OURS, "ours-implicit", "eager-loop"), Target("times", 10, "eager-loop")),
     Headline("alignment Q25 T 8192", _ALIGNMENT, Target("times", 1.3, "eager")),
+    Headline("alignment step Q25", (OURS, "autograd"), seconds=90),
 )
 HEADLINES = {one.name: one for one in (*FIRST, *SECOND)}
 

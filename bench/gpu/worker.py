@@ -31,6 +31,7 @@ _TOP = 15  # kernels of a profile
 class Report:
     def __init__(self, file: TextIO) -> None:
         self._file, self.current = file, ""
+        self.compiled: list[str] = []  # kernels that were not in Triton's cache since the last event
 
     def _write(self, event: dict[str, Any]) -> None:
         self._file.write(json.dumps(event) + "\n")
@@ -41,7 +42,19 @@ class Report:
         self._write({"begin": item})
 
     def end(self, **found: Any) -> None:
-        self._write({"end": self.current, **found})
+        more = {"compiled": self.compiled} if self.compiled else {}
+        self._write({"end": self.current, **more, **found})
+        self.compiled = []
+
+    def watch(self) -> None:
+        """Notes what Triton compiles from now on."""
+        from triton import knobs
+
+        def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
+            if not cache_hit:
+                self.compiled.append(src.name)
+
+        knobs.compilation.listener = listen
 
 
 def first_line(problem: BaseException) -> str:
@@ -284,7 +297,9 @@ def main(arguments: list[str]) -> int:
     kind, items, events = arguments
     os.chdir(ROOT)  # what tests are named by
     with open(events, "a") as file:
-        return KINDS[kind](json.loads(Path(items).read_text()), Report(file), Path(items).parent)
+        report = Report(file)
+        report.watch()
+        return KINDS[kind](json.loads(Path(items).read_text()), report, Path(items).parent)
 
 
 if __name__ == "__main__":
