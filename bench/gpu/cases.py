@@ -51,7 +51,7 @@ def _made(size: Size, device: str) -> Callable[..., Tensor]:
 
 
 def _sinkhorn(size: Size, device: str, backward: str = "unroll") -> Call:
-    options = {"tau": 1.0, "num_iters": 20}  # enough for the fixed point, where both gradients meet
+    options: dict[str, Any] = {"tau": 1.0, "num_iters": 20}  # enough for the fixed point, where both gradients meet
     leaves = (_made(size, device)(2, size.shape.F, size.shape.E, seed=0),)
     return Call(partial(dk.sinkhorn, backward=backward, **options), lambda a: reference.sinkhorn(a, **options)[0], leaves)
 
@@ -141,7 +141,7 @@ def _permutation(size: Size, device: str, which: str) -> Call:
         return Call(lambda: dk.neuron_order(expert_of), lambda: order)
     blocks = partial(reference.expert_blocks, order=order, num_experts=c.E)
     if which == "pack_experts":
-        return Call(lambda *w: dk.pack_experts(*w, order, c.E), lambda *w: blocks(*w), dense)
+        return Call(lambda gate, up, down: dk.pack_experts(gate, up, down, order, c.E), lambda *w: blocks(*w), dense)
     return Call(lambda *w: dk.unpack_experts(*blocks(*w), order), lambda *w: w, dense)
 
 
