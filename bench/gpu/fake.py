@@ -20,6 +20,7 @@ from typing import Any
 from unittest.mock import MagicMock, patch
 
 import torch
+import torch.fx.experimental._config as meta_config
 from torch._library.custom_ops import OPDEFS
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
@@ -177,6 +178,9 @@ _CUDA = {
         multi_processor_count=_PROCESSORS, L2_cache_size=60 << 20, total_memory=139 << 30, major=9, minor=0, warp_size=32
     ),
     "synchronize": lambda *_: None,
+    "reset_peak_memory_stats": lambda *_: None,
+    "memory_allocated": lambda *_: 0,
+    "max_memory_allocated": lambda *_: 0,
     "get_sync_debug_mode": lambda: 0,
     "set_sync_debug_mode": lambda _: None,
     "is_current_stream_capturing": lambda: False,
@@ -200,6 +204,8 @@ def device() -> Iterator[None]:
         for name in _MOCKED:
             stack.enter_context(patch.object(torch.cuda, name, MagicMock()))
         stack.enter_context(patch.object(torch, "Generator", _Generator))
+        if hasattr(meta_config, "meta_nonzero_assume_all_nonzero"):
+            stack.enter_context(meta_config.patch(meta_nonzero_assume_all_nonzero=True))
         stack.enter_context(functions := _Everywhere())
         stack.enter_context(_Bodies(functions))
         yield
