@@ -9,15 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is not installed with the package
 
 import dotmoe_kernels as dk
-from bench.gpu import cases, dry, first, headline, second
+from bench.gpu import cases, dry, first, headline, second, suite, worker
 from bench.gpu.budget import Budget, Share
 from bench.gpu.children import ANEW, Lane, run_lanes, spread
 from bench.gpu.session import Session
 from bench.machine import ROOT
+from bench.paired import Case, Group
 
 # --- the budget --------------------------------------------------------------------------------------------------------
 
@@ -300,6 +302,70 @@ def test_the_second_call_profiles_the_worst_first(session, capsys):
     assert first.reported(made, lambda: second.run(made, before), second.profile_text) == 0
     assert run.lanes[-1] == ("profile", ("experts coarse T 8192", "experts L3 T 8192"))
     assert "500.0    1.0 x  _up_kernel" in capsys.readouterr().out
+
+
+# --- what a child does --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def child(tmp_path):
+    def run(kind, *items):
+        with (tmp_path / "events").open("w") as file:
+            assert worker.KINDS[kind](list(items), worker.Report(file), tmp_path) == 0
+        lines = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
+        assert [line["begin"] for line in lines[::2]] == [line["end"] for line in lines[1::2]] == list(items)
+        return lines[1::2]
+
+    return run
+
+
+ROUNDING = "rounding Q25 x 28"
+
+
+@pytest.fixture
+def groups(monkeypatch):
+    calls = {"ours": lambda: 0.0, headline.GRAPH: lambda: 0.0}
+    case = Case(calls, lambda name, found: abs(found), 1e-3, skipped={"peer": "absent"})
+
+    def broken():
+        raise RuntimeError("no\nweights")
+
+    made = [Group(ROUNDING, tuple(calls), lambda: case, {"bytes": 1e9}), Group("block L3 T 1", ("ours",), broken, {})]
+    monkeypatch.setattr(headline, "all_groups", lambda: {group.name: group for group in made})
+    monkeypatch.setattr(suite, "measure_ceilings", lambda: {"copy_bytes_per_second": 1e12, "bf16_flops_per_second": 1e14})
+    meter = suite.Meter(lambda call: 2e-3, lambda call: 4096, lambda: 0.0)
+    monkeypatch.setattr(suite, "Meter", lambda: meter)
+    monkeypatch.setattr(worker, "call_seconds", lambda call: 5e-3)
+
+
+def test_a_child_measures_headlines(groups, child):
+    ceilings, found, failed = child("bench", "ceilings", f"{ROUNDING}|40", "block L3 T 1|40")
+    assert ceilings["ceilings"]["copy_bytes_per_second"] == 1e12
+    ours, graph = found["benchmarks"]
+    assert [one["extra_info"]["impl"] for one in (ours, graph)] == ["ours", "ours-graph"]
+    assert ours["group"] == ROUNDING
+    assert ours["extra_info"]["times_limit"] == pytest.approx(2)
+    assert ours["extra_info"]["call_seconds"] == 5e-3
+    assert found["skipped"] == {"peer": "absent"}
+    assert failed["status"] == "failed"
+    assert failed["reason"] == "RuntimeError: no"
+
+
+def test_a_child_profiles(groups, child):
+    (found,) = child("profile", ROUNDING)
+    assert "reason" not in found
+    assert found["device"] == []  # nothing ran on one
+
+
+def test_a_child_says_what_became_of_every_test(tmp_path):
+    pytest.importorskip("triton")
+    tests = ["tests/test_backend.py::test_a_gpu_tensor_runs_triton"]
+    (tmp_path / "items").write_text(json.dumps(tests))
+    outside("-m", "bench.gpu.worker", "tests", str(tmp_path / "items"), str(tmp_path / "events"))
+    begin, end = map(json.loads, (tmp_path / "events").read_text().splitlines())
+    assert begin == {"begin": tests[0]}
+    assert end["end"] == tests[0]
+    assert ("status" in end) != torch.cuda.is_available()  # else skipped, with the reason
 
 
 # --- the registry ------------------------------------------------------------------------------------------------------
