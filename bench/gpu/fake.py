@@ -205,7 +205,7 @@ def device() -> Iterator[None]:
             stack.enter_context(patch.object(torch.cuda, name, MagicMock()))
         stack.enter_context(patch.object(torch, "Generator", _Generator))
         if hasattr(meta_config, "meta_nonzero_assume_all_nonzero"):
-            stack.enter_context(meta_config.patch(meta_nonzero_assume_all_nonzero=True))
+            stack.enter_context(meta_config.patch(meta_nonzero_assume_all_nonzero=True))  # type: ignore[attr-defined]
         stack.enter_context(functions := _Everywhere())
         stack.enter_context(_Bodies(functions))
         yield
