@@ -159,6 +159,8 @@ def test_spread():
     assert spread("abcde", 2) == [("a", "c", "e"), ("b", "d")]
     assert spread("a", 16) == [("a",)]
     assert spread("", 3) == []
+    assert spread("abcde", 16, least=4) == [("a", "c", "e"), ("b", "d")]
+    assert spread("abcd", 16, least=4) == [("a", "b", "c", "d")]
 
 
 # --- the record --------------------------------------------------------------------------------------------------------

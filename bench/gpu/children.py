@@ -148,9 +148,11 @@ def run_lanes(
             on_end(lane.kind, item, {"status": "not reached"})
 
 
-def spread(items: Sequence[str], count: int) -> list[tuple[str, ...]]:
-    """Round robin: neighbours, which cost about the same, go to different processes."""
-    return [tuple(items[i::count]) for i in range(min(count, len(items)))]
+def spread(items: Sequence[str], count: int, least: int = 1) -> list[tuple[str, ...]]:
+    """Round robin: neighbours, which cost about the same, go to different processes. A process is worth its start from about
+    ``least`` items on."""
+    count = min(count, -(-len(items) // least))
+    return [tuple(items[i::count]) for i in range(count)]
 
 
 def write_json(path: Path, data: Any) -> None:

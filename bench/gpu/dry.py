@@ -69,7 +69,7 @@ def predict(
 def _measured(session: Session, kernels: dict[str, str]) -> dict[str, float]:
     """Compiles one binary a kernel here."""
     one_each = {kernel: name for name, kernel in kernels.items()}
-    lanes = [Lane("compile", lane, _PATIENCE, _PATIENCE) for lane in spread(list(one_each.values()), machine.cores())]
+    lanes = [Lane("compile", lane, _PATIENCE, _PATIENCE) for lane in spread(list(one_each.values()), machine.cores(), 4)]
     session.lanes(lanes, session.budget.left(), machine.cores())
     done = session.section("compile")
     return {kernel: done[name]["cpu_seconds"] for kernel, name in one_each.items() if done[name]["status"] == "done"}

@@ -71,7 +71,7 @@ def walk_lanes(files: Sequence[str], cases: Sequence[str], cores: int) -> list[L
     """The longest first."""
     return [
         *(Lane("walk", (file,), 240) for file in sorted(files, key=lambda name: "_triton" not in name)),
-        *(Lane("walk", lane, 60) for lane in spread(cases, max(cores // 4, 1))),
+        *(Lane("walk", lane, 60) for lane in spread(cases, max(cores // 4, 1), 8)),
     ]
 
 
@@ -121,7 +121,7 @@ def found_tests(session: Session) -> list[str]:
 
 def compile_all(session: Session, seconds: float) -> None:
     names = found_binaries(session)
-    session.lanes([Lane("compile", lane, 90) for lane in spread(names, session.cores)], seconds)
+    session.lanes([Lane("compile", lane, 90) for lane in spread(names, session.cores, 4)], seconds)
 
 
 def run_tests(session: Session, seconds: float) -> None:
