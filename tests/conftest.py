@@ -3,6 +3,8 @@
 import os
 import warnings
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from zlib import crc32
 
 import pytest
@@ -21,6 +23,35 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also the tests marked slow")
     orders = "of a launch's programs, interpreted: one a test, by its name, or every one (three times as long)"
     parser.addoption("--orders", choices=["one", "all"], default="one", help=orders)
+    oldest = (
+        "folder of a virtual environment, made where there is none, in which the kernels' tests run with the oldest Triton allowed"
+    )
+    parser.addoption("--oldest-triton", type=Path, metavar="PATH", help=oldest)
+
+
+def pytest_configure(config):
+    problem = numpy_problem(*map(installed, ("triton", "numpy")))
+    if problem and not HAS_GPU:
+        raise pytest.UsageError(problem)
+
+
+def installed(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def numpy_problem(triton, numpy):
+    """Triton's interpreter made numbers of arrays of one element until 3.7, which NumPy refuses from 2.4 on."""
+    if triton and release(triton) < (3, 7) and release(numpy) >= (2, 4):
+        return f"numpy is {numpy}; allowed: numpy<2.4 with Triton {triton}, whose interpreter runs the kernels' tests"
+    return None
+
+
+def release(text):
+    """Major and minor."""
+    return tuple(int(part) for part in text.split(".")[:2])
 
 
 def launches_kernels(module):

@@ -1,4 +1,4 @@
-"""Triton's interpreter, watched: a launch's programs run in an order of our own, and every address that one of them touches is checked.
+"""Triton's interpreter, watched: a launch's programs run in an order of our own, and every address that they touch is checked.
 
 A GPU runs the programs of a launch in any order and at the same time; the interpreter runs them one after another, first to last,
 so that a kernel which needs that order passes all its tests here. Inside ``watched(order)`` a launch fails where
@@ -11,7 +11,6 @@ so that a kernel which needs that order passes all its tests here. Inside ``watc
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ class Fault(AssertionError):
 
 
 class _Memory:
-    """A storage and which program touched an element last: 0 none, else its number from 1. Pages that nobody touches cost nothing."""
+    """Of a storage's elements: which program touched them last, 0 none, else its number from 1. Zeros cost nothing until touched."""
 
     def __init__(self, size: int) -> None:
         self.written, self.added_to, self.read = (np.zeros(size, np.int32) for _ in range(3))
@@ -102,9 +101,11 @@ class _Launch:
         raise Fault(f"{self.kernel}, {who}: {what}")
 
     def name(self, argument: _Argument) -> str:
-        t = argument.tensor
-        found = (n for n, a in self.named.items() if isinstance(a, torch.Tensor) and (a.data_ptr(), a.shape) == (t.data_ptr(), t.shape))
-        return f"{next(found, 'a tensor')} {list(t.shape)}"
+        def same(other: Any) -> bool:
+            return isinstance(other, torch.Tensor) and (other.data_ptr(), other.shape) == (tensor.data_ptr(), tensor.shape)
+
+        tensor = argument.tensor
+        return f"{next((name for name, one in self.named.items() if same(one)), 'a tensor')} {list(tensor.shape)}"
 
     def enter(self, tensor: torch.Tensor) -> int:
         """The pointer that the kernel gets."""

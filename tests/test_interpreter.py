@@ -122,7 +122,9 @@ def refused(order, message, kernel, *args, grid=(6,), **constants):
 @EVERY
 @pytest.mark.parametrize("atomic", [False, True])
 def test_a_race(order, atomic):
-    message = r"_chain_kernel, program \(\d, 0, 0\) of \(6, 1, 1\), \w+ order: a \w+ of element \d of out_ptr \[7\], \w+( to)? by program"
+    message = (
+        r"_chain_kernel, program \(\d, 0, 0\) of \(6, 1, 1\), \w+ order: a \w+ of element \d of out_ptr \[7\], \w+( to)? by program"
+    )
     refused(order, message, _chain_kernel, torch.randn(6), torch.zeros(7), ATOMIC=atomic)
 
 
@@ -134,7 +136,9 @@ def test_without_the_watch_a_race_looks_right():
 
 @EVERY
 def test_two_writers(order):
-    refused(order, r"a store of element 0 of out_ptr \[3\], written by program", _same_place_kernel, torch.zeros(3), FIRST_ADDS=False)
+    refused(
+        order, r"a store of element 0 of out_ptr \[3\], written by program", _same_place_kernel, torch.zeros(3), FIRST_ADDS=False
+    )
 
 
 @EVERY
@@ -156,7 +160,17 @@ def test_an_atomic_and_a_store(order):
 def test_an_overrun(order, view, step, what):
     x, out = torch.randn(2 * N)[view], torch.empty(N)
     refused(order, what, _copy_kernel, x, out, N, step, MASKED=False, BLOCK=BLOCK)
-    refused(order, what.replace("load", "store").replace("x_ptr", "out_ptr"), _copy_kernel, torch.randn(N), x, N, 1, MASKED=True, BLOCK=BLOCK)
+    refused(
+        order,
+        what.replace("load", "store").replace("x_ptr", "out_ptr"),
+        _copy_kernel,
+        torch.randn(N),
+        x,
+        N,
+        1,
+        MASKED=True,
+        BLOCK=BLOCK,
+    )
 
 
 def test_an_overrun_into_another_tensor_of_the_launch():
@@ -210,7 +224,8 @@ def test_a_store_of_another_size(monkeypatch):
 
 
 def test_a_grid_that_no_gpu_takes():
-    refused("forward", r"_add_kernel, grid \(1, 65536, 1\): a GPU takes a grid of at most", _add_kernel, torch.zeros(1), grid=(1, 65536))
+    message = r"_add_kernel, grid \(1, 65536, 1\): a GPU takes a grid of at most"
+    refused("forward", message, _add_kernel, torch.zeros(1), grid=(1, 65536))
 
 
 def test_what_it_changes_is_undone():
@@ -219,10 +234,14 @@ def test_what_it_changes_is_undone():
     def state():
         return interpreter.GridExecutor.__call__, interpreter._implicit_cvt, type(interpreter.interpreter_builder)
 
+    def inside():
+        with watched("reversed"):
+            assert state() != before
+            with pytest.raises(RuntimeError, match="watched already"), watched("forward"):
+                pass
+            raise KeyError
+
     before = state()
-    with pytest.raises(KeyError), watched("reversed"):
-        assert state() != before
-        with pytest.raises(RuntimeError, match="watched already"), watched("forward"):
-            pass
-        raise KeyError
+    with pytest.raises(KeyError):
+        inside()
     assert state() == before

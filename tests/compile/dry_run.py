@@ -48,7 +48,11 @@ def whole_pass(outputs: Any, *leaves: torch.Tensor) -> None:
 
 def transport(shape: Shape) -> Iterator[Case]:
     def solve(final: str, backward: str, dtype: torch.dtype) -> None:
-        affinity, tau, capacity = made(2, shape.F, shape.E, dtype=dtype, learns=True), made(2, learns=True), made(shape.E, learns=True)
+        affinity, tau, capacity = (
+            made(2, shape.F, shape.E, dtype=dtype, learns=True),
+            made(2, learns=True),
+            made(shape.E, learns=True),
+        )
         options = {"num_iters": 3, "tol": 1e-3, "final": final, "backward": backward, "return_info": True}
         plan, info = dk.sinkhorn(affinity, capacity, tau=tau, **options)
         whole_pass(plan, affinity, tau, capacity)
@@ -58,9 +62,13 @@ def transport(shape: Shape) -> Iterator[Case]:
         yield f"sinkhorn {final} {backward}", lambda final=final, backward=backward: solve(final, backward, torch.float32)
     yield "sinkhorn in 16 bits", lambda: solve("row", "unroll", torch.bfloat16)
     for dtype in (torch.float32, torch.float64):
-        yield f"balanced_assignment {dtype}", lambda dtype=dtype: dk.balanced_assignment(made(2, shape.F, shape.E, dtype=dtype), return_gap=True)
-    yield "balanced_assignment with capacities", lambda: dk.balanced_assignment(
-        made(2, shape.F, shape.E), torch.empty(shape.E, dtype=torch.int64, device="cuda")
+        yield (
+            f"balanced_assignment {dtype}",
+            lambda dtype=dtype: dk.balanced_assignment(made(2, shape.F, shape.E, dtype=dtype), return_gap=True),
+        )
+    yield (
+        "balanced_assignment with capacities",
+        lambda: dk.balanced_assignment(made(2, shape.F, shape.E), torch.empty(shape.E, dtype=torch.int64, device="cuda")),
     )
 
 
@@ -155,7 +163,12 @@ def alignment(shape: Shape) -> Iterator[Case]:
     E, K, F, H = shape.E, shape.K, shape.F, shape.H
 
     def train(T: int, dtype: torch.dtype, balanced: bool, *soft: str) -> None:
-        x, gate, up, down = made(T, H, dtype=dtype, learns=True), made(F, H, dtype=dtype), made(F, H, dtype=dtype), made(H, F, dtype=dtype)
+        x, gate, up, down = (
+            made(T, H, dtype=dtype, learns=True),
+            made(F, H, dtype=dtype),
+            made(F, H, dtype=dtype),
+            made(H, F, dtype=dtype),
+        )
         sizes = {"plan": (F, E), "probs": (T, E), "weights": (T, K)}
         leaves = {name: made(*sizes[name], learns=True) for name in soft}
         expert_of = torch.empty(F, dtype=torch.int64, device="cuda")
