@@ -33,7 +33,7 @@ class Fault(AssertionError):
 
 
 class _Memory:
-    """Of a storage's elements: which program touched them last, 0 none, else its number from 1. Zeros cost nothing until touched."""
+    """Which program touched a storage's elements last: 0 none, else its number from 1. Zeros cost nothing until touched."""
 
     def __init__(self, size: int) -> None:
         self.written, self.added_to, self.read = (np.zeros(size, np.int32) for _ in range(3))
