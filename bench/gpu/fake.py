@@ -20,6 +20,7 @@ from typing import Any
 from unittest.mock import MagicMock, patch
 
 import torch
+import torch.fx.experimental._config as meta_config
 from torch._library.custom_ops import OPDEFS
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
@@ -76,7 +77,7 @@ class _Driver:
 def use_driver() -> None:
     from triton.runtime import driver
 
-    driver.set_active(_Driver())  # type: ignore[arg-type]
+    driver.set_active(_Driver())
 
 
 def _list(tensor: Any) -> Any:
@@ -94,18 +95,19 @@ def _answer(tensor: Any) -> Any:
 
 _TENSOR = torch.Tensor
 _ANSWERS: dict[Any, Callable[..., Any]] = {
-    _TENSOR.device.__get__: lambda t: _CUDA_0,  # type: ignore[attr-defined]
+    _TENSOR.device.__get__: lambda t: _CUDA_0,
     _TENSOR.is_cuda.__get__: lambda t: True,  # type: ignore[attr-defined]
     _TENSOR.get_device: lambda t: 0,
     _TENSOR.cuda: lambda t, *a, **k: t,
     _TENSOR.cpu: lambda t, *a, **k: t,
     _TENSOR.pin_memory: lambda t, *a, **k: t,
     _TENSOR.item: _answer,
-    _TENSOR.__bool__: _answer,
-    _TENSOR.__int__: _answer,
-    _TENSOR.__index__: _answer,
-    _TENSOR.__float__: _answer,
+    _TENSOR.__bool__: lambda t: bool(_answer(t)),
+    _TENSOR.__int__: lambda t: int(_answer(t)),
+    _TENSOR.__index__: lambda t: int(_answer(t)),
+    _TENSOR.__float__: lambda t: float(_answer(t)),
     _TENSOR.tolist: _list,
+    torch.bincount: lambda t, weights=None, minlength=0: t.new_zeros(max(minlength, 1)),
     torch.equal: lambda a, b: True,
     _TENSOR.equal: lambda a, b: True,
 }
@@ -176,6 +178,9 @@ _CUDA = {
         multi_processor_count=_PROCESSORS, L2_cache_size=60 << 20, total_memory=139 << 30, major=9, minor=0, warp_size=32
     ),
     "synchronize": lambda *_: None,
+    "reset_peak_memory_stats": lambda *_: None,
+    "memory_allocated": lambda *_: 0,
+    "max_memory_allocated": lambda *_: 0,
     "get_sync_debug_mode": lambda: 0,
     "set_sync_debug_mode": lambda _: None,
     "is_current_stream_capturing": lambda: False,
@@ -199,6 +204,8 @@ def device() -> Iterator[None]:
         for name in _MOCKED:
             stack.enter_context(patch.object(torch.cuda, name, MagicMock()))
         stack.enter_context(patch.object(torch, "Generator", _Generator))
+        if hasattr(meta_config, "meta_nonzero_assume_all_nonzero"):
+            stack.enter_context(meta_config.patch(meta_nonzero_assume_all_nonzero=True))  # type: ignore[attr-defined]
         stack.enter_context(functions := _Everywhere())
         stack.enter_context(_Bodies(functions))
         yield
