@@ -147,6 +147,12 @@ def require_offsets(offsets: object, argument: str, num_groups: int, num_rows: i
     return tensor
 
 
+def require_grid(count: int, argument: str, tensor: Tensor, what: str) -> None:
+    """Kernels that take ``count`` programs along a grid's second or third axis, where a GPU has 65,535."""
+    if count > 65535:
+        refuse(argument, f"of shape {list(tensor.shape)}", f"at most 65535 {what} a call on a GPU")
+
+
 def is_integer(value: object) -> bool:
     """Python's or NumPy's; True and False are none."""
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))

@@ -280,3 +280,9 @@ def test_more_slots_than_fit_31_bits_of_elements():
     assert torch.equal(whole, dk.expert_ffn(**tensors, indices=indices, path="grouped"))  # in several parts
     last = {**tensors, "x": tensors["x"][-64:], "weights": tensors["weights"][-64:]}
     assert error(whole[-64:], dk.expert_ffn(**last, indices=indices[-64:], path="grouped").double()) < 1e-2
+
+
+def test_more_experts_than_a_grid_has():
+    a, b, offsets = (torch.zeros(*shape, device=DEVICE) for shape in ((1, 2), (65536, 2, 1), (65537,)))
+    with pytest.raises(ValueError, match=r"b is of shape \[65536, 2, 1\]; allowed: at most 65535 experts a call on a GPU"):
+        dk.grouped_mm(a, b, offsets.int())

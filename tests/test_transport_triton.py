@@ -496,3 +496,9 @@ def test_memory_of_the_exact_adjoint():
     torch.autograd.grad(plan, affinity, cotangent)
     dense = 4 * L * F * E
     assert torch.cuda.max_memory_allocated() - before < 2 * dense + 1.3 * 4 * L * T * (2 * F + 3 * E) + 2**23
+
+
+def test_more_layers_than_a_grid_has():
+    affinity = torch.zeros(3, 21846, 2, 1, device=DEVICE)  # 65,538 layers
+    with pytest.raises(ValueError, match=r"affinity is of shape \[3, 21846, 2, 1\]; allowed: at most 65535 layers"):
+        dk.sinkhorn(affinity)

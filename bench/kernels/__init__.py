@@ -23,11 +23,11 @@ from bench.kernels.decode import DECODE
 from bench.kernels.dispatch import DISPATCH
 from bench.kernels.grouped import EXPERTS
 from bench.kernels.masked import MASKED
-from bench.kernels.registry import Kernel
+from bench.kernels.registry import Kernel, with_launch_forms
 from bench.kernels.rounding import ROUNDING
 from bench.kernels.routing import ROUTING
 from bench.kernels.transport import TRANSPORT
 
 KERNELS: dict[str, Kernel] = {
-    kernel.name: kernel for kernel in (*TRANSPORT, ROUNDING, *ROUTING, *DISPATCH, *EXPERTS, *DECODE, *MASKED)
+    kernel.name: with_launch_forms(kernel) for kernel in (*TRANSPORT, ROUNDING, *ROUTING, *DISPATCH, *EXPERTS, *DECODE, *MASKED)
 }

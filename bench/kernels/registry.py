@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dotmoe_kernels import _tiles
@@ -60,3 +60,26 @@ class Kernel:
         """The JITFunction."""
         module, attribute = self.function.split(":")
         return getattr(importlib.import_module(module), attribute)
+
+
+def with_launch_forms(kernel: Kernel) -> Kernel:
+    """Beside a kernel's variants what a launch makes of their first: products of float32 by TF32, which PyTorch may allow, and a
+    single tile across the columns, which Triton's JIT turns into a constant."""
+
+    def variants(backend: str) -> list[Variant]:
+        found = kernel.variants(backend)
+        more = []
+        multiplies = [one for one in found if one.name.startswith("fp32") and "PRECISION" in one.constexprs]
+        if backend == "cuda":
+            more += [
+                replace(one, name=f"{one.name} TF32", constexprs={**one.constexprs, "PRECISION": "tf32"}) for one in multiplies
+            ]
+        more = [one for one in more if one.name == more[0].name]  # for every target
+        for one in found:
+            if one.name == found[0].name and "columns" in one.signature:
+                signature = {n: type_ for n, type_ in one.signature.items() if n != "columns"}
+                constexprs = {**one.constexprs, "columns": 1}
+                more.append(replace(one, name=f"{one.name} one column", signature=signature, constexprs=constexprs))
+        return found + more
+
+    return replace(kernel, variants=variants)

@@ -30,6 +30,7 @@ from .._checks import (
     require,
     require_finite,
     require_float,
+    require_grid,
     require_same,
     require_shape,
     require_tensor,
@@ -128,7 +129,7 @@ def sinkhorn(
 
     Raises:
         ValueError: a wrong rank, shape or dtype; on CPU tensors also NaN or infinite values, tau <= 0, a capacity that is not
-            positive or does not sum to F.
+            positive or does not sum to F; on a GPU more than 65,535 layers.
 
     Gradient: to affinity, tau, capacity and init (unroll only). A second derivative is refused.
 
@@ -162,9 +163,11 @@ def sinkhorn(
 
     # capacities are used as given: a sum that is off by rounding only moves the error it reports
     L, num_iters = batch.numel(), int(num_iters)
+    in_triton = use_triton(affinity) and dtype == torch.float32
+    if in_triton:
+        require_grid(L, "affinity", affinity, "layers (the product of the leading sizes)")
     tensors = affinity.reshape(L, F, E), capacities.reshape(L, E), taus.reshape(L), start.reshape(L, E)
     # a graph takes the operators on a CPU too: how many steps there are hangs on values
-    in_triton = use_triton(affinity) and dtype == torch.float32
     if in_triton and is_direct(*tensors):
         from .gpu.streaming import solve
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..._autograd import first_order
 from ..._backend import is_direct, use_kernels
-from ..._checks import require, require_float, require_offsets, require_same
+from ..._checks import require, require_float, require_grid, require_offsets, require_same
 from . import cpu
 from .cpu.products import multiply, multiply_backward
 from .operators import grouped_ffn_op, grouped_mm_backward_op, grouped_mm_op
@@ -62,6 +62,8 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     require_same(b, "b", a, "a")
     require(a.shape[1] == b.shape[1], "b", f"of shape {list(b.shape)}", f"[E, Kdim, N] with Kdim = {a.shape[1]}")
     require_offsets(offsets, "offsets", b.shape[0], a.shape[0])
+    if use_kernels(b):  # the gradient of b is a tile of a matrix by an expert
+        require_grid(b.shape[0], "b", b, "experts")
     return _GroupedMM.apply(a, b, offsets)
 
 
