@@ -22,7 +22,7 @@ def perplexity(model: nn.Module, tokens: Tensor, *, batch_size: int = 8) -> floa
 
     Args:
         model: a causal LM, called as model(input_ids=..., use_cache=False).logits.
-        tokens: [N, S] int64 packed sequences.
+        tokens: [N, S] int64 packed sequences; they go where the model's weights are, unless those are read layer by layer.
         batch_size: sequences a forward pass.
 
     Raises:
@@ -34,6 +34,8 @@ def perplexity(model: nn.Module, tokens: Tensor, *, batch_size: int = 8) -> floa
         tokens.shape[0] >= 1 and tokens.shape[1] >= 2, "tokens", f"of shape {list(tokens.shape)}", "at least one pair of tokens"
     )
     device = next(model.parameters()).device
+    if device.type == "meta":  # a model that runs from its files
+        device = tokens.device
     total = 0.0
     for batch in tokens.split(batch_size):
         batch = batch.long().to(device)

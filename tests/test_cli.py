@@ -610,7 +610,7 @@ MODELS = {
     "config no json": "MODEL is {}, which cannot be read (",
     "config no model": "Unrecognized model in {}",
     "wrong field": "MODEL is {}, which cannot be read (Validation error for field 'hidden_size'",
-    "weights cut off": "MODEL is {}, which cannot be read (",
+    "weights cut off": "{}/model.safetensors cannot be read (",
     "narrow": "MODEL is {}, whose tokenizer gives ids up to 299; allowed: ids below its vocabulary, 64",
     "another width": "--expert-size is 8; allowed: a divisor of F = 60",
     "tensor missing": "without the tensor model.layers.1.mlp.up_proj.weight",

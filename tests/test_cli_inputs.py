@@ -314,7 +314,7 @@ def test_eval_of_what_is_neither(capsys, here, tmp_path, case):
     message = {
         "sparse": "MODEL is MixtralForCausalLM, which is already sparse (num_experts = 4); allowed: a dense model",
         "no weights": "MODEL is {}, without weights",
-        "cut off": "MODEL is {}, which cannot be read (",
+        "cut off": "{}/model.safetensors cannot be read (",
         "unknown": "none that is known",
         "deep": "{}",
     }[case]

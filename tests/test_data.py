@@ -237,3 +237,11 @@ def test_dataset_stream(tokenizer, monkeypatch):
     for source in ("o/n", "o/n:test", "o/n:config:test"):
         assert load_tokens(source, tokenizer, sequence_length=5, seed=7).tolist() == [[2, 3, EOS, 4, EOS]]
     assert calls == [("o/n", None, "train", True), ("o/n", None, "test", True), ("o/n", "config", "test", True)]
+
+
+def test_a_tokenizer_that_cannot_encode(tmp_path):
+    """What tokenizers raises is the bare Exception."""
+    (tmp_path / "1.txt").write_text("a \u00e9")
+    broken = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>")))
+    with pytest.raises(ValueError, match=r"tokenizer is a \w+, which cannot encode the text \(.+\); allowed: one for any text"):
+        load_tokens([tmp_path / "1.txt"], broken, sequence_length=1)

@@ -18,6 +18,7 @@ from dotmoe_kernels.models.config import MODELING
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CASES = [(kind, dtype) for kind in ("llama", "qwen3", "gemma3_text", "phi3", "soft", "zeros") for dtype in DTYPES]
+SHARDED = ("qwen3", "gemma3_text", "soft")  # in several files, untied and tied
 NEW = 6
 
 # One process for all cases: what it prints is a JSON dictionary by case.
@@ -117,7 +118,8 @@ def found(tmp_path_factory):
     for kind, dtype in CASES:
         model, x = converted(kind, DTYPES[dtype]), tokens()
         path = folder / f"{kind}-{dtype}"
-        dk.save(model, path)
+        dk.save(model, path, max_shard_size="20KB" if kind in SHARDED else "2GB")
+        assert (len(list(path.glob("*.safetensors"))) > 1) is (kind in SHARDED)
         with torch.no_grad():
             expected = {"x": x, "logits": model(x).logits, "tokens": model.generate(x, max_new_tokens=NEW, do_sample=False)}
         torch.save(expected, path / "expected.pt")
@@ -201,6 +203,50 @@ def test_this_package_runs_no_code_of_the_folder(tmp_path, trust, monkeypatch):
     options = {} if trust is None else {"trust_remote_code": trust}
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "m", **options)) is dk.DotMoeForCausalLM
     assert type(AutoConfig.from_pretrained(tmp_path / "m", **options)) is DotMoeConfig
+
+
+# AutoTokenizer reads the config first, and with it what auto_map says: what it gives, and whether somebody was asked
+TOKENIZING = """
+import json, sys
+if sys.argv[2] == "alone":
+    sys.modules["dotmoe_kernels"] = None
+else:
+    import dotmoe_kernels
+    dotmoe_kernels.DotMoeForCausalLM
+import builtins
+from transformers import AutoTokenizer
+
+asked = []
+def nobody(*words):
+    asked.append(words)
+    raise EOFError
+builtins.input = nobody
+found = {}
+for trust in (False, True, None):
+    asked.clear()
+    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=trust)
+    found[str(trust)] = [type(tokenizer).__name__, tokenizer("a b a")["input_ids"], tokenizer.eos_token_id, len(asked)]
+print(json.dumps(found))
+"""
+
+
+def test_the_tokenizer_needs_no_code_of_the_folder(tmp_path):
+    """Without this package transformers asks whether the config's code may run, unless it is told: the card says so."""
+    from test_checkpoint import word_tokenizer
+
+    dk.save(sparse_model(), tmp_path / "m", tokenizer=word_tokenizer())
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    for mode in ("alone", "beside"):
+        command = [sys.executable, "-c", TOKENIZING, str(tmp_path / "m"), mode]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        name = type(word_tokenizer()).__name__
+        asked = {trust: row.pop() for trust, row in found.items()}
+        assert list(found.values()) == [[name, [2, 3, 2], 0]] * 3
+        assert asked == {"False": 0, "True": 0, "None": int(mode == "alone")}
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert 'AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=False)' in card
 
 
 def test_the_file_imports_torch_and_transformers_alone():

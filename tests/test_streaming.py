@@ -319,6 +319,8 @@ what, source, out = sys.argv[1:4]
 torch.set_num_threads(1)
 dk.DotMoeForCausalLM
 torch.nn.functional.linear(torch.ones(64, 512).bfloat16(), torch.ones(512, 512).bfloat16())
+if what == "report":
+    import matplotlib.backends.backend_agg, matplotlib.figure
 if what == "save":
     model = dk.load(source)
     for tensor in (*model.parameters(), *model.buffers()):
@@ -347,6 +349,8 @@ elif what == "read":
     touch(read_dense(source))
 elif what == "align":
     assert main(["convert", source, "--output", out, *sys.argv[4:]]) == 0
+elif what == "report":
+    assert main(["report", source, "--output", out, *sys.argv[4:]]) == 0
 print()
 print(json.dumps({"peak": status("VmHWM"), "growth": status("VmHWM") - held, "anonymous": max(anonymous) - anonymous[0]}))
 """
@@ -435,6 +439,24 @@ def test_a_model_is_read_once(tmp_path):
         found = peak_of(what, tmp_path / folder, tmp_path / "out")
         assert found["growth"] < total + 100 * MB, what  # a shard
         assert found["anonymous"] < copied + 50 * MB, what
+
+
+@needs_proc
+def test_a_report_takes_the_memory_of_a_layer(tmp_path):
+    """With every figure measured; matplotlib is there before."""
+    pytest.importorskip("matplotlib", reason="the report draws with matplotlib: pip install 'dotmoe_kernels[demo]'")
+    from test_checkpoint import word_tokenizer
+
+    layout = write_dense(tmp_path / "dense", "300 MB")
+    config = dk.DotMoeConfig(num_experts=64, top_k=16)
+    convert_folder(tmp_path / "dense", tmp_path / "moe", config, method="random", tokenizer=word_tokenizer())
+    (tmp_path / "a.txt").write_text("a b b a " * 50)
+    data = ["--data", tmp_path / "a.txt", "--max-tokens", 64, "--sequence-length", 16, "--device", "cpu"]
+    most = 2 * layer_bytes("300 MB") + 100 * MB
+    assert most < 0.6 * sum(spec.nbytes for spec in layout.values())
+    found = peak_of("report", tmp_path / "moe", tmp_path / "page.html", *data)
+    assert found["growth"] < most
+    assert "Co-routing" in (tmp_path / "page.html").read_text()
 
 
 @needs_proc

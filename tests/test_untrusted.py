@@ -16,6 +16,7 @@ from dotmoe_kernels.cli import main
 from dotmoe_kernels.conversion.sources import read_dense, read_tokenizer
 from dotmoe_kernels.models.config import _fitting_num_experts
 from dotmoe_kernels.models.inspect import describe
+from dotmoe_kernels.models.untrusted import building
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -191,6 +192,11 @@ def test_absurd_sizes(field, pristine, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=words):
         dk.load(folder)
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_folder():
+    with pytest.raises(torch.OutOfMemoryError), building("m"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_deep_json(pristine, tmp_path):

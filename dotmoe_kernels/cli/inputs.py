@@ -43,7 +43,11 @@ def reading(name: str) -> Iterator[None]:
             yield
     except (OSError, SafetensorError, StrictDataclassError) as error:
         refuse("MODEL", f"{name}, which cannot be read ({error})", "a Hugging Face model folder, or a name")
-    except (TypeError, LookupError, AttributeError, RecursionError) as error:  # JSON of another form than transformers counts on
+    except (ValueError, ImportError, MemoryError, FloatingPointError):
+        raise
+    except Exception as error:  # JSON of another form than transformers counts on leads to whatever it leads to
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
         reason = f"{type(error).__name__}: {error}"
         refuse("MODEL", f"{name}, which cannot be read ({reason})", "a Hugging Face model folder, or a name")
 
@@ -122,11 +126,10 @@ def require_model_folder(name: str, *, weights: bool = True, gguf: bool = False)
         require((path / "config.json").is_file(), "MODEL", f"{name}, without config.json", "a Hugging Face model folder")
         files = [f for pattern in ("*.safetensors", "*.bin", "*.index.json") for f in path.glob(pattern)]
         require(bool(files) or not weights, "MODEL", f"{name}, without weights", "a folder with safetensors files")
-        if weights:
-            from ..models.untrusted import check_files
+        from ..models.untrusted import check_config, check_files
 
-            with named(folder="MODEL"):
-                check_files(path)
+        with named(folder="MODEL"):
+            (check_files if weights else check_config)(path)
     else:
         local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
         require(not local, "MODEL", f"{name}, which is no folder", "a Hugging Face model folder, or a name")

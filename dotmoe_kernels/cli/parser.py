@@ -389,7 +389,7 @@ def _add_report(commands: Any) -> None:
     report.add_argument("--run-folder", metavar="DIR", help="of the training, for its curves (default: DIR.run where there is one)")
     _add_data(report, required=False, sequence_length=REPORT_LENGTH)
     _add_tokenizer(report)
-    report.add_argument("--batch-size", type=int, default=4, help="sequences a pass (default: %(default)s)")
+    report.add_argument("--batch-size", type=int, default=4, help="sequences a pass, which reads DIR once (default: %(default)s)")
     report.add_argument("--overwrite", action="store_true", help="replace FILE")
     _add_device(report)
     report.set_defaults(sequence_length=REPORT_LENGTH)

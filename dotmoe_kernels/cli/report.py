@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .._checks import require
 from .._files import write_file
-from .inputs import DATA, find_device, find_tokenizer, named, reading, require_model_folder, require_vocabulary
+from .inputs import DATA, converted_config, find_device, find_tokenizer, named, reading, require_model_folder, require_vocabulary
 
 
 def _target(args: argparse.Namespace) -> Path:
@@ -43,13 +43,15 @@ def run_report(args: argparse.Namespace) -> int:
     device = find_device(args.device)
     import torch
 
-    from ..conversion import load, load_tokens
+    from ..conversion import load_tokens
     from ..conversion.figures import require_matplotlib
     from ..conversion.report import write_report
+    from ..models.layerwise import converted_layers
 
     require_matplotlib()
+    config, folder = converted_config(args.model), Path(args.model).expanduser()
     with reading(args.model):
-        model = load(args.model, dtype=getattr(torch, args.dtype) if args.dtype else None, device=device).eval()
+        layers = converted_layers(folder, config, dtype=getattr(torch, args.dtype) if args.dtype else None, device=device)
     tokens = None
     if args.data:
         tokenizer = find_tokenizer(args)
@@ -61,8 +63,8 @@ def run_report(args: argparse.Namespace) -> int:
                 max_tokens=args.max_tokens,
                 text_field=args.text_field,
             )
-        require_vocabulary(tokens, model.config.get_text_config().vocab_size, args)
-    page = write_report(args.model, model, tokens=tokens, run_folder=run, batch_size=args.batch_size)
+        require_vocabulary(tokens, config.get_text_config().vocab_size, args)
+    page = write_report(folder, layers, tokens=tokens, run_folder=run, batch_size=args.batch_size)
     write_file(path, lambda file: file.write(page.encode()))
     print(f"report: {path}")
     return 0

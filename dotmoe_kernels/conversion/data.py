@@ -196,7 +196,11 @@ def _check_lengths(sequence_length: int, max_tokens: int | None) -> None:
 
 def _encode(text: str, tokenizer: Any) -> list[int]:
     """With the end-of-text token, where there is one."""
-    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:  # tokenizers raises the bare class
+        reason = " ".join(str(error).split())
+        refuse("tokenizer", f"a {type(tokenizer).__name__}, which cannot encode the text ({reason})", "one for any text")
     end = tokenizer.eos_token_id
     return found if end is None or found[-1:] == [end] else [*found, end]  # a chat template may have written it
 

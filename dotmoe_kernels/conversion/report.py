@@ -22,6 +22,7 @@ from ..evaluation import load_summary
 from ..models.block import moe_blocks
 from ..models.card import model_card
 from ..models.counts import count_parameters
+from ..models.layerwise import Layerwise
 from ..transport import sinkhorn
 from . import figures
 from .measure import Measured, Point, expert_norms, experts_of_neurons, measure
@@ -153,14 +154,19 @@ def read_run(folder: Path | None) -> Run:
     return run
 
 
-def _structure(model: Any, run: Run) -> Iterator[str]:
+def _structure(layers: Layerwise, run: Run) -> Iterator[str]:
     """What there is to see without text."""
-    blocks = moe_blocks(model)
-    E, s = model.config.num_experts, model.config.moe_intermediate_size
-    experts = {name: experts_of_neurons(block) for name, block in blocks.items()}
+    config, blocks = layers.model.config, moe_blocks(layers.model)
+    E, s = config.num_experts, config.moe_intermediate_size
+    experts, pairs, shown = {}, [], figures.some(list(blocks))
+    for (name, block), layer in zip(blocks.items(), layers.layers, strict=True):
+        with layers.loaded(layer):
+            pairs.append(expert_norms(block))
+            if name in shown:
+                experts[name] = experts_of_neurons(block)
     yield "<h2>Assignment</h2>"
     yield _picture(
-        figures.draw_assignment({name: experts[name] for name in figures.some(list(experts))}, E),
+        figures.draw_assignment(experts, E),
         "assignment",
         f"Where the {s} neurons of each of the {E} experts lie in the dense FFN: 1 is what an assignment by chance gives. "
         "Stripes would say that the dense model keeps neurons that work together side by side.",
@@ -173,7 +179,6 @@ def _structure(model: Any, run: Run) -> Iterator[str]:
             "Of the newest checkpoint of the run: neurons sorted by the expert they are rounded to, neighbours averaged. A plan "
             "that is nearly an assignment is a sharp diagonal of blocks.",
         )
-    pairs = [expert_norms(block) for block in blocks.values()]
     yield "<h2>Weights</h2>"
     yield _picture(
         figures.draw_norms(torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])),
@@ -240,37 +245,37 @@ def _training(run: Run) -> Iterator[str]:
 
 def write_report(
     folder: str | os.PathLike[str],
-    model: Any,
+    layers: Layerwise,
     *,
     tokens: Tensor | None = None,
     run_folder: Path | None = None,
     batch_size: int = 4,
 ) -> str:
-    """The page of a converted model as text.
+    """The page of a converted model as text, with the memory of one layer.
 
     Args:
         folder: as written by ``save``: the card is read from there.
-        model: that model.
+        layers: that model, as ``converted_layers`` gives it.
         tokens: [N, S] int64 to measure load, co-routing and perplexity on. None: perplexities are the card's.
         run_folder: of the training: its logs, and what its newest checkpoint says of affinity and plan.
-        batch_size: sequences a pass.
+        batch_size: sequences a pass, each of which reads the model once.
 
     Raises:
         ValueError: matplotlib is missing; a log or a checkpoint that cannot be read.
     """
     figures.require_matplotlib()
-    path = Path(folder)
+    path, model = Path(folder), layers.model
     readme = path / "README.md"
     card = readme.read_text(encoding="utf-8") if readme.is_file() else model_card(model, path.name, {})
     run = read_run(run_folder)
-    measured = None if tokens is None else measure(model, tokens, batch_size=batch_size)
+    measured = None if tokens is None else measure(model, tokens.to(layers.device), batch_size=batch_size)
     title = next((line[2:] for line in card.splitlines() if line.startswith("# ")), path.resolve().name)
     facts = {key: value for key, value in model.config.to_dict().items() if key != "dense_config"}
     shown = _text(json.dumps(facts, indent=2, default=str))
     parts = [
         f"<h1>{_text(title)}</h1>",
         card_html(card),
-        *_structure(model, run),
+        *_structure(layers, run),
         *_measurements(measured, card, model),
         *_training(run),
         "<h2>Configuration</h2>",

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.utils import logging as hub_logging
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from .._checks import refuse, require
-from ..models.untrusted import check_files
+from ..models.backbone import meta_backbone
+from ..models.folder import check_stock_files
+from ..models.untrusted import building, check_files
 
 
 def quieten() -> None:
@@ -70,24 +72,33 @@ def _read_gguf(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str
     return model, found
 
 
+def _check_dense(name: str) -> None:
+    """Refuse a folder by its config and headers: of sizes that a config alone says nothing is allocated."""
+    check_files(name)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is None:  # whose tensors have names and shapes of their own
+        check_stock_files(Path(name), meta_backbone(config))
+
+
 def read_dense(name: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """The causal LM of a folder, of a name, or of a .gguf file, which is dequantised; on the CPU.
 
     dtype: of the weights; "auto": as saved, and float32 of a .gguf file.
 
     Raises:
-        ValueError: a tensor of the model is not in the checkpoint, a file that must not be read (``check_files``), or one that
-            transformers cannot dequantise.
-        OSError, SafetensorError: it cannot be read, found or fetched.
+        ValueError: a tensor of the model is not in the checkpoint or has another shape, a file that must not be read
+            (``check_files``), one that transformers cannot dequantise, a config that fits no model.
+        OSError: it cannot be read, found or fetched.
         ImportError: a .gguf file needs the extra gguf.
     """
     if is_gguf(name):
         model, found = _read_gguf(name, torch.float32 if isinstance(dtype, str) else dtype)
     else:
-        if os.path.isdir(name):
-            check_files(name)
         options: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        with building(name):
+            if os.path.isdir(name):
+                _check_dense(name)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
         model, found = loaded
     lacking = sorted(found["missing_keys"])
     require(not lacking, "model", f"{name}, without the tensor {', '.join(lacking[:4])}", "a complete causal LM")
@@ -103,7 +114,9 @@ def read_tokenizer(folder: str, *, allowed: str = "a MODEL saved with one, as sa
     """
     place, file = location(folder)
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **file)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **file)
+        tokenizer("", add_special_tokens=False, verbose=False)  # settings that fit none are read without complaint
+        return tokenizer
     except ImportError:
         raise
     except Exception as error:  # tokenizers raises the bare class, and broken JSON whatever its wrong type leads to

@@ -25,6 +25,7 @@ from ..models.modeling import DotMoeForCausalLM
 from ..models.shards import ShardReader, ShardWriter, Spec, file_layout, find_dtype, save_configs, writing
 from ..models.surgery import DenseFFN, find_ffns, recognise_ffn, swap_ffn
 from ..models.target import check_target, in_its_place, replaced_files, require_apart
+from ..models.untrusted import building, check_files
 from ..partitions import CALIBRATED
 from ..routing.budgets import SoftRouter
 from .checks import TOLERANCES, relative_error
@@ -56,11 +57,18 @@ class Source:
         allowed = f"a checkpoint whose tensors have the names that they have in the model, or {otherwise}"
         require(not lacking, "MODEL", f"{folder}, without the tensor {', '.join(lacking[:4])}", allowed)
         self.tied = {source: target for target, source in tied.items()}
+        for name, tensor in file_layout(self.model).items():
+            shape = self.reader.specs[self._name(name)].shape
+            require(shape == tensor.shape, f"{name} of {folder}", f"of shape {list(shape)}", f"shape {list(tensor.shape)}")
         self.dtype = find_dtype(dtype, config, self.reader)
+
+    def _name(self, name: str) -> str:
+        """In the files, which have one of a tied pair."""
+        return name if name in self.reader else self.tied[name]
 
     def read(self, name: str) -> Tensor:
         """In the dtype that the model is to have."""
-        tensor = self.reader.read(name if name in self.reader else self.tied[name])
+        tensor = self.reader.read(self._name(name))
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def ffn(self, name: str) -> DenseFFN:
@@ -177,8 +185,10 @@ def convert_folder(
         require(kind not in CALIBRATED, name, kind, "one that needs no text, or data to calibrate on")
     path = check_target(output, "output", overwrite)
     require_apart(path, "output", f"{path}, which", {"source": source})
-    config, dense = copy.deepcopy(config), AutoConfig.from_pretrained(source)
-    with torch.device("meta"):
+    check_files(source)
+    config = copy.deepcopy(config)
+    with building(source), torch.device("meta"):
+        dense = AutoConfig.from_pretrained(source, trust_remote_code=False)
         origin = Source(source, dense, dtype)
         _check_model(origin.model, config, origin.ffns)
         options = find_start(given, method, origin.model, origin.ffns, None)
@@ -195,5 +205,6 @@ def convert_folder(
         assert layer.expert_of is not None
         return layer.expert_of, layer.router_weight.detach()
 
-    worst = write_converted(origin, config, start, path, tokenizer=tokenizer, card=card, max_shard_size=max_shard_size)
+    with building(source):
+        worst = write_converted(origin, config, start, path, tokenizer=tokenizer, card=card, max_shard_size=max_shard_size)
     return {"all_experts_error": worst, "tolerance": TOLERANCES[origin.dtype]}

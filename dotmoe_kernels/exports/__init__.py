@@ -88,7 +88,7 @@ def export(
     config = check_folder(folder, DotMoeForCausalLM)
     others = _other_files(Path(folder))
     replaced = replaced_files(tokenizer=bool(others))
-    with write_folder(path, replaced) as new:
+    with building(folder), write_folder(path, replaced) as new:
         dense = stream_dense(config, Path(folder).expanduser(), new, max_shard_size, dtype)
         if dense is None:
             dense = restore_dense(load(folder, dtype=dtype))

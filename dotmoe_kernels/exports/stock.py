@@ -19,13 +19,14 @@ from torch import Tensor
 
 from ..models.block import moe_blocks
 from ..models.modeling import DotMoeForCausalLM
-from ..models.stock import empty_model
+from ..models.stock import empty_model, is_built_as
 
 SHARED_WIDTH = 32  # of Qwen2Moe's shared expert, all zero: llama.cpp's and vLLM's need one, and quantised rows have 32 values
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")  # rope types that need the same fields in every architecture
 _LIKE_LLAMA = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps")
 _SHARED = ("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout")
-_LLAMAS = ("llama", "mistral", "phi3", "smollm3")  # the same layer, once Phi-3's fused projections are split
+_LLAMAS = ("llama", "mistral", "ministral", "phi3", "smollm3")  # the same layer, once Phi-3's fused projections are split
+_BIASED = ("qwen2", "seed_oss")  # that with biases of queries, keys and values
 _MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 
 
@@ -74,7 +75,7 @@ def _mixtral(model: DotMoeForCausalLM) -> dict[str, Any]:
     return {
         "num_local_experts": config.num_experts,
         "intermediate_size": _expert_size(model),
-        "sliding_window": _window(config.dense_config)[0],
+        "sliding_window": _window(config.get_text_config())[0],
     }
 
 
@@ -92,7 +93,7 @@ def _qwen2_moe(model: DotMoeForCausalLM) -> dict[str, Any]:
 
 
 def _qwen3_moe(model: DotMoeForCausalLM) -> dict[str, Any]:
-    config, (window, _) = model.config, _window(model.config.dense_config)
+    config, (window, _) = model.config, _window(model.config.get_text_config())
     return {
         "num_experts": config.num_experts,
         "moe_intermediate_size": _expert_size(model),
@@ -106,7 +107,7 @@ def _qwen3_moe(model: DotMoeForCausalLM) -> dict[str, Any]:
 
 def _granite_moe(model: DotMoeForCausalLM) -> dict[str, Any]:
     config = model.config
-    dense = config.dense_config
+    dense = config.get_text_config()
     neutral = dict.fromkeys(_MULTIPLIERS, 1.0) | {"attention_multiplier": _head_dim(dense) ** -0.5}
     return {
         "num_local_experts": config.num_experts,
@@ -128,7 +129,7 @@ def _glm4_moe(model: DotMoeForCausalLM) -> dict[str, Any]:
         "n_group": 1,
         "topk_group": 1,
         "first_k_dense_replace": 0,
-        "partial_rotary_factor": _partial_rotary(config.dense_config),
+        "partial_rotary_factor": _partial_rotary(config.get_text_config()),
         "attention_bias": _named(model, "self_attn.q_proj.bias"),
         "use_qk_norm": _named(model, "self_attn.q_norm.weight"),
         "num_nextn_predict_layers": 0,
@@ -145,18 +146,18 @@ ARCHITECTURES = (  # the order of preference
         why="its attention is LLaMA's and Mistral's, and it renormalises the weights of the selected experts",
     ),
     Architecture(
-        *("qwen2_moe", "qwen2_moe", ("qwen2", *_LLAMAS), "all", "E", frozenset(), _qwen2_moe),
+        *("qwen2_moe", "qwen2_moe", (*_BIASED, *_LLAMAS), "all", "E", frozenset(), _qwen2_moe),
         why="its attention has Qwen2's biases",
     ),
     Architecture(
-        *("granite_moe", "granitemoe", ("granite", *_LLAMAS, "qwen2"), "selected", "K"),
+        *("granite_moe", "granitemoe", ("granite", *_LLAMAS, *_BIASED), "selected", "K"),
         *(frozenset({"multipliers"}), _granite_moe),
         why="it has Granite's multipliers, and selects experts by their logits",
         block="block_sparse_moe",
         gate="router",
     ),
     Architecture(
-        *("glm4_moe", "glm4_moe", (*_LLAMAS, "qwen2", "qwen3", "granite"), "sigmoid", ""),
+        *("glm4_moe", "glm4_moe", (*_LLAMAS, *_BIASED, "qwen3", "granite"), "sigmoid", ""),
         *(frozenset({"partial rotary"}), _glm4_moe),
         why="it routes in float32, and nothing is folded into its weights",
     ),
@@ -174,7 +175,7 @@ def _partial_rotary(dense: Any) -> float:
 
 def target_fields(model: DotMoeForCausalLM, architecture: Architecture) -> dict[str, Any]:
     """The config of the target as a dictionary."""
-    config, dense = model.config, model.config.dense_config
+    config, dense = model.config, model.config.get_text_config()
     rope = dict(getattr(dense, "rope_parameters", None) or {})
     fields = {name: getattr(dense, name) for name in (*_LIKE_LLAMA, *_SHARED) if hasattr(dense, name)}
     fields |= {
@@ -198,7 +199,7 @@ def stock_skeleton(model: DotMoeForCausalLM, architecture: Architecture) -> Any:
 
 def _config_refusal(model: DotMoeForCausalLM, architecture: Architecture) -> tuple[str, str] | None:
     """What of the config the target lacks, as (what is given, what is allowed)."""
-    config, dense = model.config, model.config.dense_config
+    config, dense = model.config, model.config.get_text_config()
     if config.router != "top_k":
         return f'of router "{config.router}"', 'router "top_k": a stock router has one number of experts and no weights p'
     if config.num_zero_experts:
@@ -241,7 +242,7 @@ def refusal(model: DotMoeForCausalLM, architecture: Architecture) -> tuple[str, 
         return found
     kind = model.config.dense_config.model_type
     words = _tensor_refusal(model, architecture)
-    if kind not in architecture.backbones:
+    if not is_built_as(model.backbone, architecture.backbones):
         words = words or "whose layers compute something else from such tensors, as far as is known"
         return f"of backbone {kind}, {words}", f"backbone {' | '.join(architecture.backbones)}"
     return (words, f"a model whose tensors are those of {architecture.model_type}") if words else None
@@ -263,7 +264,7 @@ def _tensor_refusal(model: DotMoeForCausalLM, architecture: Architecture) -> str
 
 def _outside(model: DotMoeForCausalLM) -> Iterator[tuple[str, Tensor]]:
     """The tensors outside the FFNs, under LLaMA's names: a fused projection of the attention is three views."""
-    inside, dense = tuple(f"{name}." for name in moe_blocks(model)), model.config.dense_config
+    inside, dense = tuple(f"{name}." for name in moe_blocks(model)), model.config.get_text_config()
     heads, keys, width = dense.num_attention_heads, dense.num_key_value_heads, _head_dim(dense)
     for name, tensor in model.state_dict().items():
         if name.startswith(inside):

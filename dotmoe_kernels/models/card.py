@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from .modeling import DotMoeForCausalLM
 
 
+_ALONE = (
+    "Without dotmoe_kernels, by the code in `modeling_dotmoe.py` of this folder, which takes torch and transformers alone:\n\n"
+    "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)\n'
+    'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=False)\n```\n\n'
+    "The tokenizer needs no code. AutoTokenizer looks at the config first, all the same, whose class is in that file: told "
+    "nothing, it asks whether the code may run."
+)
 _OF_A_RUN = ("steps", "tokens", "lora_rank", "teacher", "loss", "kl", "zero", "perplexity")  # the order of the columns
 
 
@@ -145,6 +153,7 @@ def model_card(model: DotMoeForCausalLM, title: str, figures: Mapping[str, Any])
     parts += [
         "## Use",
         '```python\nimport dotmoe_kernels as dk\n\nmodel = dk.load("path/to/this/folder")\n```',
+        _ALONE,
     ]
     return "\n\n".join(parts) + "\n"
 

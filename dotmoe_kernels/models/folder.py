@@ -81,6 +81,19 @@ def _headers(path: Path) -> Iterator[dict[str, Any]]:
         yield where
 
 
+def check_stock_files(folder: Path, model: Any) -> list[str]:
+    """Check by the headers that ``model`` of transformers, which has no storage and is used up, finds its tensors in ``folder``.
+
+    Returns:
+        names of the tensors that no tensor of it reads.
+
+    Raises:
+        ValueError: no weights, a tensor that is missing or of another shape.
+    """
+    with _headers(folder) as where:
+        return check_names(model, header_tensors(where), str(folder), get_model_conversion_mapping(model))
+
+
 def check_dense_folder(folder: Path, model_class: Any) -> None:
     """Check the folder of a stock model by its headers: transformers reads every tensor of ``model_class`` from it and no other.
 
@@ -90,8 +103,7 @@ def check_dense_folder(folder: Path, model_class: Any) -> None:
     config = model_class.config_class.from_pretrained(folder)
     with torch.device("meta"):
         model = model_class(config)
-    with _headers(folder) as where:
-        left = check_names(model, header_tensors(where), str(folder), get_model_conversion_mapping(model))
+    left = check_stock_files(folder, model)
     require(not left, str(folder), f"with {', '.join(left[:4])}, which no tensor of the model reads", "the model's tensors alone")
 
 

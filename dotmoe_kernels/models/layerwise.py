@@ -91,13 +91,13 @@ class Layerwise:
             parameter.data = parameter.data.to(dtype)
 
     def _fill_buffers(self) -> None:
-        """Those that no file has."""
+        """Those that no file has; a module's may be another's to fill, as when a checkpoint is loaded."""
         for module in self.model.modules():
-            own = {n: b for n, b in module.named_buffers(recurse=False) if n in module._non_persistent_buffers_set}
-            for name, buffer in own.items():
-                module._buffers[name] = torch.empty_like(buffer, device=self.device)
-            if own:
-                self.model._init_weights(module)
+            module._is_hf_initialized = False  # it was, without storage
+            for name in module._non_persistent_buffers_set & module._buffers.keys():
+                if module._buffers[name] is not None:
+                    module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
+        self.model.initialize_weights()
 
     def _key(self, name: str) -> str:
         """Name in the model, the first where one tensor of the file becomes several."""
@@ -171,7 +171,9 @@ def converted_layers(
     with torch.device("meta"):
         model = DotMoeForCausalLM(config)
     model.generation_config = read_generation(Path(folder)) or model.generation_config
-    layers = [name.rpartition(".")[0] for name in moe_blocks(model)]
+    layers, embeddings = [name.rpartition(".")[0] for name in moe_blocks(model)], model.get_input_embeddings()
+    if config.get_text_config() is not config.dense_config:  # what is around the text model reads them without a call
+        options["keep"] = [name for name, module in model.named_modules() if module is embeddings]
     return Layerwise(model, folder, read_conversions(model.backbone), layers, **options)
 
 

@@ -7,6 +7,7 @@ dict ``down_rows`` [E, s, H].
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -103,7 +104,9 @@ def check_names(model: Any, tensors: Mapping[str, Tensor], source: str, conversi
     missing = info.missing_keys
     have = {target for target in tied if target not in missing} | {source for source in tied.values() if source not in missing}
     # of a tied pair one is enough
-    absent = [_in_file(n)[0] for n in model.state_dict() if n in missing and not _has_twin(n, tied, have)]
+    filled = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_missing", None) or ["(?!)"]))  # by the model itself
+    lacking = [name for name in model.state_dict() if name in missing and not filled.search(name)]
+    absent = [_in_file(name)[0] for name in lacking if not _has_twin(name, tied, have)]
     require(not absent, source, f"without the tensor {', '.join(absent[:4])}", "a checkpoint with every tensor of the model")
     return sorted(info.unexpected_keys)
 

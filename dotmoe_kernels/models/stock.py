@@ -8,9 +8,15 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .backbone import meta_backbone
 from .layerwise import Layerwise
+
+
+def is_built_as(model: PreTrainedModel, kinds: Iterable[str]) -> bool:
+    """Whether the class of ``model`` is the causal LM of one of these model types; some types are another's class by a new name."""
+    return type(model).__name__ in [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) for kind in kinds]
 
 
 def empty_model(model_type: str, fields: Mapping[str, Any]) -> PreTrainedModel:

@@ -21,6 +21,7 @@ _MOST_INDEX = 1 << 28  # bytes of an index: a line a tensor
 _MOST_HEADER = 100_000_000  # bytes, as of the safetensors library
 _MOST_SIZE = 1 << 31  # of anything that a config counts
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+_MOST_LAYERS = 10_000  # of a config without weights
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")  # built one by one, even without storage
 _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -118,8 +119,8 @@ def check_files(folder: str | os.PathLike[str]) -> None:
             a config with absurd sizes or of more layers than the files have tensors.
     """
     path = Path(folder).expanduser()
-    config, index, whole = path / "config.json", path / _INDEX, path / "model.safetensors"
-    for file in (config, index, whole):
+    index, whole = path / _INDEX, path / "model.safetensors"
+    for file in (path / "config.json", index, whole):
         if file.is_file():
             require_inside(file, path)
     files = [whole] if whole.is_file() else []
@@ -140,6 +141,24 @@ def check_files(folder: str | os.PathLike[str]) -> None:
     for file in files:
         require_inside(file, path)
         _require_header(file)
+    _check_config(path, _count_tensors(files) if files else None)
+
+
+def check_config(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder whose config alone is read, where that must not be.
+
+    Raises:
+        ValueError: a link that leaves the folder, absurd sizes.
+    """
+    path = Path(folder).expanduser()
+    if (path / "config.json").is_file():
+        require_inside(path / "config.json", path)
+    _check_config(path, None)
+
+
+def _check_config(path: Path, tensors: int | None) -> None:
+    """``tensors``: how many the files have, where that is known."""
+    config = path / "config.json"
     if not config.is_file():
         return
     try:
@@ -147,14 +166,14 @@ def check_files(folder: str | os.PathLike[str]) -> None:
     except ValueError as error:
         given = str(error).partition("; allowed")[0]
         raise ValueError(f"folder is {path}, which cannot be read ({given}); allowed: a model folder with a config.json") from None
-    if isinstance(values, dict) and values.get("dtype") is not None:
-        require(values["dtype"] in DTYPES, f"dtype of {config}", repr(values["dtype"]), " | ".join(DTYPES))
+    for key in ("dtype", "torch_dtype"):  # the second is its older name
+        value = values.get(key) if isinstance(values, dict) else None
+        require(value is None or value in DTYPES, f"{key} of {config}", repr(value), " | ".join(DTYPES))
     for key, count in _counts(values):
         require(abs(count) <= _MOST_SIZE, f"{key} of {config}", count, f"at most {_MOST_SIZE:,}")
-    tensors = _count_tensors(files) if files else None
+    most, why = (_MOST_LAYERS, "") if tensors is None else (tensors, ", the number of tensors in the files")
     for key, count in _counts(values):
-        if tensors is not None and key in _LAYERS:
-            require(count <= tensors, f"{key} of {config}", count, f"at most {tensors}, the number of tensors in the files")
+        require(key not in _LAYERS or count <= most, f"{key} of {config}", count, f"at most {most}{why}")
 
 
 @contextmanager
@@ -166,6 +185,8 @@ def building(folder: object) -> Iterator[None]:
     except (ValueError, OSError, ImportError, MemoryError):
         raise
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # of torch: no fault of the folder's
+            raise
         name, reason = type(error).__name__, " ".join(str(error).split())
         words = reason if name.startswith("StrictDataclass") else f"{name}: {reason}"
         raise ValueError(f"folder is {folder}, which cannot be read ({words}); allowed: a model folder whose config fits") from None

@@ -308,10 +308,17 @@ class DotMoePreTrainedModel(PreTrainedModel):
         self._tp_plan = {key: rule for key, rule in plan.items() if not key.startswith(gone)}
         self._pp_plan = dict(getattr(backbone, "_pp_plan", None) or {})
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: modules are initialised by the backbone's own class, as in a dense model. Those of a class that is not of
+        transformers are passed over once their tensors are loaded, and with them the buffers that are in no checkpoint."""
+        return False
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, DotMoeRouter | DotMoeExperts):
             for parameter in module.parameters():
-                nn.init.normal_(parameter, std=_std(self.config))
+                if not getattr(parameter, "_is_hf_initialized", False):  # it is, once it was loaded
+                    nn.init.normal_(parameter, std=_std(self.config))
         else:
             self._backbone._init_weights(module)
 
