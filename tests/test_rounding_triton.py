@@ -287,3 +287,15 @@ def test_int64_addresses():
     storage = torch.zeros(F, 800_000, dtype=torch.bfloat16, device="cuda")[:, :E]  # 4.8 GB
     storage.copy_(normal(F, E, seed=48, dtype=torch.bfloat16))
     assert torch.equal(dk.balanced_assignment(storage).cpu(), dk.balanced_assignment(storage.cpu()))
+
+
+def test_sweeps_are_bounded():
+    """Who still waits after the last of them has no place; nobody else lost theirs, and no expert has too many."""
+    from dotmoe_kernels.rounding.gpu import deferred_acceptance
+
+    scores, limit = normal(1, 130, 20, seed=4, dtype=torch.float32).to(DEVICE), torch.tensor([even(130, 20)], device=DEVICE)
+    whole, cut = deferred_acceptance(scores, limit).cpu(), deferred_acceptance(scores, limit, most=1).cpu()
+    assert (whole >= 0).all()
+    assert 0 < (cut < 0).sum() < 130
+    assert (torch.bincount(cut[cut >= 0], minlength=20) <= limit[0].cpu()).all()
+    assert (deferred_acceptance(scores, limit, most=0) == -1).all()

@@ -20,7 +20,7 @@ def _rounding(backend: str) -> list[Variant]:
                 **dict.fromkeys(integers, "*i32"),
                 "expert_of_ptr": "*i64",
                 **dict.fromkeys(("bar_ptr", "list_key_ptr"), f"*{key}"),
-                **dict.fromkeys(("F", "E", "stride_sl", "stride_sf"), "i32"),
+                **dict.fromkeys(("F", "E", "most", "stride_sl", "stride_sf"), "i32"),
             }
             constexprs = {"stride_se": 1, "KEY": key_type, "HIGHEST": highest, **tile}
             variants.append(Variant(f"{scores} E<={most}", signature, constexprs, options))

@@ -102,7 +102,7 @@ def _threshold(key_ptr, row_ptr, base, size, longest, capacity, F, KEY: tl.const
     return low, last_row
 
 
-@triton.jit(do_not_specialize=["F", "E", "stride_sl", "stride_sf"])  # one binary for all sizes
+@triton.jit(do_not_specialize=["F", "E", "most", "stride_sl", "stride_sf"])  # one binary for all sizes
 def _deferred_acceptance_kernel(
     scores_ptr,  # [L, F, E]
     capacity_ptr,  # [L, E], summing to at most F
@@ -115,6 +115,7 @@ def _deferred_acceptance_kernel(
     list_key_ptr,
     F,
     E,
+    most,  # sweeps: a row proposes to an expert once, so that F E are never needed
     stride_sl,
     stride_sf,
     stride_se,
@@ -154,7 +155,9 @@ def _deferred_acceptance_kernel(
 
     head = tl.full((), 0, tl.int32)
     waiting = head + F
-    while waiting > 0:
+    sweeps = head
+    while (waiting > 0) & (sweeps < most):
+        sweeps += 1
         taken = tl.minimum(waiting, SWEEP)
         # 1. propose
         for start in range(0, taken, BLOCK_F):
@@ -243,11 +246,18 @@ def _deferred_acceptance_kernel(
             tl.store(bar_row_ptr + e, lowest_row, mask=active)
             waiting += tl.sum(refused, 0)
         tl.debug_barrier()
+    for start in range(0, waiting, 1024):  # whoever waits still has no place
+        lane = start + tl.arange(0, 1024)
+        place = head + lane
+        place = tl.where(place < F, place, place - F)
+        row = tl.load(ring_ptr + place, mask=lane < waiting, other=0, volatile=True)
+        tl.store(expert_of_ptr + row, tl.full((1024,), -1, tl.int64), mask=lane < waiting)
 
 
-def deferred_acceptance(scores: Tensor, capacity: Tensor) -> Tensor:
+def deferred_acceptance(scores: Tensor, capacity: Tensor, most: int | None = None) -> Tensor:
     """expert_of [L, F] int64 of scores [L, F, E], any strides, and capacity [L, E]. Capacities that do not fit are cut to what
-    is left of F, and a row that then finds no place gets -1: wrong values on a GPU cannot be reported, but stay within bounds."""
+    is left of F, and a row that then finds no place gets -1: wrong values on a GPU cannot be reported, but stay within bounds.
+    After ``most`` sweeps (None: as many as there are pairs, which is never needed) who still waits gets -1: nothing hangs."""
     L, F, E = scores.shape
     device = scores.device
     expert_of = torch.empty((L, F), dtype=torch.int64, device=device)
@@ -273,6 +283,7 @@ def deferred_acceptance(scores: Tensor, capacity: Tensor) -> Tensor:
             torch.empty((L, entries), dtype=key, device=device),
             F,
             E,
+            min(F * E, 2**31 - 1) if most is None else most,
             *scores.stride(),
             KEY=tl.int64 if double else tl.int32,
             HIGHEST=2**63 - 1 if double else 2**31 - 1,
