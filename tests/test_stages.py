@@ -662,12 +662,12 @@ def test_the_command_takes_every_stage_and_resumes(capsys, here, tmp_path, monke
 
     real = finetuning._train
 
-    def interrupted(*args):
+    def interrupted(*args, **told):
         def stop(done):
             if done == 3:
                 raise KeyboardInterrupt
 
-        return real(*args[:-2], stop, args[-1])
+        return real(*args, **{**told, "on_step": stop})
 
     with monkeypatch.context() as patch:
         patch.setattr(finetuning, "_train", interrupted)

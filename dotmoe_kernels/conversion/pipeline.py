@@ -213,7 +213,7 @@ def _warn_of_unused(loads: dict[str, Tensor], tokens: int, layers: dict[str, Ali
     slots = {name: load * tokens * layers[name].top_k for name, load in loads.items()}
     unused = unused_experts(slots)
     if unused:
-        warnings.warn(f"{unused_line(unused, slots)} in the last step of the alignment: {COLLAPSE}", stacklevel=4)
+        warnings.warn(f"{unused_line(unused, slots)} in the last step of the alignment: {COLLAPSE}", stacklevel=5)
 
 
 def _sharing(model: PreTrainedModel) -> Ranks:

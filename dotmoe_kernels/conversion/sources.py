@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from .._checks import refuse, require
 from ..models.backbone import meta_backbone
+from ..models.config import DotMoeConfig
 from ..models.folder import check_stock_files
 from ..models.untrusted import building, check_files
 
@@ -76,6 +77,7 @@ def _check_dense(name: str) -> None:
     """Refuse a folder by its config and headers: of sizes that a config alone says nothing is allocated."""
     check_files(name)
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    require(config.model_type != DotMoeConfig.model_type, "model", f"{name}, which is already converted", "a dense model")
     if getattr(config, "quantization_config", None) is None:  # whose tensors have names and shapes of their own
         check_stock_files(Path(name), meta_backbone(config))
 

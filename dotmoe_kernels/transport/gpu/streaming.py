@@ -185,9 +185,9 @@ def _plan(
     """Of an affinity [L, F, E] and its ``vector_strides``; ``types``: what else the kernels are compiled for."""
     L, F, E = shape
     form = form or transport_form(L, F, E, num_iters, device)
-    first, plan = (transport_tiles(E, kernel, device=device) for kernel in ("first", "plan"))
-    step = transport_tiles(E, "persistent" if form == "persistent" else "step", device=device)
-    programs, chunk = step.split(F, L)
+    first, step, plan = (transport_tiles(E, kernel, device=device) for kernel in ("first", "step", "plan"))
+    tiles = transport_tiles(E, "persistent", device=device) if form == "persistent" else step
+    programs, chunk = tiles.split(F, L)
     if form == "persistent" and device.type != "cuda":
         programs, chunk = 1, F  # interpreted programs run one after the other: none could wait for the next
     writers, rows = plan.split(F, L)
@@ -200,7 +200,7 @@ def _plan(
         form,
         programs,
         chunk,
-        step,
+        tiles,
         {"stride_al": stride_l, "stride_af": stride_f, "stride_ae": stride_e, **layout},
         writers,
         Launch(_sinkhorn_first_step_kernel, grid, sizes, of_first, first.options, keep=keep),
