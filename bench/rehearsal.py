@@ -15,6 +15,8 @@ import torch
 
 from dotmoe_kernels import _backend
 
+PROCESSORS, ARCH = 132, 90
+
 
 class Launched(NamedTuple):
     """One launch: the kernel, its grid and all its arguments, of tensors what they look like."""
@@ -31,7 +33,7 @@ def _seen(argument: Any) -> Any:
 
 
 class _Utils:
-    """Of an H100, as far as Triton asks."""
+    """Of an H100 or H200, as far as Triton asks."""
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         return 1, 1, 0, 0, 1024  # module, function, registers, spills, threads
@@ -40,7 +42,7 @@ class _Utils:
         pass
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
+        return {"max_shared_mem": 227 * 1024, "multiprocessor_count": PROCESSORS, "warpSize": 32, "max_num_regs": 65536}
 
 
 class Driver:
@@ -81,7 +83,7 @@ class Driver:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", ARCH, 32)
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -90,7 +92,7 @@ class Driver:
         return torch.cpu
 
     def get_device_capability(self, *device: int) -> tuple[int, int]:
-        return 9, 0
+        return divmod(ARCH, 10)
 
     def set_current_device(self, device: int) -> None:
         pass

@@ -38,6 +38,8 @@ def tune():
     origin = Files(sparse)
     files.write_student(divide_student(origin, FinetuneConfig(router_lr=0.0), ranks, True), origin, Path(out), ranks)
 
+spread()  # what the first pass brings of the libraries is not the model's
+gc.collect()
 growth = {}
 for work in (spread, tune):
     ranks.wait()
@@ -63,13 +65,12 @@ def test_a_rank_takes_its_part_and_a_block(tmp_path):
     layers, H, _ = SIZES[size]
     block, around = layer_bytes(size), 2 * 2 * VOCABULARY * H
     most = {
-        # 60 MB: what the first pass brings of the libraries; who held the whole would have them as well
-        "spread": layers * block / 2 + around + 2 * block + 60 * MB,
+        "spread": layers * block / 2 + around + 2 * block + 30 * MB,
         # in float32 the part of everything, and a block as it is read, as it becomes float32 and while it is divided
         "tune": 2 * total / 2 + 2 * around + 3 * block + 30 * MB,
     }
     assert total > 200 * MB
-    assert most["spread"] < 0.9 * total
+    assert most["spread"] < 0.8 * total
     assert most["tune"] < 0.8 * 2 * total
     places = [tmp_path / name for name in ("dense", "moe", "out", "meeting")]
     # glibc gives back what is freed at once, so that figures repeat

@@ -27,51 +27,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.rehearsal import ARCH, PROCESSORS, Driver
 from dotmoe_kernels._files import write_file
 
-_PROCESSORS, _SHARED, _ARCH = 132, 227 * 1024, 90  # of an H200
 _CUDA_0 = torch.device("cuda", 0)
 
 
-class _Driver:
-    """What Triton asks of a driver."""
-
-    utils = SimpleNamespace(
-        load_binary=lambda *_: (1, 1, 0, 0, 1024),
-        unload_module=lambda *_: None,
-        get_device_properties=lambda _: {
-            "max_shared_mem": _SHARED,
-            "multiprocessor_count": _PROCESSORS,
-            "warpSize": 32,
-            "max_num_regs": 65536,
-        },
-    )
-
-    def launcher_cls(self, *_: Any) -> Callable[..., None]:
-        return lambda *a, **k: None
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def set_current_device(self, _: int) -> None:
-        pass
-
-    def get_current_stream(self, _: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", _ARCH, 32)
-
+class _Driver(Driver):
     def get_active_torch_device(self) -> torch.device:
-        return torch.device("cuda", 0)
-
-    def get_device_capability(self, *_: Any) -> tuple[int, int]:
-        return divmod(_ARCH, 10)
-
-    def map_python_to_cpp_type(self, _: str) -> str:
-        return "int"
+        return _CUDA_0
 
 
 def use_driver() -> None:
@@ -173,9 +137,9 @@ _CUDA = {
     "device_count": lambda: 1,
     "current_device": lambda: 0,
     "get_device_name": lambda *_: "no device",
-    "get_device_capability": lambda *_: divmod(_ARCH, 10),
+    "get_device_capability": lambda *_: divmod(ARCH, 10),
     "get_device_properties": lambda *_: SimpleNamespace(
-        multi_processor_count=_PROCESSORS, L2_cache_size=60 << 20, total_memory=139 << 30, major=9, minor=0, warp_size=32
+        multi_processor_count=PROCESSORS, L2_cache_size=60 << 20, total_memory=139 << 30, major=9, minor=0, warp_size=32
     ),
     "synchronize": lambda *_: None,
     "reset_peak_memory_stats": lambda *_: None,

@@ -47,10 +47,10 @@ def whole_pass(outputs: Any, *leaves: torch.Tensor) -> None:
 
 
 def transport(shape: Shape) -> Iterator[Case]:
-    def solve(final: str, backward: str, dtype: torch.dtype) -> None:
+    def solve(final: str, backward: str, dtype: torch.dtype, layers: int = 2) -> None:
         affinity, tau, capacity = (
-            made(2, shape.F, shape.E, dtype=dtype, learns=True),
-            made(2, learns=True),
+            made(layers, shape.F, shape.E, dtype=dtype, learns=True),
+            made(layers, learns=True),
             made(shape.E, learns=True),
         )
         options = {"num_iters": 3, "tol": 1e-3, "final": final, "backward": backward, "return_info": True}
@@ -61,6 +61,7 @@ def transport(shape: Shape) -> Iterator[Case]:
     for final, backward in product(("row", "column"), ("unroll", "implicit")):
         yield f"sinkhorn {final} {backward}", lambda final=final, backward=backward: solve(final, backward, torch.float32)
     yield "sinkhorn in 16 bits", lambda: solve("row", "unroll", torch.bfloat16)
+    yield "sinkhorn of more layers than a GPU holds", lambda: solve("row", "unroll", torch.float32, 256)  # a launch a step
     for dtype in (torch.float32, torch.float64):
         yield (
             f"balanced_assignment {dtype}",

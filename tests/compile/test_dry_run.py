@@ -13,7 +13,13 @@ from dotmoe_kernels import _backend
 
 pytestmark = pytest.mark.skipif(not _backend.HAS_TRITON, reason="Triton is not installed")
 OPS = {  # a kernel that each of them must have launched
-    "sinkhorn": ("_sinkhorn_persistent_kernel", "_sinkhorn_plan_kernel", "_sinkhorn_adjoint_step_kernel", "_sinkhorn_apply_kernel"),
+    "sinkhorn": (
+        "_sinkhorn_persistent_kernel",
+        "_sinkhorn_step_kernel",
+        "_sinkhorn_plan_kernel",
+        "_sinkhorn_adjoint_step_kernel",
+        "_sinkhorn_apply_kernel",
+    ),
     "balanced_assignment": ("_deferred_acceptance_kernel",),
     "route_top_k": ("_route_top_k_kernel", "_route_top_k_backward_kernel"),
     "route_soft_top_k": ("_route_soft_top_k_kernel", "_route_soft_top_k_backward_kernel"),
