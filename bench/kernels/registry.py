@@ -64,7 +64,7 @@ class Kernel:
 
 def with_launch_forms(kernel: Kernel) -> Kernel:
     """Beside a kernel's variants what a launch makes of their first: products of float32 by TF32, which PyTorch may allow, and a
-    single tile across the columns, which Triton's JIT turns into a constant."""
+    single tile across the columns, which Triton's JIT turns into a constant unless the kernel forbids it."""
 
     def variants(backend: str) -> list[Variant]:
         found = kernel.variants(backend)
@@ -75,8 +75,10 @@ def with_launch_forms(kernel: Kernel) -> Kernel:
                 replace(one, name=f"{one.name} TF32", constexprs={**one.constexprs, "PRECISION": "tf32"}) for one in multiplies
             ]
         more = [one for one in more if one.name == more[0].name]  # for every target
+        parameters = getattr(kernel.load(), "params", ())  # the interpreter, which compiles nothing, has none
+        plain = {parameter.name for parameter in parameters if parameter.do_not_specialize}
         for one in found:
-            if one.name == found[0].name and "columns" in one.signature:
+            if one.name == found[0].name and "columns" in one.signature and "columns" not in plain:
                 signature = {n: type_ for n, type_ in one.signature.items() if n != "columns"}
                 constexprs = {**one.constexprs, "columns": 1}
                 more.append(replace(one, name=f"{one.name} one column", signature=signature, constexprs=constexprs))

@@ -7,7 +7,6 @@ SPILLS = {
     (3, 6): {
         "_route_top_k_kernel": 8,  # softmax at E 148
         "_deferred_acceptance_kernel": 152,  # float64
-        "_grouped_hidden_bwd_kernel": 72,  # one tile across s, as at s = 128
     },
     (3, 9): {"_plan_gradient_kernel": 8},  # TF32
 }
