@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from shapes import expert_weights, generator, normal, routed_indices, uniform
 
 import dotmoe_kernels as dk
-from dotmoe_kernels import reference
+from dotmoe_kernels import _tiles, reference
 from dotmoe_kernels._tiles import pick_path
 from dotmoe_kernels.dispatch import sort_slots
 from dotmoe_kernels.experts.grouped.cpu import padded
@@ -17,8 +17,8 @@ from dotmoe_kernels.experts.grouped.cpu.padded import run_lengths, worth_padding
 HALF = [torch.bfloat16, torch.float16]
 
 
-def pick(T, device="cuda", *, E=112, s=128, K=28, H=4096, dtype=torch.bfloat16, dense_view=True, needs_grad=False):
-    choice = pick_path(T, E, s, K, H, dtype, device, dense_view=dense_view, needs_grad=needs_grad)
+def pick(T, device="cuda", *, E=112, s=128, K=28, H=4096, dtype=torch.bfloat16, dense_view=True, needs_grad=False, units=False):
+    choice = pick_path(T, E, s, K, H, dtype, device, dense_view=dense_view, needs_grad=needs_grad, matrix_units=units)
     assert choice.why
     return choice.path
 
@@ -55,6 +55,25 @@ def test_a_cpu_decodes_a_token_or_two_and_groups_more(dtype):
     assert [pick(T, "cpu", dtype=dtype) for T in (1, 2, 3, 4096)] == ["decode", few, "grouped", "grouped"]
 
 
+SMALL, LARGE = {"E": 24, "s": 64, "K": 6, "H": 576}, {"E": 64, "s": 128, "K": 16, "H": 2048}
+
+
+def test_a_cpu_with_matrix_units_multiplies_the_dense_ffn_where_rows_are_few():
+    """Between what a token's own experts read, by the weights' size, and what the arithmetic of grouped products saves."""
+    there = {"device": "cpu", "units": True}
+    assert [pick(T, **there, **SMALL) for T in (1, 2, 319, 320, 512)] == ["decode", "masked", "masked", "grouped", "grouped"]
+    assert [pick(T, **there, **LARGE) for T in (1, 2, 3, 319, 320)] == ["decode", "decode", "masked", "masked", "grouped"]
+    assert pick(8, **there, **{**LARGE, "K": 1}) == "decode"
+    assert pick(8, **there, **LARGE, dense_view=False) == "grouped"
+    assert pick(8, **there, **SMALL, needs_grad=True) == "grouped"
+
+
+def test_matrix_units_are_those_of_this_machine():
+    for dtype in (torch.float32, torch.float64):
+        assert not _tiles.has_matrix_units(dtype)
+    assert pick(8, "cpu", **SMALL, units=None) == pick(8, "cpu", **SMALL, units=_tiles.has_matrix_units(torch.bfloat16))
+
+
 @pytest.mark.parametrize("T", [1, 2, 40, 300])
 def test_auto_runs_what_the_table_says(T, monkeypatch):
     taken = []
@@ -70,6 +89,55 @@ def test_auto_runs_what_the_table_says(T, monkeypatch):
     assert taken == [pick(T, "cpu", E=6, s=8, K=2, H=16, dtype=torch.float32)]
 
 
+# --- the paths of few tokens in 16 bits ---------------------------------------------------------------------------------------
+
+
+def few(T, E, s, K, H, weights):
+    """With a slot that is empty, and a token that has no expert at all."""
+    gate_up, down = expert_weights(E, s, H, seed=0, dtype=torch.bfloat16)
+    down = down.transpose(1, 2).contiguous().transpose(1, 2)  # as a model has it
+    indices = routed_indices(T, K, E, seed=3)
+    indices[0, 1], indices[-1] = E, E
+    w = uniform(T, K, seed=2, dtype=torch.float32) if weights else torch.ones(T, K)
+    return normal(T, H, seed=1, dtype=torch.bfloat16), gate_up, down, indices, w
+
+
+def assert_near(y, expected):
+    """Within what bfloat16 leaves: 8 bits, in the hidden layer, its sums and the result."""
+    assert (y.double() - expected).norm() <= 0.008 * expected.norm()
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("path", ["decode", "masked"])
+@pytest.mark.parametrize("T", [2, 5, 40])  # token after token and all at once; down by expert and as one
+def test_few_tokens_in_16_bits(T, path, weights):
+    x, gate_up, down, indices, w = few(T, 64, 16, 3, 512, weights)
+    assert _tiles.decodes_each(T, 64, 16, 3, 512, torch.bfloat16) == (T == 2)
+    y = dk.expert_ffn(x, gate_up, down, indices, w if weights else None, path=path)
+    assert not y[-1].any()
+    wide = [tensor.double() for tensor in (x, gate_up, down)]
+    assert_near(y, reference.expert_ffn(*wide, indices, w.double(), activation=torch.nn.functional.silu))
+
+
+def test_an_overflow_in_an_expert_that_nobody_chose_is_not_seen():
+    x, gate_up, down, indices, _ = few(4, 8, 16, 2, 64, False)
+    expected = dk.expert_ffn(x, gate_up, down, indices % 7, path="masked")
+    gate_up[7] = 3e38
+    assert torch.equal(dk.expert_ffn(x, gate_up, down, indices % 7, path="masked"), expected)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_an_expert_named_twice_counts_twice(weights):
+    x, gate_up, down, _, w = few(4, 8, 16, 2, 64, weights)
+    indices = torch.tensor([[3, 3], [1, 2], [8, 8], [7, 7]])
+    expected = reference.expert_ffn(
+        x.double(), gate_up.double(), down.double(), indices, w.double(), activation=torch.nn.functional.silu
+    )
+    for path in ("masked", "grouped"):
+        y = dk.expert_ffn(x, gate_up, down, indices, w if weights else None, path=path)
+        assert_near(y, expected)
+
+
 # --- many experts in one batched product -----------------------------------------------------------------------------------
 
 
@@ -81,8 +149,9 @@ def problem(T, E, s, H, dtype, *, weights):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The padded rows of every call that went through the padded products."""
+    """The padded rows of every call that went through the padded products, on a processor without matrix units."""
     rows, call = [], padded.padded_ffn
+    monkeypatch.setattr(padded, "most_padding", lambda dtype: 2.0)
     monkeypatch.setattr(dk.experts.grouped.cpu, "padded_ffn", lambda *a: (rows.append(int(a[7].sum())), call(*a))[1])
     return rows
 
@@ -113,6 +182,23 @@ def test_padded_products_equal_the_reference(T, E, K, unit, dtype, rows, taken, 
     compare(ours, plain, **tensors)
     assert len(taken) == 1
     assert taken[0] >= int((indices < E).sum())
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_with_matrix_units_unequal_experts_are_not_padded(weights, taken, monkeypatch):
+    monkeypatch.setattr(padded, "most_padding", lambda dtype: 1.25)
+    monkeypatch.setattr(dk.experts.grouped.cpu, "has_matrix_units", lambda dtype: True)
+    tensors = problem(300, 7, 8, 24, torch.bfloat16, weights=2)
+    if not weights:
+        tensors["weights"] = torch.ones(300, 2)
+    for experts, padding in ((7, 1), (4, 0)):  # as good as equal, and three without a token
+        indices = routed_indices(300, 2, experts, seed=3)
+        indices[4, 1] = 7
+        found = dk.expert_ffn(**tensors, indices=indices, path="grouped")
+        wide = {name: tensor.double() for name, tensor in tensors.items()}
+        assert_near(found, reference.expert_ffn(**wide, indices=indices, activation=torch.nn.functional.silu))
+        assert len(taken) == padding
+        taken.clear()
 
 
 @pytest.mark.parametrize("kind", ["one expert has everything", "most experts idle", "down_proj stored by rows of all experts"])

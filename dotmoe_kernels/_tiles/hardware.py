@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -79,6 +80,14 @@ def power_of_two(n: int) -> int:
 def multiplies_into_float32(x: torch.Tensor) -> bool:
     """Whether one product of PyTorch's takes 16-bit tensors like ``x`` and leaves their sums in float32."""
     return BACKEND == "cuda" and x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
+
+
+@cache
+def has_matrix_units(dtype: torch.dtype) -> bool:
+    """Whether this machine's processor multiplies matrices of ``dtype`` by instructions of their own (AMX), as far as PyTorch
+    tells."""
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(found.get("amx_tile")) and bool(found.get({torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}.get(dtype, "")))
 
 
 def before_hopper(device: torch.device) -> bool:

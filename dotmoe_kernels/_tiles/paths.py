@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .hardware import BACKEND, H200_BANDWIDTH, H200_BF16, TRITON_SHARE
+from .hardware import BACKEND, H200_BANDWIDTH, H200_BF16, TRITON_SHARE, has_matrix_units
 
 
 def masked_up_in_triton(T: int, num_experts: int) -> bool:
@@ -60,7 +60,17 @@ def most_idle(width: int) -> float:
     return 0.6 if width < _CPU_WIDE else 0.5
 
 
-_CPU_DECODE_TOKENS = 2  # in 16 bits
+def most_padding(dtype: torch.dtype) -> float:
+    """Up to how many times the rows that are used a batched product on a CPU beats one product an expert."""
+    return 1.25 if has_matrix_units(dtype) else 2.0
+
+
+_CPU_DECODE_TOKENS = 2  # in 16 bits, without matrix units
+# with them, counted in elements of a projection's weights: what the calls for a token of its own cost, and how many read in a dense
+# product take the time of one that decode reads; rows of an expert from which on the arithmetic that grouped products save
+# outweighs their copies
+_CPU_CALLS, _CPU_DENSE_RATE, _CPU_GROUPED_ROWS = 200_000, 1.5, 80
+_CPU_FEW_TOKENS, _CPU_PACKED = 16, 2**22  # of the masked path: what its last product makes of the hidden rows and the weights
 _CPU_GATHERED = 2**20  # elements up to which a copy of 16-bit weights costs less than a product's call for each expert
 
 
@@ -92,6 +102,22 @@ def expert_by_expert_masked(T: int, K: int, E: int, F: int, itemsize: int, learn
     return T >= _SPLIT_TOKENS and rows >= _SPLIT_ROWS and rows * F >= least * E and 2 * K <= E
 
 
+def decodes_each(T: int, E: int, s: int, K: int, H: int, dtype: torch.dtype) -> bool:
+    """Whether T tokens on a CPU are decoded one after another faster than the dense product of all experts takes."""
+    return dtype == torch.bfloat16 and T * (_CPU_DENSE_RATE * K * s * H + _CPU_CALLS) < E * s * H
+
+
+def down_by_expert(T: int, elements: int, dtype: torch.dtype) -> bool:
+    """Whether the masked path on a CPU multiplies with a down projection of ``elements`` in one batched product of the experts,
+    whose results are added up: spared is what another product packs of it."""
+    return T <= _CPU_FEW_TOKENS and elements >= _CPU_PACKED and dtype in (torch.bfloat16, torch.float16)
+
+
+def turns_rows(elements: int) -> bool:
+    """Whether [F, T] is turned over before the masked path's product with a down projection of ``elements`` on a CPU, or by it."""
+    return elements >= _CPU_PACKED
+
+
 class Choice(NamedTuple):
     """The path of ``expert_ffn``, and the reason in words."""
 
@@ -107,16 +133,32 @@ _DECODE_TOKENS, _DECODE_TOKENS_ALONE, _GROUPED_TOKENS = 16, 64, 512
 
 
 def pick_path(
-    T: int, E: int, s: int, K: int, H: int, dtype: torch.dtype, device: str, *, dense_view: bool, needs_grad: bool = False
+    T: int,
+    E: int,
+    s: int,
+    K: int,
+    H: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    dense_view: bool,
+    needs_grad: bool = False,
+    matrix_units: bool | None = None,
 ) -> Choice:
     """The path of ``expert_ffn`` for x [T, H], E experts of width s and K slots a token on "cpu" or a GPU; ``dense_view``: the
-    weights are the dense FFN as well."""
+    weights are the dense FFN as well; ``matrix_units``: the CPU has them for ``dtype``, None: as this machine's."""
     if needs_grad:
         return Choice("grouped", "the path with a gradient")
     if device == "cpu":
         if T == 1:
             return Choice("decode", "one token: matrix-vector products with the chosen experts")
         if dtype in (torch.bfloat16, torch.float16):
+            if dense_view and (has_matrix_units(dtype) if matrix_units is None else matrix_units):
+                if decodes_each(T, E, s, K, H, dtype):
+                    return Choice("decode", "so few experts in all that each token reads its own")
+                if T * K < _CPU_GROUPED_ROWS * E:
+                    return Choice("masked", "matrix units: the dense product costs less than the copies of the rows by expert")
+                return Choice("grouped", "rows enough an expert: saves the arithmetic of the experts that a token did not choose")
             if T <= _CPU_DECODE_TOKENS:
                 return Choice("decode", f"16 bits and T <= {_CPU_DECODE_TOKENS}: down_proj is read by rows, not expert by expert")
             return Choice("grouped", "16 bits: many experts in one batched product")

@@ -12,7 +12,7 @@ State: ``gate.weight`` [E, H], or [E + N, H] with N zero experts; ``experts.gate
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +28,12 @@ from ..permutation import neuron_order, pack_experts, unpack_experts
 from ..routing import choose
 from ..routing.budgets import SoftRouter
 from .surgery import DenseFFN
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Entered only where autocast is on: for a token that costs as much as the router's product."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class DotMoeRouter(nn.Module):
@@ -50,7 +56,7 @@ class DotMoeRouter(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dtype = compute_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             if x.dtype == self.weight.dtype and multiplies_into_float32(x) and not wants_gradient(x, self.weight):
                 logits = torch.mm(x, self.weight.T, out_dtype=dtype)  # the same, without copies in float32
             else:
@@ -107,7 +113,7 @@ class DotMoeExperts(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
         require_same(x, "hidden_states", gate_up, "the experts' weights")  # a kernel would read what is not there
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             return routed_ffn(x, gate_up, down, indices, weights, self.activation, self.path)
 
     def interleave_storage(self) -> None:

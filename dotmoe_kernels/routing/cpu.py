@@ -18,6 +18,9 @@ from .._autograd import first_order
 from .._checks import has_values
 
 _FEW = 16384  # logits up to which a call costs more than its work
+_FEWER = (
+    1024  # logits up to which three slower calls beat the ten of the packed sort: between two layers' weights none is in a cache
+)
 _TINY = 512  # logits from which on it pays to turn them over
 _NARROW = 16  # experts from which on torch's softmax has vectors
 _CACHED = 32768  # logits whose sort stays in a core's cache
@@ -57,7 +60,8 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
         return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
     few_threads = torch.get_num_threads() < _THREADS or scores.numel() <= _FEW
     if scores.dtype == torch.float32 and few_threads:
-        return torch.from_numpy(_sort_packed(scores.detach().numpy(), k))
+        z = scores.detach().numpy()
+        return torch.from_numpy((-z).argsort(1, "stable")[:, :k].copy() if z.size <= _FEWER else _sort_packed(z, k))
     # topk leaves the order of equal values open: sort just the rows where that matters
     values, indices = torch.topk(scores, min(k + 1, E), dim=-1)
     indices = indices[:, :k].contiguous()

@@ -9,12 +9,14 @@ products all the same, and so does a ``down_proj`` that is not stored by neurons
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..._checks import compute_dtype
-from ..._tiles import gathers_experts, sums_rows
+from ..._tiles import decodes_each, gathers_experts, sums_rows
 from ...dispatch import sort_slots
 from ..activations import find_activation
 from ..grouped.cpu.products import segments
@@ -45,30 +47,50 @@ def _add_rows(h: Tensor, down_proj: Tensor, rows: Tensor, starts: Tensor) -> Ten
     return torch.embedding_bag(weight, rows, starts, False, 0, False, h.reshape(-1))[0]  # the sum of a bag
 
 
+def _one_token(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    indices: Tensor,
+    weights: Tensor | None,
+    act: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """x [H], indices and weights [K] -> y [1, H]; Down a neuron a row."""
+    E, H, s = down_proj.shape
+    experts = indices.tolist()
+    wanted = [] if weights is None else weights.tolist()
+    if not experts or max(experts) >= E or min(experts) < 0:  # empty slots
+        places = [j for j, e in enumerate(experts) if 0 <= e < E]
+        experts = [experts[j] for j in places]
+        wanted = [wanted[j] for j in places] if wanted else []
+    if not experts:
+        return x.new_zeros(1, H)
+    gate, up = _hidden_of_one(x, gate_up_proj, experts).chunk(2, -1)  # [n, s] each
+    h = act(gate).mul_(up)
+    if any(w != 1 for w in wanted):
+        h = (h * torch.tensor(wanted, dtype=compute_dtype(x), device=x.device)[:, None]).to(x.dtype)
+    if not sums_rows(H * s, x.dtype):
+        y = x.new_zeros(H)
+        for e, h_e in zip(experts, h.unbind(), strict=True):
+            y.addmv_(down_proj[e], h_e)
+        return y[None]
+    rows = torch.from_numpy((np.array(experts)[:, None] * s + np.arange(s)).reshape(-1)).to(x.device)
+    return _add_rows(h, down_proj, rows, torch.zeros(1, dtype=torch.int64, device=x.device))
+
+
 def decode_ffn(
     x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor | None, activation: str
 ) -> Tensor:
     """x [T, H] -> [T, H]; the arguments of ``expert_ffn``, checked there."""
     act, wide = find_activation(activation).forward, compute_dtype(x)
-    E, T = gate_up_proj.shape[0], len(x)
+    (E, H, s), T = down_proj.shape, len(x)
     by_neuron = down_proj.transpose(1, 2).is_contiguous()
-    if T == 1 and by_neuron:
-        places = [(j, e) for j, e in enumerate(indices[0].tolist()) if 0 <= e < E]
-        if not places:
-            return torch.zeros_like(x)
-        gate, up = _hidden_of_one(x[0], gate_up_proj, [e for _, e in places]).chunk(2, -1)  # [n, s] each
-        h = act(gate).mul_(up)
-        if weights is not None:
-            w = weights[0] if len(places) == weights.shape[1] else weights[0, [j for j, _ in places]]
-            h = (h * w[:, None]).to(x.dtype)
-        if not sums_rows(down_proj[0].numel(), x.dtype):
-            y = x.new_zeros(x.shape[1])
-            for (_, e), h_e in zip(places, h.unbind(), strict=True):
-                y.addmv_(down_proj[e], h_e)
-            return y[None]
-        s = down_proj.shape[2]  # NumPy's calls cost less than torch's
-        rows = np.array([e * s for _, e in places])[:, None] + np.arange(s)
-        return _add_rows(h, down_proj, *(torch.from_numpy(n).to(x.device) for n in (rows.reshape(-1), np.zeros(1, np.int64))))
+    if by_neuron and T == 1:
+        return _one_token(x[0], gate_up_proj, down_proj, indices[0], None if weights is None else weights[0], act)
+    if by_neuron and T and decodes_each(T, E, s, indices.shape[1], H, x.dtype):
+        each = [None] * T if weights is None else weights.unbind()
+        tokens = zip(x.unbind(), indices.unbind(), each, strict=True)
+        return torch.cat([_one_token(row, gate_up_proj, down_proj, chosen, w, act) for row, chosen, w in tokens])
     slots = sort_slots(indices, E)
     runs = segments(slots.offsets)
     used = runs[-1][2] if runs else 0

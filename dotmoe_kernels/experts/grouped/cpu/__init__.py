@@ -2,6 +2,9 @@
 
 products   one product an expert, and its gradients
 padded     16 bits: batched products, every expert's rows padded to a common number
+
+With matrix units an expert's product takes so little that what lies between two of them counts: all first products, then all
+second ones, and torch sums the rows.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...._checks import compute_dtype
-from ...._tiles import expert_by_expert
+from ...._tiles import expert_by_expert, has_matrix_units
 from ....dispatch import Slots, fits_bags, gather_tokens, sort_slots, sum_bags
 from ...activations import find_activation
 from .padded import padded_ffn, run_lengths
@@ -45,10 +48,11 @@ def grouped_ffn(
         padded, run = run_lengths(slots, down_proj)
         if run:
             return padded_ffn(x, gate_up_proj, down_proj, slots, indices, weights, act, padded, run)
-    if x.device.type == "cpu" and expert_by_expert(x.dtype, indices.numel(), E):
+    units = x.device.type == "cpu" and has_matrix_units(x.dtype)
+    if x.device.type == "cpu" and not units and expert_by_expert(x.dtype, indices.numel(), E):
         return _expert_by_expert(x, gate_up_proj, down_proj, slots, weights, act)
-    gate, up = multiply(x[slots.token], gate_up_proj.transpose(1, 2), slots.offsets).chunk(2, -1)  # [S, s] each
-    ys = multiply(act(gate).mul_(up), down_proj.transpose(1, 2), slots.offsets)
+    gate, up = multiply(x[slots.token], gate_up_proj.transpose(1, 2), slots.offsets, whole=not units).chunk(2, -1)  # [S, s] each
+    ys = multiply(act(gate).mul_(up), down_proj.transpose(1, 2), slots.offsets, whole=not units)
     if indices.numel() > 0 and fits_bags(ys, weights):
         return sum_bags(ys, weights, slots.source, int(slots.offsets[-1]), len(x))
     return gather_tokens(ys, slots, weights)

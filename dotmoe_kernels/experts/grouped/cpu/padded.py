@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...._tiles import most_idle, padded_experts
+from ...._tiles import most_idle, most_padding, padded_experts
 from ....dispatch import Slots
 
 
@@ -27,13 +27,14 @@ def run_lengths(slots: Slots, down_proj: Tensor) -> tuple[Tensor, int]:
     run = padded_experts(E, most)
     padded = functional.pad(count, (0, -E % run)).view(-1, run).amax(1).repeat_interleave(run)[:E]
     used, total, idle = int(slots.offsets[-1]), int(padded.sum()), int((count == 0).sum())
-    return (padded, run) if worth_padding(used, total, most, idle / E, s) else (count[:0], 0)
+    limit = most_padding(down_proj.dtype)
+    return (padded, run) if worth_padding(used, total, most, idle / E, s, limit) else (count[:0], 0)
 
 
-def worth_padding(used: int, total: int, most: int, idle: float, width: int) -> bool:
+def worth_padding(used: int, total: int, most: int, idle: float, width: int, limit: float = 2.0) -> bool:
     """``used`` of the ``total`` padded rows hold a slot; the fullest expert has ``most``; a share ``idle`` of the experts, each of
-    ``width`` neurons, has none, and its weights are read all the same."""
-    return used > 0 and idle <= most_idle(width) and (total <= 2 * used or most <= 16)
+    ``width`` neurons, has none, and its weights are read all the same. ``limit``: of total / used, beyond a few rows."""
+    return used > 0 and idle <= most_idle(width) and (total <= limit * used or most <= 16)
 
 
 def padded_ffn(

@@ -22,9 +22,9 @@ def _fits_torch(a: Tensor, b: Tensor) -> bool:
     return lined_up and a.numel() > 0 and b.shape[2] % step == 0 and a.data_ptr() % 16 == 0 and b.data_ptr() % 16 == 0
 
 
-def multiply(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """out[rows of e] = a[rows of e] @ b[e]; rows beyond the last offset are zero."""
-    if _fits_torch(a, b):
+def multiply(a: Tensor, b: Tensor, offsets: Tensor, *, whole: bool = True) -> Tensor:
+    """out[rows of e] = a[rows of e] @ b[e]; rows beyond the last offset are zero. ``whole``: by torch's grouped product."""
+    if whole and _fits_torch(a, b):
         out = functional.grouped_mm(a, b, offs=offsets[1:].to(torch.int32))
         out[int(offsets[-1]) :] = 0
         return out
