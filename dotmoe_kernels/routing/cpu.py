@@ -18,9 +18,8 @@ from .._autograd import first_order
 from .._checks import has_values
 
 _FEW = 16384  # logits up to which a call costs more than its work
-_FEWER = (
-    1024  # logits up to which three slower calls beat the ten of the packed sort: between two layers' weights none is in a cache
-)
+# logits up to which three slower calls beat the ten of the packed sort: between two layers' weights none is in a cache
+_FEWER = 1024
 _TINY = 512  # logits from which on it pays to turn them over
 _NARROW = 16  # experts from which on torch's softmax has vectors
 _CACHED = 32768  # logits whose sort stays in a core's cache

@@ -51,8 +51,9 @@ def grouped_ffn(
     units = x.device.type == "cpu" and has_matrix_units(x.dtype)
     if x.device.type == "cpu" and not units and expert_by_expert(x.dtype, indices.numel(), E):
         return _expert_by_expert(x, gate_up_proj, down_proj, slots, weights, act)
-    gate, up = multiply(x[slots.token], gate_up_proj.transpose(1, 2), slots.offsets, whole=not units).chunk(2, -1)  # [S, s] each
-    ys = multiply(act(gate).mul_(up), down_proj.transpose(1, 2), slots.offsets, whole=not units)
+    xs, whole = x.index_select(0, slots.token), not units
+    gate, up = multiply(xs, gate_up_proj.transpose(1, 2), slots.offsets, whole=whole).chunk(2, -1)  # [S, s] each
+    ys = multiply(act(gate).mul_(up), down_proj.transpose(1, 2), slots.offsets, whole=whole)
     if indices.numel() > 0 and fits_bags(ys, weights):
         return sum_bags(ys, weights, slots.source, int(slots.offsets[-1]), len(x))
     return gather_tokens(ys, slots, weights)
