@@ -106,6 +106,7 @@ def test_more_slots_than_offsets_count():
 def test_decode_on_a_cpu_is_the_reference(dtype, T, stored, weighted, summed, monkeypatch):
     """Both storages of down_proj, empty slots, a token without any, an expert named twice; and what nobody chose may be NaN."""
     monkeypatch.setattr(_tiles.paths, "_CPU_SUMMED", summed)
+    monkeypatch.setattr(_tiles.paths, "_CPU_SUMMED_EXPERTS", 0)
     gate_up, down = expert_weights(6, 8, 16, seed=0, dtype=torch.float64)
     x, indices = normal(T, 16, seed=1, dtype=torch.float64), routed_indices(T, 3, 5, seed=2)
     indices[0, 1] = indices[0, 0]

@@ -74,12 +74,15 @@ _CPU_FEW_TOKENS, _CPU_PACKED = 16, 2**22  # of the masked path: what its last pr
 _CPU_GATHERED = 2**20  # elements up to which a copy of 16-bit weights costs less than a product's call for each expert
 
 
-_CPU_SUMMED = 2**17  # elements of an expert's down projection up to which, in 32 bits, a product's call costs more than it saves
+# experts up to which, in 32 bits, a call for each costs less than what one for all of them needs; and elements of a down projection
+# from which on it does so for any number
+_CPU_SUMMED_EXPERTS, _CPU_SUMMED = 12, 2**17
 
 
-def sums_rows(elements: int, dtype: torch.dtype) -> bool:
-    """Whether decode of one token on a CPU reads down projections of ``elements`` by rows instead of by a product an expert."""
-    return dtype in (torch.bfloat16, torch.float16) or elements <= _CPU_SUMMED
+def sums_rows(experts: int, elements: int, dtype: torch.dtype) -> bool:
+    """Whether decode of one token on a CPU reads ``experts`` down projections of ``elements`` each by rows, in one call, instead of
+    by a product an expert."""
+    return dtype in (torch.bfloat16, torch.float16) or (experts > _CPU_SUMMED_EXPERTS and elements <= _CPU_SUMMED)
 
 
 def gathers_experts(elements: int, dtype: torch.dtype, device: str) -> bool:

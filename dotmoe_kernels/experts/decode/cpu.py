@@ -69,7 +69,7 @@ def _one_token(
     h = act(gate).mul_(up)
     if any(w != 1 for w in wanted):
         h = (h * torch.tensor(wanted, dtype=compute_dtype(x), device=x.device)[:, None]).to(x.dtype)
-    if not sums_rows(H * s, x.dtype):
+    if not sums_rows(len(experts), H * s, x.dtype):
         y = x.new_zeros(H)
         for e, h_e in zip(experts, h.unbind(), strict=True):
             y.addmv_(down_proj[e], h_e)
