@@ -61,8 +61,8 @@ SMALL, LARGE = {"E": 24, "s": 64, "K": 6, "H": 576}, {"E": 64, "s": 128, "K": 16
 def test_a_cpu_with_matrix_units_multiplies_the_dense_ffn_where_rows_are_few():
     """Between what a token's own experts read, by the weights' size, and what the arithmetic of grouped products saves."""
     there = {"device": "cpu", "units": True}
-    assert [pick(T, **there, **SMALL) for T in (1, 2, 319, 320, 512)] == ["decode", "masked", "masked", "grouped", "grouped"]
-    assert [pick(T, **there, **LARGE) for T in (1, 2, 3, 319, 320)] == ["decode", "decode", "masked", "masked", "grouped"]
+    assert [pick(T, **there, **SMALL) for T in (1, 2, 191, 192, 512)] == ["decode", "masked", "masked", "grouped", "grouped"]
+    assert [pick(T, **there, **LARGE) for T in (1, 2, 3, 191, 192)] == ["decode", "decode", "masked", "masked", "grouped"]
     assert pick(8, **there, **{**LARGE, "K": 1}) == "decode"
     assert pick(8, **there, **LARGE, dense_view=False) == "grouped"
     assert pick(8, **there, **SMALL, needs_grad=True) == "grouped"
@@ -152,6 +152,7 @@ def taken(monkeypatch):
     """The padded rows of every call that went through the padded products, on a processor without matrix units."""
     rows, call = [], padded.padded_ffn
     monkeypatch.setattr(padded, "most_padding", lambda dtype: 2.0)
+    monkeypatch.setattr(dk.experts.grouped.cpu, "has_matrix_units", lambda dtype: False)
     monkeypatch.setattr(dk.experts.grouped.cpu, "padded_ffn", lambda *a: (rows.append(int(a[7].sum())), call(*a))[1])
     return rows
 
@@ -185,12 +186,17 @@ def test_padded_products_equal_the_reference(T, E, K, unit, dtype, rows, taken, 
 
 
 @pytest.mark.parametrize("weights", [False, True])
-def test_with_matrix_units_unequal_experts_are_not_padded(weights, taken, monkeypatch):
+@pytest.mark.parametrize("view", [False, True])  # product by product, or the dense one
+def test_with_matrix_units_unequal_experts_are_not_padded(view, weights, taken, monkeypatch):
+    masked, grouped = [], dk.experts.grouped.cpu
     monkeypatch.setattr(padded, "most_padding", lambda dtype: 1.25)
-    monkeypatch.setattr(dk.experts.grouped.cpu, "has_matrix_units", lambda dtype: True)
+    monkeypatch.setattr(grouped, "has_matrix_units", lambda dtype: True)
+    monkeypatch.setattr(grouped, "view_ffn", lambda *a, call=grouped.view_ffn: (masked.append(a), call(*a))[1])
     tensors = problem(300, 7, 8, 24, torch.bfloat16, weights=2)
     if not weights:
         tensors["weights"] = torch.ones(300, 2)
+    down = tensors["down_proj"]
+    tensors["down_proj"] = down.transpose(1, 2).contiguous().transpose(1, 2) if view else down.contiguous()
     for experts, padding in ((7, 1), (4, 0)):  # as good as equal, and three without a token
         indices = routed_indices(300, 2, experts, seed=3)
         indices[4, 1] = 7
@@ -198,6 +204,7 @@ def test_with_matrix_units_unequal_experts_are_not_padded(weights, taken, monkey
         wide = {name: tensor.double() for name, tensor in tensors.items()}
         assert_near(found, reference.expert_ffn(**wide, indices=indices, activation=torch.nn.functional.silu))
         assert len(taken) == padding
+        assert len(masked) == (view and not padding)
         taken.clear()
 
 

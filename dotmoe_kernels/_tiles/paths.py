@@ -62,14 +62,20 @@ def most_idle(width: int) -> float:
 
 def most_padding(dtype: torch.dtype) -> float:
     """Up to how many times the rows that are used a batched product on a CPU beats one product an expert."""
-    return 1.25 if has_matrix_units(dtype) else 2.0
+    return 1.5 if has_matrix_units(dtype) else 2.0
+
+
+def masks_uneven(num_slots: int, num_experts: int) -> bool:
+    """Whether with matrix units the dense product beats one product an expert, for rows too unequal for a batched one."""
+    return num_slots < _CPU_UNEVEN_ROWS * num_experts
 
 
 _CPU_DECODE_TOKENS = 2  # in 16 bits, without matrix units
 # with them, counted in elements of a projection's weights: what the calls for a token of its own cost, and how many read in a dense
 # product take the time of one that decode reads; rows of an expert from which on the arithmetic that grouped products save
-# outweighs their copies
-_CPU_CALLS, _CPU_DENSE_RATE, _CPU_GROUPED_ROWS = 200_000, 1.5, 80
+# outweighs their copies, where experts have about as many rows, and where not
+_CPU_CALLS, _CPU_DENSE_RATE = 200_000, 1.5
+_CPU_EVEN_ROWS, _CPU_UNEVEN_ROWS = 48, 96
 _CPU_FEW_TOKENS, _CPU_PACKED = 16, 2**22  # of the masked path: what its last product makes of the hidden rows and the weights
 _CPU_GATHERED = 2**20  # elements up to which a copy of 16-bit weights costs less than a product's call for each expert
 
@@ -159,7 +165,7 @@ def pick_path(
             if dense_view and (has_matrix_units(dtype) if matrix_units is None else matrix_units):
                 if decodes_each(T, E, s, K, H, dtype):
                     return Choice("decode", "so few experts in all that each token reads its own")
-                if T * K < _CPU_GROUPED_ROWS * E:
+                if T * K < _CPU_EVEN_ROWS * E:
                     return Choice("masked", "matrix units: the dense product costs less than the copies of the rows by expert")
                 return Choice("grouped", "rows enough an expert: saves the arithmetic of the experts that a token did not choose")
             if T <= _CPU_DECODE_TOKENS:

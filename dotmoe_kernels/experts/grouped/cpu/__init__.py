@@ -4,7 +4,7 @@ products   one product an expert, and its gradients
 padded     16 bits: batched products, every expert's rows padded to a common number
 
 With matrix units an expert's product takes so little that what lies between two of them counts: all first products, then all
-second ones, and torch sums the rows.
+second ones, and torch sums the rows; for few rows the masked path's dense product.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ...._checks import compute_dtype
-from ...._tiles import expert_by_expert, has_matrix_units
+from ...._tiles import expert_by_expert, has_matrix_units, masks_uneven
 from ....dispatch import Slots, fits_bags, gather_tokens, sort_slots, sum_bags
+from ....permutation import has_dense_view
 from ...activations import find_activation
+from ...masked.cpu.dense import view_ffn
 from .padded import padded_ffn, run_lengths
 from .products import multiply, segments
 
@@ -49,6 +51,8 @@ def grouped_ffn(
         if run:
             return padded_ffn(x, gate_up_proj, down_proj, slots, indices, weights, act, padded, run)
     units = x.device.type == "cpu" and has_matrix_units(x.dtype)
+    if units and masks_uneven(indices.numel(), E) and has_dense_view(down_proj) and gate_up_proj.is_contiguous():
+        return view_ffn(x, gate_up_proj, down_proj, indices, weights, activation)
     if x.device.type == "cpu" and not units and expert_by_expert(x.dtype, indices.numel(), E):
         return _expert_by_expert(x, gate_up_proj, down_proj, slots, weights, act)
     xs, whole = x.index_select(0, slots.token), not units
