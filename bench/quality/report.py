@@ -195,7 +195,7 @@ _INTRODUCTION = """# What the method is worth
 excess = perplexity / dense perplexity - 1, the mean over the seeds. Intervals: 95 %, 2,000 paired draws of the held-out documents;
 they say how far other documents would move a figure, the column beside the perplexity how far another seed does. Information:
 between token and expert, and the most there could be; 0 is pruning. Static methods (prune, 2to4) train nothing. The best of the
-others is found anew in every draw."""
+others is found anew in every draw. Seconds are of a clock on the wall, whatever else the machine did."""
 
 
 def report(out: Path, say: Callable[[str], None] = print) -> str:
