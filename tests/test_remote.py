@@ -17,6 +17,8 @@ from dotmoe_kernels.conversion.zero_experts import add_zero_experts
 from dotmoe_kernels.models.config import MODELING
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# bfloat16: a bit of a logit from 2 on is 1 / 64, and either side is 0.1 to 0.3 from what float64 gives
+TOLERANCE = {"float32": 5e-6, "bfloat16": 0.04}
 CASES = [(kind, dtype) for kind in ("llama", "qwen3", "gemma3_text", "phi3", "soft", "zeros") for dtype in DTYPES]
 SHARDED = ("qwen3", "gemma3_text", "soft")  # in several files, untied and tied
 NEW = 6
@@ -132,7 +134,7 @@ def test_same_model_without_the_package(found, kind, dtype):
     result = found[f"{kind}-{dtype}"]
     assert result["class"] == "transformers_modules"
     assert result["dtype"] == f"torch.{dtype}"
-    assert result["error"] < (5e-6 if dtype == "float32" else 2e-2)
+    assert result["error"] < TOLERANCE[dtype]
     assert [len(row) for tokens in result["generated"] for row in tokens] == [9 + NEW] * 4
     if dtype == "float32":  # in bfloat16 the largest of 64 logits is often a tie
         assert result["generated"] == [result["expected"]] * 2
@@ -149,7 +151,7 @@ def test_form_for_engines(found, kind, dtype, engine):
     result = found[f"{kind}-{dtype}"]
     assert result["scoring"] == []
     served = result[engine]
-    assert served["error"] < (5e-6 if dtype == "float32" else 2e-2)
+    assert served["error"] < TOLERANCE[dtype]
     assert served["kwargs"]
     assert served["compatible"]
     assert served["decoder"]

@@ -67,7 +67,7 @@ def _forward(
     hidden, bits = act(gate).mul_(up), _BITS[x.element_size()]
     on, r = _chosen(indices, weights, E, x.dtype)
     if r is not None:
-        hidden.mul_(r[:, None])
+        hidden.mul_(r[:, None])  # weights in float32: rounded to 16 bits they would count as another error
     on = on[:, None] if T <= _NARROW else on.repeat_interleave(s, 0).view(E, s, T)  # a row at a time has few vectors
     rows = hidden.view(bits).bitwise_and_(on).view(x.dtype).view(E * s, T).T  # [T, F]
     if turns_rows(E * s * H):
@@ -78,7 +78,7 @@ def _forward(
 
 
 def _chosen(indices: Tensor, weights: Tensor | None, E: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """(all bits where an expert is a token's [E, T], as integers of a number's size; R^T [E, T], None where it is all 1 there)."""
+    """(all bits where an expert is a token's [E, T], as integers of a number's size; R^T [E, T], None where it is 1 there)."""
     T, bits = len(indices), _BITS[dtype.itemsize]
     if (
         T * E <= _FEW
@@ -92,7 +92,7 @@ def _chosen(indices: Tensor, weights: Tensor | None, E: int, dtype: torch.dtype)
         unit = weights is None or bool((weights.detach().numpy() == 1).all())
         if unit and np.count_nonzero(on[:E]) == np.count_nonzero(chosen < E):  # no expert twice a token
             return torch.from_numpy(on[:E]), None
-    r = expert_mask(indices, weights, E, dtype).T
+    r = expert_mask(indices, weights, E, torch.promote_types(dtype, torch.float32)).T
     named = r != 0
     unit = has_values(r) and bool((r == named).all())
     return named.to(bits).neg_(), None if unit else r
