@@ -109,8 +109,10 @@ def assert_near(y, expected):
 
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("path", ["decode", "masked"])
-@pytest.mark.parametrize("T", [2, 5, 40])  # token after token and all at once; down by expert and as one
-def test_few_tokens_in_16_bits(T, path, weights):
+@pytest.mark.parametrize("T", [2, 5, 40])  # token after token and all at once
+@pytest.mark.parametrize("packed", [0, 2**22])  # the masked path's down product by expert, or as one
+def test_few_tokens_in_16_bits(packed, T, path, weights, monkeypatch):
+    monkeypatch.setattr(_tiles.paths, "_CPU_PACKED", packed)
     x, gate_up, down, indices, w = few(T, 64, 16, 3, 512, weights)
     assert _tiles.decodes_each(T, 64, 16, 3, 512, torch.bfloat16) == (T == 2)
     y = dk.expert_ffn(x, gate_up, down, indices, w if weights else None, path=path)
@@ -235,7 +237,7 @@ def test_runs_hold_every_expert(T, E, K, seed):
     if run:
         assert (rows >= count).all()
         assert all(len(set(part.tolist())) == 1 for part in rows.split(run))
-        assert worth_padding(int(count.sum()), int(rows.sum()), int(count.max()), float((count == 0).double().mean()), 2)
+        assert worth_padding(int(count.sum()), int(rows.sum()), int(count.max()), float((count == 0).double().mean()), 2, 2.0)
     else:
         assert rows.numel() == 0
 

@@ -31,7 +31,7 @@ def run_lengths(slots: Slots, down_proj: Tensor) -> tuple[Tensor, int]:
     return (padded, run) if worth_padding(used, total, most, idle / E, s, limit) else (count[:0], 0)
 
 
-def worth_padding(used: int, total: int, most: int, idle: float, width: int, limit: float = 2.0) -> bool:
+def worth_padding(used: int, total: int, most: int, idle: float, width: int, limit: float) -> bool:
     """``used`` of the ``total`` padded rows hold a slot; the fullest expert has ``most``; a share ``idle`` of the experts, each of
     ``width`` neurons, has none, and its weights are read all the same. ``limit``: of total / used, beyond a few rows."""
     return used > 0 and idle <= most_idle(width) and (total <= limit * used or most <= 16)

@@ -80,12 +80,7 @@ def _forward(
 def _chosen(indices: Tensor, weights: Tensor | None, E: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """(all bits where an expert is a token's [E, T], as integers of a number's size; R^T [E, T], None where it is 1 there)."""
     T, bits = len(indices), _BITS[dtype.itemsize]
-    if (
-        T * E <= _FEW
-        and has_values(indices)
-        and indices.device.type == "cpu"
-        and (weights is None or weights.dtype == torch.float32)
-    ):
+    if T * E <= _FEW and has_values(indices) and (weights is None or weights.dtype == torch.float32):
         chosen = indices.numpy()
         on = np.zeros((E + 1, T), f"i{dtype.itemsize}")
         on[chosen, np.arange(T)[:, None]] = -1
