@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 import dotmoe_kernels as dk
 from dotmoe_kernels import reference
 from dotmoe_kernels._backend import interpreted
+from dotmoe_kernels.experts.grouped.cpu.runs import best_runs
 from dotmoe_kernels.experts.training import cpu as training
 
 SHAPES = [(13, 7, 3, 9, 10), (6, 37, 9, 8, 16), (40, 4, 2, 16, 24), (5, 1, 1, 5, 6), (16, 148, 5, 4, 6), (1, 16, 16, 8, 8)]
@@ -199,10 +200,11 @@ def test_weight_gradients_have_the_strides_of_the_weights(contiguous):
 
 
 @RECOMPUTE
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("nan_filled")
-def test_idle_experts_and_empty_slots_have_zero_gradients(recompute):
+def test_idle_experts_and_empty_slots_have_zero_gradients(dtype, recompute):
     indices = torch.tensor([[1, 4], [4, 4], [1, 1]])  # E = 4: experts 0, 2, 3 idle, token 1 goes nowhere
-    gradients = value_and_gradients(ours(indices, recompute=recompute), problem(3, 4, 2, 8, 12))
+    gradients = value_and_gradients(ours(indices, recompute=recompute), problem(3, 4, 2, 8, 12, dtype=dtype))
     assert all(torch.isfinite(g).all() for g in gradients.values())
     for name in ("gate_up_proj", "down_proj"):
         assert gradients[f"gradient of {name}"][[0, 2, 3]].count_nonzero() == 0
@@ -228,9 +230,41 @@ def test_runs_of_any_size(rows, stock, dtype, monkeypatch):
 
 
 @RECOMPUTE
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stock", [False, True], ids=["converted", "stock"])
+@pytest.mark.parametrize("rows", [0, 150, 2048])
+def test_batches_of_16_bit_experts(rows, stock, dtype, recompute, monkeypatch):
+    """Every expert alone, some together and nearly all: of unequal experts, two of them without a token."""
+    monkeypatch.setattr("dotmoe_kernels._tiles.paths._CPU_PADDED_ROWS", rows)
+    tensors = problem(90, 9, 3, 8, 12, seed=5, dtype=dtype)
+    indices = torch.where(routed_indices(90, 3, 9, seed=2, empty=0.2) == 5, 8, routed_indices(90, 3, 9, seed=2, empty=0.2))
+    indices[:, 0] = torch.where(torch.arange(90) % 3 > 0, 2, 9)
+    indices[indices == 7] = 1
+    if stock:
+        tensors["down_proj"] = tensors["down_proj"].contiguous()
+    runs = best_runs(dk.dispatch_tokens(indices, 9).offsets, tensors["down_proj"])[0]
+    assert {0: len(runs) == 9, 150: 3 < len(runs) < 9, 2048: len(runs) <= 2}[rows]
+    compare(ours(indices, recompute=recompute), plain(indices), **tensors)
+
+
+@pytest.mark.usefixtures("nan_filled")
+def test_a_token_of_nan_reaches_no_other_in_16_bits():
+    """Nor do the rows that fill an expert up."""
+    indices, tensors = routed_indices(90, 3, 9, seed=2, empty=0.2), problem(90, 9, 3, 8, 12, dtype=torch.bfloat16)
+    clean = value_and_gradients(ours(indices), tensors)
+    broken = value_and_gradients(ours(indices), tensors | {"x": tensors["x"].index_fill(0, torch.tensor([3]), torch.nan)})
+    for name in ("output 0", "gradient of x", "gradient of weights"):
+        assert torch.isfinite(clean[name]).all()
+        assert broken[name][3].isnan().any()
+        others = [t for t in range(90) if t != 3]
+        assert torch.equal(broken[name][others], clean[name][others])
+
+
+@RECOMPUTE
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("T", "K"), [(0, 2), (3, 0)])
-def test_nothing_to_do(T, K, recompute):
-    tensors = problem(T, 4, K, 8, 12)
+def test_nothing_to_do(T, K, dtype, recompute):
+    tensors = problem(T, 4, K, 8, 12, dtype=dtype)
     gradients = value_and_gradients(ours(torch.zeros(T, K, dtype=torch.int64), recompute=recompute), tensors)
     assert gradients["output 0"].shape == (T, 12)
     assert all(g.count_nonzero() == 0 for g in gradients.values())

@@ -9,10 +9,11 @@ from shapes import expert_weights, generator, normal, routed_indices, uniform
 
 import dotmoe_kernels as dk
 from dotmoe_kernels import _tiles, reference
-from dotmoe_kernels._tiles import pick_path
+from dotmoe_kernels._tiles import batched_call, pick_path, product_rows
 from dotmoe_kernels.dispatch import sort_slots
 from dotmoe_kernels.experts.grouped.cpu import padded
-from dotmoe_kernels.experts.grouped.cpu.padded import run_lengths, worth_padding
+from dotmoe_kernels.experts.grouped.cpu import runs as running
+from dotmoe_kernels.experts.grouped.cpu.runs import Run, best_runs, even_runs, lay_out, worth_padding
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -153,10 +154,14 @@ def problem(T, E, s, H, dtype, *, weights):
 def taken(monkeypatch):
     """The padded rows of every call that went through the padded products, on a processor without matrix units."""
     rows, call = [], padded.padded_ffn
-    monkeypatch.setattr(padded, "most_padding", lambda dtype: 2.0)
+    monkeypatch.setattr("dotmoe_kernels._tiles.paths.has_matrix_units", lambda dtype: False)
     monkeypatch.setattr(dk.experts.grouped.cpu, "has_matrix_units", lambda dtype: False)
-    monkeypatch.setattr(dk.experts.grouped.cpu, "padded_ffn", lambda *a: (rows.append(int(a[7].sum())), call(*a))[1])
+    monkeypatch.setattr(dk.experts.grouped.cpu, "padded_ffn", lambda *a: (rows.append(padded_rows(a[7])), call(*a))[1])
     return rows
+
+
+def padded_rows(runs):
+    return sum(run.experts * run.rows for run in runs)
 
 
 def forward_only(function):
@@ -187,27 +192,40 @@ def test_padded_products_equal_the_reference(T, E, K, unit, dtype, rows, taken, 
     assert taken[0] >= int((indices < E).sum())
 
 
+@pytest.fixture
+def units(taken, monkeypatch):
+    """``taken``, on a processor with matrix units."""
+    monkeypatch.setattr("dotmoe_kernels._tiles.paths.has_matrix_units", lambda dtype: True)
+    monkeypatch.setattr(dk.experts.grouped.cpu, "has_matrix_units", lambda dtype: True)
+    return taken
+
+
 @pytest.mark.parametrize("weights", [False, True])
-@pytest.mark.parametrize("view", [False, True])  # product by product, or the dense one
-def test_with_matrix_units_unequal_experts_are_not_padded(view, weights, taken, monkeypatch):
+@pytest.mark.parametrize("kind", ["equal", "one expert has everything", "as good as dense", "most experts idle"])
+@pytest.mark.parametrize("view", [False, True])
+def test_with_matrix_units_runs_or_the_dense_product(view, kind, weights, units, monkeypatch):
+    """Whichever costs less; without a dense view always runs."""
     masked, grouped = [], dk.experts.grouped.cpu
-    monkeypatch.setattr(padded, "most_padding", lambda dtype: 1.25)
-    monkeypatch.setattr(grouped, "has_matrix_units", lambda dtype: True)
     monkeypatch.setattr(grouped, "view_ffn", lambda *a, call=grouped.view_ffn: (masked.append(a), call(*a))[1])
+    monkeypatch.setattr("dotmoe_kernels._tiles.paths._CPU_CALL_ELEMENTS", 0)  # experts of 8 neurons would be one run always
     tensors = problem(300, 7, 8, 24, torch.bfloat16, weights=2)
     if not weights:
         tensors["weights"] = torch.ones(300, 2)
     down = tensors["down_proj"]
     tensors["down_proj"] = down.transpose(1, 2).contiguous().transpose(1, 2) if view else down.contiguous()
-    for experts, padding in ((7, 1), (4, 0)):  # as good as equal, and three without a token
-        indices = routed_indices(300, 2, experts, seed=3)
-        indices[4, 1] = 7
-        found = dk.expert_ffn(**tensors, indices=indices, path="grouped")
-        wide = {name: tensor.double() for name, tensor in tensors.items()}
-        assert_near(found, reference.expert_ffn(**wide, indices=indices, activation=torch.nn.functional.silu))
-        assert len(taken) == padding
-        assert len(masked) == (view and not padding)
-        taken.clear()
+    indices = routed_indices(300, 2, 7, seed=3, empty=0.1)
+    if kind == "one expert has everything":
+        indices[:, 0], indices[:, 1] = 5, torch.where(indices[:, 1] == 5, 7, indices[:, 1])
+    elif kind == "as good as dense":
+        indices = torch.arange(7).expand(300, 7)[:, :6].contiguous()
+        tensors["weights"] = uniform(300, 6, seed=2, dtype=torch.float32)
+    elif kind == "most experts idle":
+        indices = torch.where(indices < 6, 6, indices)
+    found = dk.expert_ffn(**tensors, indices=indices, path="grouped")
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+    assert_near(found, reference.expert_ffn(**wide, indices=indices, activation=torch.nn.functional.silu))
+    dense = view and kind == "as good as dense"
+    assert (len(units), len(masked)) == ((0, 1) if dense else (1, 0))
 
 
 @pytest.mark.parametrize("kind", ["one expert has everything", "most experts idle", "down_proj stored by rows of all experts"])
@@ -228,18 +246,97 @@ def test_where_padding_would_waste_it_is_not_done(kind, taken):
     assert (found.double() - exact).abs().max() < 2e-2 * exact.abs().max()
 
 
-@given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 6), st.integers(0, 10**6))
-def test_runs_hold_every_expert(T, E, K, seed):
-    indices = torch.randint(0, E + 1, (T, K), generator=generator(seed))
-    slots = sort_slots(indices, E)
-    rows, run = run_lengths(slots, torch.zeros(E, 3, 2))
-    count = torch.bincount(indices.flatten(), minlength=E + 1)[:E]
-    if run:
-        assert (rows >= count).all()
-        assert all(len(set(part.tolist())) == 1 for part in rows.split(run))
-        assert worth_padding(int(count.sum()), int(rows.sum()), int(count.max()), float((count == 0).double().mean()), 2, 2.0)
-    else:
-        assert rows.numel() == 0
+ROUTINGS = given(st.integers(1, 400), st.integers(1, 20), st.integers(1, 6), st.integers(0, 10**6), st.floats(0, 3))
+
+
+def some_slots(T, E, K, seed, skew):
+    """Slots of experts of which some are as many times likelier as ``skew`` says."""
+    g = generator(seed)
+    chances = torch.exp(skew * torch.randn(E + 1, generator=g))
+    indices = torch.multinomial(chances, T * K, replacement=True, generator=g).view(T, K)
+    return sort_slots(indices, E)
+
+
+def assert_runs(runs, slots, E):
+    """Every expert once and in order, with room for its rows; every slot has a row of its own there."""
+    experts = [e for run in runs for e in range(run.first, run.first + run.experts)]
+    counts = slots.offsets.diff().tolist()
+    assert experts == list(range(E))
+    assert all(run.rows >= max(counts[run.first : run.first + run.experts]) for run in runs)
+    layout, starts, first = lay_out(slots.offsets, runs), [], 0
+    for run in runs:
+        starts += [first + n * run.rows for n in range(run.experts)]
+        first += run.experts * run.rows
+    assert layout.total == padded_rows(runs)
+    expected = [starts[e] + n for e, count in enumerate(counts) for n in range(count)]
+    assert layout.place.tolist() == expected
+    spread = layout.spread(slots.token, -1)
+    assert torch.equal(spread[layout.place], slots.token[: len(expected)])
+    assert int((spread == -1).sum()) == layout.total - len(expected)
+    slot_of = layout.slot_of(slots.source)
+    assert torch.equal(slot_of[slots.source[: len(expected)]], layout.place)
+    assert (slot_of[slots.source[len(expected) :]] == layout.total).all()
+
+
+@ROUTINGS
+def test_even_runs_hold_every_expert(T, E, K, seed, skew):
+    slots = some_slots(T, E, K, seed, skew)
+    runs, count = even_runs(slots.offsets, torch.zeros(E, 3, 2)), slots.offsets.diff()
+    if runs:
+        assert_runs(runs, slots, E)
+        assert len({run.experts for run in runs[:-1]}) <= 1
+        assert worth_padding(int(count.sum()), padded_rows(runs), int(count.max()), float((count == 0).double().mean()), 2, 2.0)
+
+
+def cheapest(rows, call, e=0):
+    """By trying all partitions."""
+    if e == len(rows):
+        return 0.0
+    found, length = [], 1
+    while e + length <= len(rows):
+        most = max(rows[e : e + length])
+        if length == 1 or length * most <= 2048:
+            found.append((call + length * most if most else 0) + cheapest(rows, call, e + length))
+        length *= 2
+    return min(found)
+
+
+@given(
+    st.integers(1, 400), st.integers(1, 9), st.integers(1, 6), st.integers(0, 10**6), st.floats(0, 3), st.sampled_from([1, 4096])
+)
+def test_the_best_runs_are_the_cheapest(T, E, K, seed, skew, H):
+    slots, down = some_slots(T, E, K, seed, skew), torch.zeros(E, H, 64, dtype=torch.bfloat16)
+    runs, cost = best_runs(slots.offsets, down)
+    assert_runs(runs, slots, E)
+    assert all(run.rows == product_rows(run.rows, down) and run.experts.bit_count() == 1 for run in runs)
+    call = batched_call(64 * H, down.dtype)
+    rows = [product_rows(count, down) for count in slots.offsets.diff().tolist()]
+    assert cost == pytest.approx(cheapest(rows, call))
+    assert cost == pytest.approx(sum(call + run.experts * run.rows for run in runs if run.rows))
+
+
+def test_weights_stored_by_rows_of_all_experts_are_not_batched():
+    down = torch.zeros(24, 6, 8, dtype=torch.bfloat16).transpose(0, 1)  # [E, H, s] stored as [H, E, s]
+    offsets = torch.arange(7, dtype=torch.int32) * 20
+    assert best_runs(offsets, down)[0] == [Run(e, 1, 20) for e in range(6)]
+    assert even_runs(offsets, down) == []
+
+
+def test_products_come_in_few_sizes():
+    """Each is compiled once, and a processor keeps 1,024 of them."""
+    half, sizes = torch.zeros(0, dtype=torch.bfloat16), range(4097)
+    rows = [product_rows(n, half) for n in sizes]
+    assert all(n <= m <= 1.2 * n for n, m in zip(sizes, rows, strict=True))
+    assert rows == sorted(rows)
+    assert len(set(rows)) < 80
+    assert [product_rows(n, torch.zeros(0)) for n in sizes] == list(sizes)  # a float32 product is not compiled
+
+
+def test_a_run_of_one_expert_is_a_plain_product():
+    a, b = normal(5, 8, seed=0, dtype=torch.bfloat16), normal(3, 8, 6, seed=1, dtype=torch.bfloat16)
+    assert torch.equal(running.batched(Run(1, 1, 5), a, b), a @ b[1])
+    both = running.batched(Run(1, 2, 3), a[[0, 1, 2, 2, 3, 4]], b)
+    assert_near(both, torch.cat([a[:3].double() @ b[1].double(), a[2:].double() @ b[2].double()]))
 
 
 def test_a_padding_row_may_hold_nan(taken):

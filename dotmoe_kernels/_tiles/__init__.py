@@ -40,6 +40,8 @@ from .paths import (
     REDUCTION_CHUNK,
     SUM_WORKSPACE,
     Choice,
+    batched_call,
+    batches_experts,
     decodes_each,
     down_by_expert,
     expert_by_expert,
@@ -52,9 +54,11 @@ from .paths import (
     most_padding,
     padded_experts,
     pick_path,
+    product_rows,
     reduction,
     sums_rows,
     turns_rows,
+    weights_first,
 )
 from .routing import (
     dispatch_tile,
@@ -93,6 +97,8 @@ __all__ = [
     "DecodeTile",
     "GroupedTile",
     "TransportTiles",
+    "batched_call",
+    "batches_experts",
     "before_hopper",
     "column_blocks",
     "columns_tile",
@@ -125,6 +131,7 @@ __all__ = [
     "multiplies_into_float32",
     "padded_experts",
     "pick_path",
+    "product_rows",
     "reduction",
     "rounding_tile",
     "rounding_tiles",
@@ -140,4 +147,5 @@ __all__ = [
     "transport_form",
     "transport_tiles",
     "turns_rows",
+    "weights_first",
 ]

@@ -42,6 +42,8 @@ REDUCTION_CHUNK = (2048, 256)  # tokens, columns: at K = 28 a scratch of 29 MB i
 # several experts stay in the cache of two cores between the two products of a batch
 _CPU_LOOP_ROWS = {torch.float32: 24, torch.float64: 24, torch.bfloat16: 96, torch.float16: 96}
 _CPU_PADDED_ROWS = 2048
+_CPU_TURNED_ROWS = 96
+_CPU_FEW_ROWS = 16  # of a product, whose sizes are so few that none is filled up
 _CPU_WIDE = 256  # from which width s a product of its own costs less than reading an expert's weights for nothing
 
 
@@ -55,27 +57,58 @@ def padded_experts(num_experts: int, rows: int) -> int:
     return max(1, min(num_experts, _CPU_PADDED_ROWS // max(rows, 1)))
 
 
+def product_rows(n: int, x: torch.Tensor) -> int:
+    """Rows to which ``n`` of an expert are filled up for a product like ``x``. On a CPU in 16 bits at most a fifth more: oneDNN
+    compiles a kernel for every size that is not in its cache of 1024, in the time of ten such products, and routing makes sizes
+    without end."""
+    if n <= _CPU_FEW_ROWS or x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        return n
+    step = max(4, 1 << n.bit_length() - 4)  # eight sizes an octave
+    return -(-n // step) * step
+
+
 def most_idle(width: int) -> float:
     """Up to which share of experts without rows a batched product of all of them beats one product a chosen expert."""
     return 0.6 if width < _CPU_WIDE else 0.5
 
 
-def most_padding(dtype: torch.dtype) -> float:
-    """Up to how many times the rows that are used a batched product on a CPU beats one product an expert."""
-    return 1.5 if has_matrix_units(dtype) else 2.0
+def most_padding() -> float:
+    """Up to how many times the rows that are used a batched product on a CPU without matrix units beats one product an expert."""
+    return 2.0
 
 
-def masks_uneven(num_slots: int, num_experts: int) -> bool:
-    """Whether with matrix units the dense product beats one product an expert, for rows too unequal for a batched one."""
-    return num_slots < _CPU_UNEVEN_ROWS * num_experts
+# with matrix units, counted in rows of an expert of s H elements: what the calls of a run cost beside their rows, measured at
+# s H = 37,000 (2,048 rows in one batch go at 370 GFLOP/s, 128 alone at 150) and 262,000; and a row of the dense product
+_CPU_CALL_ROWS, _CPU_CALL_ELEMENTS, _CPU_DENSE_ROWS = 50, 6.5e6, 0.5
+_CPU_SLOW_ROWS = 0.2  # of that fixed cost without matrix units, whose rows take so much longer
+
+
+def batched_call(elements: int, dtype: torch.dtype) -> float:
+    """The fixed cost of a run of experts of s H ``elements`` on a CPU in 16 bits, in rows."""
+    return (_CPU_CALL_ROWS + _CPU_CALL_ELEMENTS / max(elements, 1)) * (1.0 if has_matrix_units(dtype) else _CPU_SLOW_ROWS)
+
+
+def batches_experts(experts: int, rows: int) -> bool:
+    """Whether so many experts of so many rows may be one run."""
+    return experts * rows <= _CPU_PADDED_ROWS
+
+
+def weights_first(experts: int, rows: int) -> bool:
+    """Whether the first product of a run has its weights on the left."""
+    return not has_matrix_units(torch.bfloat16) or (experts > 1 and rows < _CPU_TURNED_ROWS)
+
+
+def masks_uneven(T: int, num_experts: int, cost: float) -> bool:
+    """Whether with matrix units the dense product of T tokens beats runs of a ``cost`` in rows."""
+    return T * num_experts * _CPU_DENSE_ROWS < cost
 
 
 _CPU_DECODE_TOKENS = 2  # in 16 bits, without matrix units
 # with them, counted in elements of a projection's weights: what the calls for a token of its own cost, and how many read in a dense
 # product take the time of one that decode reads; rows of an expert from which on the arithmetic that grouped products save
-# outweighs their copies, where experts have about as many rows, and where not
+# outweighs their copies, where experts have about as many rows
 _CPU_CALLS, _CPU_DENSE_RATE = 200_000, 1.5
-_CPU_EVEN_ROWS, _CPU_UNEVEN_ROWS = 48, 96
+_CPU_EVEN_ROWS = 48
 _CPU_FEW_TOKENS, _CPU_PACKED = 16, 2**22  # of the masked path: what its last product makes of the hidden rows and the weights
 _CPU_GATHERED = 2**20  # elements up to which a copy of 16-bit weights costs less than a product's call for each expert
 

@@ -271,7 +271,7 @@ def _optimizer(model: DotMoeForCausalLM, trained: list[nn.Parameter], config: Fi
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0, "peak": rate},
         {"params": [p for p in trained if id(p) in gates], "weight_decay": config.weight_decay, "peak": config.router_lr},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=True)
 
 
 def _blank(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ dh_p = Down_e^T dy_t before the routing weight, so that dw needs no rows Down_e 
 
 y, dx and dw are summed in float32, and what lies between two products is rounded once. Cost: 6 S s H flops forward; backward
 12 S s H, 6 less with frozen experts, 4 more with ``recompute``. ``forward`` and ``backward`` take a run of experts at a time, whose
-rows stay in the cache, on any device.
+rows stay in the cache, on any device; on a CPU in 16 bits each run is a batched product (``grouped/cpu/runs.py``), and torch sums
+a token's rows.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..._checks import compute_dtype
 from ..activations import find_activation
+from ..grouped.cpu.runs import Run, batched, best_runs, lay_out
 
 _FEW = 16  # rows of an expert up to which the gradient of its weights costs its memory, not its products
 _CACHED = 2**21  # bytes of the rows [n, H] of a run of experts: several such lie in a core's cache
@@ -38,18 +41,13 @@ class Needs(NamedTuple):
     weights: bool
 
 
-def _by_slot(weights: Tensor, source: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(token [S], routing weight [S, 1] in the dtype of the sums) of every slot."""
-    token = torch.div(source, max(weights.shape[1], 1), rounding_mode="floor")
-    return token, weights.reshape(-1)[source][:, None].to(compute_dtype(like))
-
-
 class _Run(NamedTuple):
     """Some experts, one after the other."""
 
     experts: slice
     rows: slice
     counts: list[int]  # rows of each
+    batch: Run | None = None  # of one batched product
 
     def pad(self, a: Tensor, most: int) -> Tensor:
         """[n, M] -> [experts, most, M], zeros behind each expert's rows."""
@@ -57,6 +55,72 @@ class _Run(NamedTuple):
         padded = a.new_zeros(len(self.counts) * most, a.shape[1])
         padded[torch.tensor(place, dtype=torch.int64)] = a
         return padded.view(len(self.counts), most, a.shape[1])
+
+
+class _Slots(NamedTuple):
+    """The slots in the order in which they are worked on."""
+
+    x: Tensor  # [T, H]; with rows between the slots [T + 1, H], the last 0: theirs
+    token: Tensor  # [n]
+    source: Tensor  # [n]; T K: of a row between the slots
+    w: Tensor  # [n, 1] routing weights in the dtype of the sums
+    runs: list[_Run]
+    bags: Tensor | None = None  # [T, K] the row of each slot, n: of an empty one; where torch sums them
+
+
+def _slots(x: Tensor, down_proj: Tensor, weights: Tensor, source: Tensor, offsets: Tensor) -> _Slots:
+    wide, flat, K = compute_dtype(x), weights.reshape(-1), max(weights.shape[1], 1)
+    empty = weights.numel() * x.shape[1] * len(down_proj) == 0
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16) or empty:
+        return _Slots(x, _token(source, K), source, flat[source][:, None].to(wide), list(_runs(offsets, x)))
+    batches, runs, end = best_runs(offsets, down_proj)[0], [], 0
+    for batch in batches:
+        start, end = end, end + batch.experts * batch.rows
+        experts = slice(batch.first, batch.first + batch.experts)
+        runs.append(_Run(experts, slice(start, end), [batch.rows] * batch.experts, batch))
+    layout = lay_out(offsets, batches)
+    bags = layout.slot_of(source).view(weights.shape)
+    source = layout.spread(source, flat.numel())
+    w = functional.pad(flat.to(wide), (0, 1))[source][:, None]
+    return _Slots(functional.pad(x, (0, 0, 0, 1)), _token(source, K), source, w, runs, bags)
+
+
+class _Sums:
+    """Rows of slots summed by token."""
+
+    def __init__(self, slots: _Slots, x: Tensor) -> None:
+        self.slots, self.total = slots, torch.zeros(x.shape, dtype=slots.w.dtype, device=x.device)
+
+    def add(self, run: _Run, a: Tensor, b: Tensor, w: Tensor | None = None) -> None:
+        """``_products`` of a and b, times w [n, 1]."""
+        rows = _products(run, a, b).to(self.total.dtype)
+        self.total.index_add_(0, self.slots.token[run.rows], rows if w is None else rows.mul_(w))
+
+    def found(self) -> Tensor:
+        """[T, H]"""
+        return self.total
+
+
+class _Bags(_Sums):
+    """The same of 16-bit rows: kept, and summed in one pass. Their w is in ``a`` already."""
+
+    def __init__(self, slots: _Slots, bags: Tensor, x: Tensor) -> None:
+        self.slots, self.bags, self.rows = slots, bags, x.new_empty(len(slots.token) + 1, x.shape[1])
+
+    def add(self, run: _Run, a: Tensor, b: Tensor, w: Tensor | None = None) -> None:
+        _products(run, a, b, self.rows[run.rows])
+
+    def found(self) -> Tensor:
+        self.rows[-1] = 0  # of the empty slots
+        return functional.embedding_bag(self.bags, self.rows, mode="sum")
+
+
+def _sums(slots: _Slots, x: Tensor) -> _Sums:
+    return _Sums(slots, x) if slots.bags is None else _Bags(slots, slots.bags, x)
+
+
+def _token(source: Tensor, K: int) -> Tensor:
+    return torch.div(source, K, rounding_mode="floor")
 
 
 def _runs(offsets: Tensor, x: Tensor) -> Iterator[_Run]:
@@ -74,6 +138,8 @@ def _runs(offsets: Tensor, x: Tensor) -> Iterator[_Run]:
 
 def _products(run: _Run, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a [n, M], an expert's rows times b[e] [M, N] -> [n, N]"""
+    if run.batch is not None:
+        return batched(run.batch, a, b, out)
     out = a.new_empty(len(a), b.shape[2]) if out is None else out
     for rows, weight, target in zip(a.split(run.counts), b[run.experts].unbind(), out.split(run.counts), strict=True):
         torch.mm(rows, weight, out=target)
@@ -85,6 +151,10 @@ def _weight_products(run: _Run, a: Tensor, b: Tensor, out: Tensor) -> None:
     if out.stride(1) == 1:  # [E, M, N] stored as [E, N, M]
         a, b, out = b, a, out.transpose(1, 2)
     most = max(run.counts)
+    if len(run.counts) > 1 and run.batch is not None:
+        left, right = (t.view(len(run.counts), most, -1) for t in (a, b))
+        torch.bmm(left.transpose(1, 2), right, out=out[run.experts])
+        return
     if 1 <= most <= _FEW and len(run.counts) > 1 and out.device.type == "cpu" and out.dtype == torch.float32:
         # threads share experts: within one, most of the time goes into touching fresh memory, which one thread would do alone
         torch.bmm(run.pad(a, most).transpose(1, 2), run.pad(b, most), out=out[run.experts])
@@ -105,17 +175,16 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """-> y [T, H] and, if ``keep``, (g, u) [S, 2s], whose rows beyond offsets[E] hold nothing. source, offsets: of ``Slots``."""
     act = find_activation(activation).forward
-    token, w = _by_slot(weights, source, x)
-    y = torch.zeros(x.shape, dtype=w.dtype, device=x.device)
-    kept = x.new_empty(source.numel(), gate_up_proj.shape[1]) if keep else None
-    for run in _runs(offsets, x):
-        here = token[run.rows]  # [n]
-        xs = x.index_select(0, here)
+    slots = _slots(x, down_proj, weights, source, offsets)
+    y = _sums(slots, x)
+    kept = x.new_empty(len(slots.token), gate_up_proj.shape[1]) if keep else None
+    for run in slots.runs:
+        xs, w = slots.x.index_select(0, slots.token[run.rows]), slots.w[run.rows]
         hidden = _products(run, xs, gate_up_proj.transpose(1, 2), None if kept is None else kept[run.rows])
-        gate, up = hidden.to(y.dtype).chunk(2, -1)  # [n, s] each
-        ys = _products(run, act(gate).mul_(up).to(x.dtype), down_proj.transpose(1, 2))
-        y.index_add_(0, here, ys.to(y.dtype).mul_(w[run.rows]))
-    return y.to(x.dtype), kept
+        gate, up = hidden.to(w.dtype).chunk(2, -1)  # [n, s] each
+        h = act(gate).mul_(up)
+        y.add(run, (h if slots.bags is None else h.mul_(w)).to(x.dtype), down_proj.transpose(1, 2), w)
+    return y.found().to(x.dtype), kept
 
 
 def backward(
@@ -131,13 +200,15 @@ def backward(
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """-> dx, dgate_up_proj, ddown_proj (in the strides of the weights) and dweights, None where not needed."""
-    act = find_activation(activation)
-    token, w = _by_slot(weights, source, x)
-    dx = torch.zeros(x.shape, dtype=w.dtype, device=x.device) if needs.x else None
+    act, T = find_activation(activation), len(x)
+    slots = _slots(x, down_proj, weights, source, offsets)
+    x, token, source, w, runs, _ = slots
+    dy = functional.pad(dy, (0, 0, 0, len(x) - T)) if len(x) > T else dy
+    dx = _sums(slots, dy[:T]) if needs.x else None
     dgate_up = torch.empty_like(gate_up_proj) if needs.gate_up_proj else None
     ddown = torch.empty_like(down_proj) if needs.down_proj else None
-    dw = torch.zeros(weights.numel(), dtype=w.dtype, device=x.device) if needs.weights else None
-    for run in _runs(offsets, x):
+    dw = torch.zeros(weights.numel() + 1, dtype=w.dtype, device=x.device) if needs.weights else None
+    for run in runs:
         here, scale = token[run.rows], w[run.rows]  # [n], [n, 1]
         xs = x.index_select(0, here) if dgate_up is not None or kept is None else None
         hidden = _products(run, xs, gate_up_proj.transpose(1, 2)) if kept is None else kept[run.rows]  # type: ignore[arg-type]
@@ -159,10 +230,10 @@ def backward(
         if dgate_up is not None:
             _weight_products(run, dhidden, xs, dgate_up)  # type: ignore[arg-type]
         if dx is not None:
-            dx.index_add_(0, here, _products(run, dhidden, gate_up_proj).to(dx.dtype))
+            dx.add(run, dhidden, gate_up_proj)
     return (
-        None if dx is None else dx.to(x.dtype),
+        None if dx is None else dx.found().to(x.dtype),
         dgate_up,
         ddown,
-        None if dw is None else dw.view(weights.shape).to(weights.dtype),
+        None if dw is None else dw[:-1].view(weights.shape).to(weights.dtype),
     )

@@ -1,10 +1,11 @@
 """The grouped path in PyTorch, without a gradient: three ways, by dtype and by the rows of an expert.
 
 products   one product an expert, and its gradients
-padded     16 bits: batched products, every expert's rows padded to a common number
+runs       16 bits: which experts share a batched product, every expert's rows padded to a common number
+padded     16 bits: the routed FFN in such runs
 
-With matrix units an expert's product takes so little that what lies between two of them counts: all first products, then all
-second ones, and torch sums the rows; for few rows the masked path's dense product.
+With matrix units an expert's product takes so little that its call counts: the runs are the cheapest there are, unless the masked
+path's dense product costs less still.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ...._checks import compute_dtype
-from ...._tiles import expert_by_expert, has_matrix_units, masks_uneven
+from ...._tiles import expert_by_expert, has_matrix_units, masks_uneven, product_rows
 from ....dispatch import Slots, fits_bags, gather_tokens, sort_slots, sum_bags
 from ....permutation import has_dense_view
 from ...activations import find_activation
 from ...masked.cpu.dense import view_ffn
-from .padded import padded_ffn, run_lengths
+from .padded import padded_ffn
 from .products import multiply, segments
+from .runs import best_runs, even_runs
 
 
 def _expert_by_expert(
@@ -30,11 +33,12 @@ def _expert_by_expert(
     """Each expert from its tokens' rows to their sums while they are in the cache; the [S, H] rows never exist as a whole."""
     y = torch.zeros(x.shape, dtype=compute_dtype(x), device=x.device)
     w = weights.reshape(-1)[slots.source][:, None].to(y.dtype)  # [S, 1]
+    token = functional.pad(slots.token, (0, len(slots.token)))  # behind an expert's rows others fill up, which nobody reads
     for e, start, end in segments(slots.offsets):
-        token = slots.token[start:end]
-        gate, up = (x.index_select(0, token) @ gate_up_proj[e].T).chunk(2, -1)  # [n, s] each
-        rows = act(gate).mul_(up) @ down_proj[e].T
-        y.index_add_(0, token, rows.to(y.dtype) * w[start:end])
+        filled = token[start : start + product_rows(end - start, x)]
+        gate, up = (x.index_select(0, filled) @ gate_up_proj[e].T).chunk(2, -1)  # [n or more, s] each
+        rows = (act(gate).mul_(up) @ down_proj[e].T)[: end - start]
+        y.index_add_(0, token[start:end], rows.to(y.dtype) * w[start:end])
     return y.to(x.dtype)
 
 
@@ -46,18 +50,20 @@ def grouped_ffn(
     slots, act = sort_slots(indices, E), find_activation(activation).forward
     if weights is None:
         weights = torch.ones(indices.shape, dtype=torch.float32, device=x.device)
-    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
-        padded, run = run_lengths(slots, down_proj)
-        if run:
-            return padded_ffn(x, gate_up_proj, down_proj, slots, indices, weights, act, padded, run)
-    units = x.device.type == "cpu" and has_matrix_units(x.dtype)
-    if units and masks_uneven(indices.numel(), E) and has_dense_view(down_proj) and gate_up_proj.is_contiguous():
-        return view_ffn(x, gate_up_proj, down_proj, indices, weights, activation)
-    if x.device.type == "cpu" and not units and expert_by_expert(x.dtype, indices.numel(), E):
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and E * indices.numel() * x.shape[1] > 0:
+        if has_matrix_units(x.dtype):
+            runs, cost = best_runs(slots.offsets, down_proj)
+            if masks_uneven(len(x), E, cost) and has_dense_view(down_proj) and gate_up_proj.is_contiguous():
+                return view_ffn(x, gate_up_proj, down_proj, indices, weights, activation)
+        else:
+            runs = even_runs(slots.offsets, down_proj)
+        if runs:
+            return padded_ffn(x, gate_up_proj, down_proj, slots, indices, weights, act, runs)
+    if x.device.type == "cpu" and expert_by_expert(x.dtype, indices.numel(), E):
         return _expert_by_expert(x, gate_up_proj, down_proj, slots, weights, act)
-    xs, whole = x.index_select(0, slots.token), not units
-    gate, up = multiply(xs, gate_up_proj.transpose(1, 2), slots.offsets, whole=whole).chunk(2, -1)  # [S, s] each
-    ys = multiply(act(gate).mul_(up), down_proj.transpose(1, 2), slots.offsets, whole=whole)
+    xs = x.index_select(0, slots.token)
+    gate, up = multiply(xs, gate_up_proj.transpose(1, 2), slots.offsets).chunk(2, -1)  # [S, s] each
+    ys = multiply(act(gate).mul_(up), down_proj.transpose(1, 2), slots.offsets)
     if indices.numel() > 0 and fits_bags(ys, weights):
         return sum_bags(ys, weights, slots.source, int(slots.offsets[-1]), len(x))
     return gather_tokens(ys, slots, weights)

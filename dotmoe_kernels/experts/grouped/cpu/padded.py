@@ -1,8 +1,7 @@
-"""Padded experts: on a CPU in 16 bits, many experts in one batched product.
+"""Padded experts: on a CPU in 16 bits, the experts of a run (``runs.py``) in one batched product.
 
-A 16-bit product on a CPU has a fixed cost that outweighs a few rows, and an expert has few. So a run of experts takes its rows
-padded to the most that one of them has, goes through two batched products, and a token sums its K rows where they lie. A run is as
-many experts as keep their rows in the cache. Cost: the padded rows, which ``worth_padding`` keeps near the S that are used.
+A run takes its rows padded to the most that one of its experts has, goes through two products, and a token sums its K rows where
+they lie. Cost: the padded rows, which the choice of the runs keeps near the S that are used.
 """
 
 from __future__ import annotations
@@ -13,28 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...._tiles import most_idle, most_padding, padded_experts
+from ...._tiles import weights_first
 from ....dispatch import Slots
-
-
-def run_lengths(slots: Slots, down_proj: Tensor) -> tuple[Tensor, int]:
-    """(rows that every expert is padded to [E], experts a run), or (empty, 0) where padding would waste too much."""
-    count = slots.offsets.diff().long()  # [E]
-    E, H, s = down_proj.shape
-    if E == 0 or down_proj.stride(0) < H * s:  # [H, E, s]: a batched product copies each expert's weights out first
-        return count[:0], 0
-    most = int(count.max())
-    run = padded_experts(E, most)
-    padded = functional.pad(count, (0, -E % run)).view(-1, run).amax(1).repeat_interleave(run)[:E]
-    used, total, idle = int(slots.offsets[-1]), int(padded.sum()), int((count == 0).sum())
-    limit = most_padding(down_proj.dtype)
-    return (padded, run) if worth_padding(used, total, most, idle / E, s, limit) else (count[:0], 0)
-
-
-def worth_padding(used: int, total: int, most: int, idle: float, width: int, limit: float) -> bool:
-    """``used`` of the ``total`` padded rows hold a slot; the fullest expert has ``most``; a share ``idle`` of the experts, each of
-    ``width`` neurons, has none, and its weights are read all the same. ``limit``: of total / used, beyond a few rows."""
-    return used > 0 and idle <= most_idle(width) and (total <= limit * used or most <= 16)
+from .runs import Run, batched, lay_out
 
 
 def padded_ffn(
@@ -45,36 +25,46 @@ def padded_ffn(
     indices: Tensor,
     weights: Tensor,
     act: Callable[[Tensor], Tensor],
-    padded: Tensor,
-    run: int,
+    runs: list[Run],
 ) -> Tensor:
-    """x [T, H] -> [T, H]; ``padded`` and ``run`` from ``run_lengths``."""
-    (T, K), E, H = indices.shape, gate_up_proj.shape[0], x.shape[1]
-    used, total = int(slots.offsets[-1]), int(padded.sum())
-    source = slots.source[:used]
-    expert = indices.reshape(-1)[source].long()
-    first = padded.cumsum(0) - padded  # [E]: where an expert's rows begin
-    place = (first - slots.offsets[:-1])[expert] + torch.arange(used)  # of each slot
-    token = torch.zeros(total, dtype=torch.int64)  # a padding row repeats some token, and nobody reads it
-    token[place] = slots.token[:used]
+    """x [T, H] -> [T, H]"""
+    layout = lay_out(slots.offsets, runs)
+    total = layout.total
+    token = layout.spread(slots.token, 0)  # a padding row repeats some token, and nobody reads it
     scale = None
     if not bool((weights == 1).all()):
-        scale = torch.zeros(total, 1, dtype=torch.float32)
-        scale[place, 0] = weights.reshape(-1)[source].float()
-    ys = x.new_empty(total + 1, H)
+        scale = layout.spread(weights.reshape(-1)[slots.source].float(), 0)
+    ys = x.new_empty(total + 1, x.shape[1])
     ys[total] = 0  # the row of an empty slot
-    starts, lengths = first.tolist(), padded.tolist()
-    for e in range(0, E, run):
-        n, m = min(run, E - e), lengths[e]
-        if m == 0:
-            continue
-        rows = slice(starts[e], starts[e] + n * m)
-        xs = x.index_select(0, token[rows]).view(n, m, H)
-        gate, up = torch.bmm(gate_up_proj[e : e + n], xs.transpose(1, 2)).chunk(2, 1)  # [n, s, m] each: the weights come first
-        hidden = act(gate).mul_(up)
-        if scale is not None:
-            hidden = (hidden * scale[rows].view(n, 1, m)).to(x.dtype)
-        torch.bmm(hidden.transpose(1, 2).contiguous(), down_proj[e : e + n].transpose(1, 2), out=ys[rows].view(n, m, H))
-    slot_of = torch.full((T * K,), total)
-    slot_of[source] = place
-    return functional.embedding_bag(slot_of.view(T, K), ys, mode="sum")
+    start = 0
+    for run in runs:
+        rows = slice(start, start + run.experts * run.rows)
+        start = rows.stop
+        if run.rows:
+            xs = x.index_select(0, token[rows])
+            ways = _turned if weights_first(run.experts, run.rows) else _straight
+            ways(run, xs, gate_up_proj, down_proj.transpose(1, 2), None if scale is None else scale[rows], act, ys[rows])
+    return functional.embedding_bag(layout.slot_of(slots.source).view(indices.shape), ys, mode="sum")
+
+
+_Scale = Tensor | None  # [n] float32
+
+
+def _straight(run: Run, xs: Tensor, up: Tensor, down: Tensor, scale: _Scale, act: Callable[[Tensor], Tensor], out: Tensor) -> None:
+    """xs [n, H] -> out [n, H]; up [E, 2s, H], down [E, s, H]."""
+    gate, value = batched(run, xs, up.transpose(1, 2)).chunk(2, -1)  # [n, s] each
+    hidden = act(gate).mul_(value)
+    if scale is not None:
+        hidden = (hidden * scale[:, None]).to(xs.dtype)
+    batched(run, hidden, down, out)
+
+
+def _turned(run: Run, xs: Tensor, up: Tensor, down: Tensor, scale: _Scale, act: Callable[[Tensor], Tensor], out: Tensor) -> None:
+    """The same with the weights first."""
+    n, m = run.experts, run.rows
+    experts = slice(run.first, run.first + n)
+    gate, value = torch.bmm(up[experts], xs.view(n, m, -1).transpose(1, 2)).chunk(2, 1)  # [experts, s, rows] each
+    hidden = act(gate).mul_(value)
+    if scale is not None:
+        hidden = (hidden * scale.view(n, 1, m)).to(xs.dtype)
+    torch.bmm(hidden.transpose(1, 2).contiguous(), down[experts], out=out.view(n, m, -1))

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...._tiles import product_rows
+
 
 def segments(offsets: Tensor) -> list[tuple[int, int, int]]:
     """(expert, first row, last row + 1) of every expert that has rows."""
@@ -13,25 +15,36 @@ def segments(offsets: Tensor) -> list[tuple[int, int, int]]:
     return [(e, bounds[e], bounds[e + 1]) for e in range(len(bounds) - 1) if bounds[e + 1] > bounds[e]]
 
 
+def _filled(rows: Tensor) -> Tensor:
+    """rows [n, M] -> [``product_rows``, M], zeros behind them."""
+    more = product_rows(len(rows), rows) - len(rows)
+    return functional.pad(rows, (0, 0, 0, more)) if more else rows
+
+
 def _fits_torch(a: Tensor, b: Tensor) -> bool:
-    """Whether torch's grouped product takes these: on a CPU, rows in steps of 16 bytes, one of the last two strides 1."""
-    if a.device.type != "cpu" or a.dtype not in (torch.float32, torch.bfloat16) or not hasattr(functional, "grouped_mm"):
+    """Whether torch's grouped product takes these: on a CPU in float32 (in 16 bits it would compile a kernel an expert), rows in
+    steps of 16 bytes, one of the last two strides 1."""
+    if a.device.type != "cpu" or a.dtype != torch.float32 or not hasattr(functional, "grouped_mm"):
         return False
     step = 16 // a.element_size()
     lined_up = all(t.stride(-1) == 1 and t.stride(-2) % step == 0 for t in (a, b if b.stride(-1) == 1 else b.transpose(-1, -2)))
     return lined_up and a.numel() > 0 and b.shape[2] % step == 0 and a.data_ptr() % 16 == 0 and b.data_ptr() % 16 == 0
 
 
-def multiply(a: Tensor, b: Tensor, offsets: Tensor, *, whole: bool = True) -> Tensor:
-    """out[rows of e] = a[rows of e] @ b[e]; rows beyond the last offset are zero. ``whole``: by torch's grouped product."""
-    if whole and _fits_torch(a, b):
+def multiply(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """out[rows of e] = a[rows of e] @ b[e]; rows beyond the last offset are zero."""
+    if _fits_torch(a, b):
         out = functional.grouped_mm(a, b, offs=offsets[1:].to(torch.int32))
         out[int(offsets[-1]) :] = 0
         return out
     out = a.new_empty(a.shape[0], b.shape[2])
     end = 0
     for e, start, end in segments(offsets):
-        torch.mm(a[start:end], b[e], out=out[start:end])
+        last = start + product_rows(end - start, a)
+        if last <= len(a):  # the rows of the next experts fill up, and are overwritten in their turn
+            torch.mm(a[start:last], b[e], out=out[start:last])
+        else:
+            out[start:end] = torch.mm(_filled(a[start:end]), b[e])[: end - start]
     out[end:] = 0
     return out
 
@@ -46,5 +59,5 @@ def multiply_backward(
         return da, None
     db = torch.zeros_like(b)  # keeps the strides of b
     for e, start, end in segments(offsets):
-        db[e] = a[start:end].T @ grad[start:end]
+        db[e] = _filled(a[start:end]).T @ _filled(grad[start:end])
     return da, db
