@@ -254,25 +254,30 @@ def frozen(function, tensors):
 
 @pytest.fixture
 def thin(monkeypatch):
-    """Thin experts are split too."""
+    """Thin experts are split too, on a processor without matrix units."""
+    monkeypatch.setattr(_tiles.paths, "has_matrix_units", lambda dtype: False)
     monkeypatch.setattr(_tiles.paths, "_SPLIT_HIDDEN", dict.fromkeys(_tiles.paths._SPLIT_HIDDEN, 0))
 
 
 def compare_frozen(expert_of, indices, tensors, **options):
-    assert _tiles.expert_by_expert_masked(*indices.shape, int(expert_of.max()) + 1, expert_of.numel(), 4, True)
+    assert _tiles.expert_by_expert_masked(*indices.shape, int(expert_of.max()) + 1, expert_of.numel(), tensors["x"].dtype, True)
     own, leaves = frozen(ours(expert_of, indices, **options), tensors)
     compare(own, frozen(plain(expert_of, indices), tensors)[0], **leaves)
 
 
-def test_thin_experts_are_not_split():
-    splits = _tiles.expert_by_expert_masked
-    assert splits(1024, 4, 16, 1024, 4, True)
-    assert not splits(1024, 8, 32, 512, 4, True)  # 256 rows of 16 neurons each
-    assert not splits(1024, 9, 16, 1024, 4, True)
-    assert not splits(255, 4, 16, 1024, 2, True)
-    assert not splits(1024, 4, 16, 1024, 4, False)  # without a backward pass there is less to spare
-    assert splits(512, 4, 16, 1024, 2, False)
-    assert not splits(512, 4, 16, 1024, 4, True)
+def test_thin_experts_are_not_split(monkeypatch):
+    splits, single, half = _tiles.expert_by_expert_masked, torch.float32, torch.bfloat16
+    monkeypatch.setattr(_tiles.paths, "has_matrix_units", lambda dtype: False)
+    assert splits(1024, 4, 16, 1024, single, True)
+    assert not splits(1024, 8, 32, 512, single, True)  # 256 rows of 16 neurons each
+    assert not splits(1024, 9, 16, 1024, single, True)
+    assert not splits(255, 4, 16, 1024, half, True)
+    assert not splits(1024, 4, 16, 1024, single, False)  # without a backward pass there is less to spare
+    assert splits(512, 4, 16, 1024, half, False)
+    assert not splits(512, 4, 16, 1024, single, True)
+    monkeypatch.setattr(_tiles.paths, "has_matrix_units", lambda dtype: dtype == half)
+    assert not splits(512, 4, 16, 1024, half, False)
+    assert splits(1024, 4, 16, 1024, single, True)
 
 
 @pytest.mark.usefixtures("thin")

@@ -155,7 +155,7 @@ def masked_ffn(
         r = expert_mask(indices, weights, E, x.dtype)
         arguments = (x, gate_proj, up_proj, down_proj, r, plan, probs, expert_of, activation, anchor(x))
         learns = wants_gradient(x, plan, probs, weights)
-        sparse = has_values(x) and expert_by_expert_masked(T, indices.shape[1], E, F, x.element_size(), learns)
+        sparse = has_values(x) and expert_by_expert_masked(T, indices.shape[1], E, F, x.dtype, learns)
         function = SparseMaskedFFN if sparse and not wants_gradient(gate_proj, up_proj, down_proj) else MaskedFFN
         if recompute and torch.is_grad_enabled():
             return checkpoint(function.apply, *arguments, use_reentrant=False, preserve_rng_state=False)

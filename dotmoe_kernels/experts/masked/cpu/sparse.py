@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from ...._autograd import first_order
 from ...._checks import compute_dtype
+from ...._tiles import product_rows
 from ...activations import find_activation
 
 
@@ -25,8 +26,9 @@ class _Block(NamedTuple):
     """An expert with tokens and neurons."""
 
     tokens: Tensor  # [n]
+    filled: Tensor  # [m]: the same, and others up to ``product_rows``, whose rows nobody reads
     neurons: slice  # of the sorted ones
-    scale: Tensor | None  # [n, 1] entries of R; None: all 1
+    scale: Tensor | None  # [m, 1] entries of R; None: all 1
 
 
 def _blocks(r: Tensor, sizes: list[int]) -> Iterator[_Block]:
@@ -35,10 +37,12 @@ def _blocks(r: Tensor, sizes: list[int]) -> Iterator[_Block]:
     scale = r[token, expert][:, None]
     unit = bool((scale == 1).all())
     ends = torch.bincount(expert, minlength=len(sizes)).cumsum(0).tolist()
-    first = 0
+    first, n = 0, len(token)
+    token, scale = functional.pad(token, (0, n)), functional.pad(scale, (0, 0, 0, n))
     for (start, end), s in zip(pairwise([0, *ends]), sizes, strict=True):
         if end > start and s > 0:
-            yield _Block(token[start:end], slice(first, first + s), None if unit else scale[start:end])
+            rows = slice(start, start + product_rows(end - start, r))
+            yield _Block(token[start:end], token[rows], slice(first, first + s), None if unit else scale[rows])
         first += s
 
 
@@ -49,7 +53,7 @@ def _columns(weight: Tensor, order: Tensor) -> Tensor:
 
 def _rows(blocks: list[_Block], like: Tensor) -> Tensor:
     """[n, H] for the products of any block: a new one each time would cost its page faults."""
-    return like.new_empty(max((len(block.tokens) for block in blocks), default=0), like.shape[1])
+    return like.new_empty(max((len(block.filled) for block in blocks), default=0), like.shape[1])
 
 
 class SparseMaskedFFN(torch.autograd.Function):
@@ -79,11 +83,12 @@ class SparseMaskedFFN(torch.autograd.Function):
         y = torch.zeros(x.shape, dtype=compute_dtype(x))
         blocks = list(_blocks(r, sizes))
         rows = _rows(blocks, x)
-        for tokens, neurons, scale in blocks:
-            hidden = act(gate[:, neurons].index_select(0, tokens)).mul_(up[:, neurons].index_select(0, tokens))  # [n, s]
+        for tokens, filled, neurons, scale in blocks:
+            hidden = act(gate[:, neurons].index_select(0, filled)).mul_(up[:, neurons].index_select(0, filled))  # [m, s]
             if scale is not None:
                 hidden.mul_(scale)
-            y.index_add_(0, tokens, torch.mm(hidden, down[:, neurons].T, out=rows[: len(tokens)]).to(y.dtype))
+            products = torch.mm(hidden, down[:, neurons].T, out=rows[: len(filled)])
+            y.index_add_(0, tokens, products[: len(tokens)].to(y.dtype))
         ctx.save_for_backward(gate_proj, up_proj, down_proj, r, order, gate, up, anchor)
         ctx.activation, ctx.sizes, ctx.blocks = activation, sizes, blocks
         ctx.soft = (None if plan is None else plan.dtype, None if probs is None else probs.dtype)
@@ -114,13 +119,13 @@ class SparseMaskedFFN(torch.autograd.Function):
         if need_x:
             dx = torch.zeros(dy.shape, dtype=compute_dtype(dy))
             rows = _rows(ctx.blocks, dy)
-            for tokens, neurons, scale in ctx.blocks:
-                g, u, d = (t[:, neurons].index_select(0, tokens) for t in (gate, up, du))  # [n, s]
+            for tokens, filled, neurons, scale in ctx.blocks:
+                g, u, d = (t[:, neurons].index_select(0, filled) for t in (gate, up, du))  # [m, s]
                 if scale is not None:
                     d.mul_(scale)
                 dgate, dup = act.backward(u.mul_(d), g), d.mul_(act.forward(g))
                 here = order[neurons]
-                some = torch.mm(dgate, gate_proj.index_select(0, here), out=rows[: len(tokens)])
-                dx.index_add_(0, tokens, some.addmm_(dup, up_proj.index_select(0, here)).to(dx.dtype))
+                some = torch.mm(dgate, gate_proj.index_select(0, here), out=rows[: len(filled)])
+                dx.index_add_(0, tokens, some.addmm_(dup, up_proj.index_select(0, here))[: len(tokens)].to(dx.dtype))
             dx = dx.to(dy.dtype)
         return dx, None, None, None, dr, dplan, dprobs, None, None, None
