@@ -15,6 +15,7 @@ import importlib
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from dotmoe_kernels.conversion.speeds import union
 from dotmoe_kernels.exports.stock import ARCHITECTURES, stock_skeleton, stock_tensors
 from tests.shapes import balanced_expert_of, generator, normal
 
-PROMPT, NEW = 512, 8  # tokens of a prompt; decode steps of a timed call
+PROMPT, NEW, PROMPTS = 512, 8, 32  # tokens of a prompt; decode steps of a timed call; prompts of a prefill, taken in turn
 EXPERTS = ("eager", "batched_mm", "grouped_mm")  # transformers' implementations
 IMPLS = (OURS, "dense", *(f"transformers-{name}" for name in EXPERTS), "llama.cpp")
 _SHIFT = 8  # the Mixtral's router is ours times 2^-8: close to equal gates, and no two experts tie
@@ -180,8 +181,19 @@ def models(size: Backbone, dtype: str) -> Models:
 # --- what is timed ------------------------------------------------------------------------------------------------------
 
 
-def prompts(size: Backbone, batch: int, length: int) -> Tensor:
-    return torch.randint(size.vocabulary, (batch, length), generator=generator(5))
+def prompts(size: Backbone, batch: int, length: int, number: int = 0) -> Tensor:
+    return torch.randint(size.vocabulary, (batch, length), generator=generator(5 + number))
+
+
+class Anew:
+    """``call`` of another prompt each time, in the same order for everybody: a user's prompts differ, and with them the rows of an
+    expert, for which a library may have to compile a product that it has at hand for a prompt it saw before."""
+
+    def __init__(self, call: Callable[[Tensor], Any], several: list[Tensor]) -> None:
+        self.call, self.several = call, cycle(several)
+
+    def __call__(self) -> Any:
+        return self.call(next(self.several))
 
 
 @torch.no_grad()
@@ -246,16 +258,17 @@ def info(size: Backbone, dtype: str, phase: str, batch: int) -> dict[str, Any]:
     }
 
 
-def _llama_call(found: Models, phase: str, ids: Tensor) -> Callable[[], Any] | str:
+def _llama_call(found: Models, phase: str, several: list[Tensor]) -> Callable[[], Any] | str:
     worker = found.llama(_LLAMA_TYPES[found.dtype])
     if isinstance(worker, str):
         return worker
-    request = {"prompts": ids.tolist(), "new": 1 if phase == "prefill" else NEW, "cached": phase == "decode"}
-    return partial(worker.ask, "generate", **request)
+    request = {"new": 1 if phase == "prefill" else NEW, "cached": phase == "decode"}
+    return Anew(lambda ids: worker.ask("generate", prompts=ids.tolist(), **request), several)
 
 
 def case(size: Backbone, dtype: str, phase: str, batch: int, length: int = PROMPT) -> Case:
     found, ids = models(size, dtype), prompts(size, batch, length)
+    several = [prompts(size, batch, length, n) for n in range(PROMPTS if phase == "prefill" else 1)]
     found.checked = found.checked or found.errors()
     errors, run, skipped = dict(found.checked), dict[str, Callable[[], Any]](), dict[str, str]()
     for name, model in found.by_name.items():
@@ -264,8 +277,8 @@ def case(size: Backbone, dtype: str, phase: str, batch: int, length: int = PROMP
         if experts and (reason := without_transformers(experts, size.ffn, tokens, _MOST_GATHERED)):
             skipped[name] = reason
         else:
-            run[name] = partial(prefill, model, ids) if phase == "prefill" else Decode(model, ids, experts)
-    call = _llama_call(found, phase, ids)
+            run[name] = Anew(partial(prefill, model), several) if phase == "prefill" else Decode(model, ids, experts)
+    call = _llama_call(found, phase, several)
     if isinstance(call, str):
         skipped["llama.cpp"] = call
     else:

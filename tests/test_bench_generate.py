@@ -104,3 +104,13 @@ def test_the_groups_and_a_row():
     assert all(group.impls == generation.IMPLS for group in groups)
     info = {"status": "same", "tokens": 64, "note": "n"}
     assert report._remarks(info, 0.5) == "128 tokens/s; n"
+
+
+def test_every_call_of_a_prefill_has_another_prompt():
+    seen = []
+    several = [prompts(shapes.TINY_MODEL, 1, 8, n) for n in range(3)]
+    call = generation.Anew(seen.append, several)
+    for _ in range(4):
+        call()
+    assert all(torch.equal(ids, several[n % 3]) for n, ids in enumerate(seen))
+    assert len({tuple(ids.flatten().tolist()) for ids in seen}) == 3

@@ -78,12 +78,13 @@ def test_a_generation_is_the_models_own():
 
 def test_the_models_take_turns_and_ratios_are_of_a_round(monkeypatch):
     """A machine that gets ten times as slow in the last round: the ratio of the two stays."""
-    order, model = [], sparse_model()
+    order, seen, model = [], [], sparse_model()
     taken = iter([1.0, 0.5, 0.5, 1.0, 10.0, 5.0])  # dense sparse, sparse dense, dense sparse
 
     def generation(one, prompts, new_tokens, done=None):
         if done is None and (prompts.shape[1], new_tokens) == (9, 7):
             order.append("sparse" if moe_blocks(one) else "dense")
+            seen.append(prompts)
             value = next(taken)
             return {"prefill": value, "decode": value}
         for phase in timing.PHASES if done else ():
@@ -93,6 +94,10 @@ def test_the_models_take_turns_and_ratios_are_of_a_round(monkeypatch):
     monkeypatch.setattr(timing, "generation_seconds", generation)
     report = timing.measure_speed(model, prompt_tokens=9, new_tokens=7, batches=[2], rounds=3)
     assert order == ["dense", "sparse", "sparse", "dense", "dense", "sparse"]
+    rounds = [seen[n : n + 2] for n in (0, 2, 4)]
+    assert all(torch.equal(*pair) for pair in rounds)
+    assert not torch.equal(seen[0], seen[2])  # what was compiled for a prompt's routing is not there for the next
+    assert not torch.equal(seen[2], seen[4])
     (one,) = report["batches"]
     assert one["prefill"]["sparse_over_dense"] == {"median": 2.0, "quartiles": [2.0, 2.0]}
     assert one["prefill"]["tokens_per_second"]["dense"]["median"] == 2 * 9

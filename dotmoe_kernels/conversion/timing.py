@@ -133,8 +133,10 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _measure_batch(
-    models: dict[str, nn.Module], prompts: Tensor, new_tokens: int, rounds: int, progress: Callable[[str], None]
+    models: dict[str, nn.Module], several: Tensor, new_tokens: int, progress: Callable[[str], None]
 ) -> dict[str, Any]:
+    """``several`` [rounds + 1, B, N]: the prompts before the rounds and behind them, then of each round."""
+    prompts, rounds = several[0], len(several) - 1
     names = list(moe_blocks(models["sparse"]))
     batch, length = prompts.shape
     peaks: dict[str, int | None] = {}
@@ -147,7 +149,7 @@ def _measure_batch(
         progress(f"batch {batch}, round {r + 1} of {rounds}")
         for name in list(models)[:: -1 if r % 2 else 1]:
             gc.collect()
-            taken[name].append(generation_seconds(models[name], prompts, new_tokens))
+            taken[name].append(generation_seconds(models[name], several[r + 1], new_tokens))
     for name, model in models.items():
         progress(f"batch {batch}, the FFNs' share")
         gc.collect()
@@ -197,7 +199,8 @@ def measure_speed(
         prompt_tokens: of each prompt, random ids.
         new_tokens: decode steps after it.
         batches: prompts at a time.
-        rounds: in each of which both models generate once.
+        rounds: in each of which both models generate once, after prompts of its own: what a library has set up for the sizes that
+            one prompt's routing makes is not there for the next.
         seed: of the ids.
         progress: told what comes next.
 
@@ -212,10 +215,8 @@ def measure_speed(
     check_lengths(model.config, prompt_tokens, new_tokens, batches, rounds)
     models: dict[str, nn.Module] = {"dense": restore_dense(model).eval(), "sparse": model.eval()}
     device = next(model.parameters()).device
-    drawn = torch.randint(
-        model.config.get_text_config().vocab_size, (max(batches), prompt_tokens), generator=torch.Generator().manual_seed(seed)
-    )
-    prompts = drawn.to(device)
+    size, vocabulary = (rounds + 1, max(batches), prompt_tokens), model.config.get_text_config().vocab_size
+    prompts = torch.randint(vocabulary, size, generator=torch.Generator().manual_seed(seed)).to(device)
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device.type,
@@ -229,7 +230,7 @@ def measure_speed(
         "new_tokens": new_tokens,
         "rounds": rounds,
         "weight_bytes": {name: _bytes(one.parameters()) for name, one in models.items()},
-        "batches": [_measure_batch(models, prompts[:batch], new_tokens, rounds, progress) for batch in batches],
+        "batches": [_measure_batch(models, prompts[:, :batch], new_tokens, progress) for batch in batches],
     }
 
 
@@ -287,8 +288,8 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     shape = f"E {topology['num_experts']}, s {topology['expert_size']}, K {topology['top_k']}"
     return [
         f"{shape}, {report['dtype']}, on {where}; {versions}.",
-        f"Prompts of {report['prompt_tokens']} random tokens, then {report['new_tokens']} decode steps each; both models take "
-        f"turns in {report['rounds']} rounds, medians [quartiles].",
+        f"Prompts of {report['prompt_tokens']} random tokens, others each round, then {report['new_tokens']} decode steps each; both models "
+        f"take turns in {report['rounds']} rounds, medians [quartiles].",
         "at most: what the bytes of the weights allow in decode, and their products in prefill. FFN: its share, router included, "
         "by hooks on the modules in a pass of its own. memory: the most that this pass holds beside the weights, which are "
         f"{_megabytes(weights['dense'])} dense and {_megabytes(weights['sparse'])} sparse.",
