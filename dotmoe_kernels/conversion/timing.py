@@ -288,8 +288,8 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     shape = f"E {topology['num_experts']}, s {topology['expert_size']}, K {topology['top_k']}"
     return [
         f"{shape}, {report['dtype']}, on {where}; {versions}.",
-        f"Prompts of {report['prompt_tokens']} random tokens, others each round, then {report['new_tokens']} decode steps each; both models "
-        f"take turns in {report['rounds']} rounds, medians [quartiles].",
+        f"Prompts of {report['prompt_tokens']} random tokens, others each round, then {report['new_tokens']} decode steps each; "
+        f"both models take turns in {report['rounds']} rounds, medians [quartiles].",
         "at most: what the bytes of the weights allow in decode, and their products in prefill. FFN: its share, router included, "
         "by hooks on the modules in a pass of its own. memory: the most that this pass holds beside the weights, which are "
         f"{_megabytes(weights['dense'])} dense and {_megabytes(weights['sparse'])} sparse.",
