@@ -108,12 +108,17 @@ def assert_near(y, expected):
     assert (y.double() - expected).norm() <= 0.008 * expected.norm()
 
 
+ROWS = pytest.mark.parametrize("rows", [128, 0], ids=["neurons as rows", "tokens as rows"])  # of the masked path
+
+
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("path", ["decode", "masked"])
 @pytest.mark.parametrize("T", [2, 5, 40])  # token after token and all at once
 @pytest.mark.parametrize("packed", [0, 2**22])  # the masked path's down product by expert, or as one
-def test_few_tokens_in_16_bits(packed, T, path, weights, monkeypatch):
+@ROWS
+def test_few_tokens_in_16_bits(rows, packed, T, path, weights, monkeypatch):
     monkeypatch.setattr(_tiles.paths, "_CPU_PACKED", packed)
+    monkeypatch.setattr(_tiles.paths, "_CPU_TOKENS_FIRST", rows)
     x, gate_up, down, indices, w = few(T, 64, 16, 3, 512, weights)
     assert _tiles.decodes_each(T, 64, 16, 3, 512, torch.bfloat16) == (T == 2)
     y = dk.expert_ffn(x, gate_up, down, indices, w if weights else None, path=path)
@@ -122,15 +127,19 @@ def test_few_tokens_in_16_bits(packed, T, path, weights, monkeypatch):
     assert_near(y, reference.expert_ffn(*wide, indices, w.double(), activation=torch.nn.functional.silu))
 
 
-def test_an_overflow_in_an_expert_that_nobody_chose_is_not_seen():
+@ROWS
+def test_an_overflow_in_an_expert_that_nobody_chose_is_not_seen(rows, monkeypatch):
+    monkeypatch.setattr(_tiles.paths, "_CPU_TOKENS_FIRST", rows)
     x, gate_up, down, indices, _ = few(4, 8, 16, 2, 64, False)
     expected = dk.expert_ffn(x, gate_up, down, indices % 7, path="masked")
     gate_up[7] = 3e38
     assert torch.equal(dk.expert_ffn(x, gate_up, down, indices % 7, path="masked"), expected)
 
 
+@ROWS
 @pytest.mark.parametrize("weights", [False, True])
-def test_an_expert_named_twice_counts_twice(weights):
+def test_an_expert_named_twice_counts_twice(weights, rows, monkeypatch):
+    monkeypatch.setattr(_tiles.paths, "_CPU_TOKENS_FIRST", rows)
     x, gate_up, down, _, w = few(4, 8, 16, 2, 64, weights)
     indices = torch.tensor([[3, 3], [1, 2], [8, 8], [7, 7]])
     expected = reference.expert_ffn(

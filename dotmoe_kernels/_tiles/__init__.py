@@ -57,6 +57,7 @@ from .paths import (
     product_rows,
     reduction,
     sums_rows,
+    tokens_first,
     turns_rows,
     weights_first,
 )
@@ -144,6 +145,7 @@ __all__ = [
     "soft_routing_tile",
     "soft_top_k_tile",
     "sums_rows",
+    "tokens_first",
     "transport_form",
     "transport_tiles",
     "turns_rows",

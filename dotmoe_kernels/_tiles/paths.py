@@ -79,7 +79,7 @@ def most_padding() -> float:
 
 # with matrix units, counted in rows of an expert of s H elements: what the calls of a run cost beside their rows, measured at
 # s H = 37,000 (2,048 rows in one batch go at 370 GFLOP/s, 128 alone at 150) and 262,000; and a row of the dense product
-_CPU_CALL_ROWS, _CPU_CALL_ELEMENTS, _CPU_DENSE_ROWS = 50, 6.5e6, 0.5
+_CPU_CALL_ROWS, _CPU_CALL_ELEMENTS, _CPU_DENSE_ROWS = 50, 6.5e6, 0.42
 _CPU_SLOW_ROWS = 0.2  # of that fixed cost without matrix units, whose rows take so much longer
 
 
@@ -110,6 +110,7 @@ _CPU_DECODE_TOKENS = 2  # in 16 bits, without matrix units
 _CPU_CALLS, _CPU_DENSE_RATE = 200_000, 1.5
 _CPU_EVEN_ROWS = 48
 _CPU_FEW_TOKENS, _CPU_PACKED = 16, 2**22  # of the masked path: what its last product makes of the hidden rows and the weights
+_CPU_TOKENS_FIRST = 128  # of the masked path
 _CPU_GATHERED = 2**20  # elements up to which a copy of 16-bit weights costs less than a product's call for each expert
 
 
@@ -156,6 +157,11 @@ def down_by_expert(T: int, elements: int, dtype: torch.dtype) -> bool:
     """Whether the masked path on a CPU multiplies with a down projection of ``elements`` in one batched product of the experts,
     whose results are added up: spared is what another product packs of it."""
     return T <= _CPU_FEW_TOKENS and elements >= _CPU_PACKED and dtype in (torch.bfloat16, torch.float16)
+
+
+def tokens_first(T: int) -> bool:
+    """Whether the masked path on a CPU has tokens as rows, as the dense FFN has, rather than neurons: only the mask comes on top."""
+    return T >= _CPU_TOKENS_FIRST
 
 
 def turns_rows(elements: int) -> bool:
