@@ -38,6 +38,7 @@ IMPLS = (OURS, "dense", *(f"transformers-{name}" for name in EXPERTS), "llama.cp
 _SHIFT = 8  # the Mixtral's router is ours times 2^-8: close to equal gates, and no two experts tie
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # of logits, whose layers may choose another K-th expert where two are close
 _CHECKED = 6  # tokens
+_SETTLING = 2  # prefills before one that is timed
 _MOST_GATHERED = 5e8  # bytes of a layer's weights that batched_mm may copy: not those of a prompt, which take minutes
 _LLAMA_TYPES = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -293,5 +294,6 @@ def case(size: Backbone, dtype: str, phase: str, batch: int, length: int = PROMP
         "skipped": skipped,
         "extra": notes,
         "elsewhere": frozenset({"llama.cpp"} & run.keys()),
+        "settling": _SETTLING if phase == "prefill" else 0,
     }
     return Case(run, lambda name, _: errors[name], _TOLERANCE[dtype], **told)

@@ -36,6 +36,7 @@ class Case:
     skipped: dict[str, str] = field(default_factory=dict)  # impl -> reason
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # impl -> more extra_info
     elsewhere: frozenset[str] = frozenset()  # in processes of their own
+    settling: int = 0  # calls of a turn that nobody times: see ``measure``
     kept: dict[str, Callable[[], int]] = field(default_factory=dict)  # impl -> weighs what it keeps for the backward pass, in bytes
 
     def remarks(self, name: str) -> dict[str, Any]:
@@ -109,7 +110,10 @@ def _turns(seconds: float, rounds: int, budget: float) -> set[int]:
 def measure(group: Group, now: Callable[[], float] | None = None) -> Result:
     """Check every implementation, then time them in turns, in another random order every round: an implementation that always
     followed the same one would always find the caches and the allocator as that one left them. ``now`` is the clock, None: the
-    wall's; another one sees this process alone."""
+    wall's; another one sees this process alone.
+
+    With ``settling`` calls a turn begins as it would in a process of one's own: oneDNN keeps 1,024 compiled products, and those of
+    another implementation push one's own out."""
     case = group.prepare()
     hidden = frozenset[str]() if now is None else case.elsewhere
     skipped = {**case.skipped, **dict.fromkeys(hidden, "a process of its own, whose CPU time is not seen")}
@@ -132,6 +136,8 @@ def measure(group: Group, now: Callable[[], float] | None = None) -> Result:
             for name in random.Random(r).sample(names, len(names)):
                 if r in turns[name]:
                     time.sleep(_PAUSE)
+                    for _ in range(case.settling):
+                        case.run[name]()
                     series[name].seconds.append(_seconds(case.run[name], series[name].calls, now))
                     series[name].rounds.append(r)
     finally:

@@ -44,6 +44,24 @@ def exact(_, output):
     return abs(output)
 
 
+def test_settling_calls_are_not_timed(clock):
+    """Of a call that takes a second after somebody else's, and a tenth after its own."""
+    last, calls = [None], []
+
+    def run(name):
+        def call():
+            clock(0.1 if last[0] == name else 1.0, calls=calls, name=name)()
+            last[0] = name
+            return 0.0
+
+        return call
+
+    for settling, expected in ((0, 1.0), (2, 0.1)):
+        case = paired.Case({name: run(name) for name in ("ours", "peer")}, lambda name, _: 0.0, 1.0, settling=settling)
+        result = paired.measure(group(("ours", "peer"), case, rounds=20))
+        assert all(sorted(one.seconds)[10] == pytest.approx(expected) for one in result.series.values())
+
+
 def test_every_implementation_has_its_turn_in_every_round(clock):
     calls = []
     run = {name: clock(t, calls=calls, name=name) for name, t in (("ours", 0.01), ("a", 0.03), ("b", 0.02))}

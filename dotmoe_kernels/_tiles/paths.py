@@ -160,7 +160,7 @@ def down_by_expert(T: int, elements: int, dtype: torch.dtype) -> bool:
 
 
 def tokens_first(T: int) -> bool:
-    """Whether the masked path on a CPU has tokens as rows, as the dense FFN has, rather than neurons: only the mask comes on top."""
+    """Whether the masked path on a CPU has tokens as rows, as the dense FFN has, rather than neurons: the mask alone is on top."""
     return T >= _CPU_TOKENS_FIRST
 
 
