@@ -9,7 +9,7 @@ from shapes import expert_weights, generator, normal, routed_indices, uniform
 
 import dotmoe_kernels as dk
 from dotmoe_kernels import _tiles, reference
-from dotmoe_kernels._tiles import batched_call, pick_path, product_rows
+from dotmoe_kernels._tiles import batched_call, dense_rows, pick_path, product_rows
 from dotmoe_kernels.dispatch import sort_slots
 from dotmoe_kernels.experts.grouped.cpu import padded
 from dotmoe_kernels.experts.grouped.cpu import runs as running
@@ -170,7 +170,7 @@ def taken(monkeypatch):
 
 
 def padded_rows(runs):
-    return sum(run.experts * run.rows for run in runs)
+    return sum(run.rows * (1 if run.span else run.experts) for run in runs)
 
 
 def forward_only(function):
@@ -210,11 +210,12 @@ def units(taken, monkeypatch):
 
 
 @pytest.mark.parametrize("weights", [False, True])
-@pytest.mark.parametrize("kind", ["equal", "one expert has everything", "as good as dense", "most experts idle"])
+@pytest.mark.parametrize("kind", ["equal", "one expert has everything", "a span", "as good as dense", "most idle"])
 @pytest.mark.parametrize("view", [False, True])
 def test_with_matrix_units_runs_or_the_dense_product(view, kind, weights, units, monkeypatch):
     """Whichever costs less; without a dense view always runs."""
-    masked, grouped = [], dk.experts.grouped.cpu
+    masked, spans, grouped = [], [], dk.experts.grouped.cpu
+    monkeypatch.setattr(padded, "token_rows", lambda *a, call=padded.token_rows: (spans.append(a), call(*a))[1])
     monkeypatch.setattr(grouped, "view_ffn", lambda *a, call=grouped.view_ffn: (masked.append(a), call(*a))[1])
     monkeypatch.setattr("dotmoe_kernels._tiles.paths._CPU_CALL_ELEMENTS", 0)  # experts of 8 neurons would be one run always
     tensors = problem(300, 7, 8, 24, torch.bfloat16, weights=2)
@@ -225,16 +226,20 @@ def test_with_matrix_units_runs_or_the_dense_product(view, kind, weights, units,
     indices = routed_indices(300, 2, 7, seed=3, empty=0.1)
     if kind == "one expert has everything":
         indices[:, 0], indices[:, 1] = 5, torch.where(indices[:, 1] == 5, 7, indices[:, 1])
+    elif kind == "a span":
+        indices = torch.stack([torch.full((300,), 1), torch.where(torch.arange(300) % 40 > 0, 2, 6)], 1)
+        indices[7] = torch.tensor([2, 2])
     elif kind == "as good as dense":
-        indices = torch.arange(7).expand(300, 7)[:, :6].contiguous()
-        tensors["weights"] = uniform(300, 6, seed=2, dtype=torch.float32)
-    elif kind == "most experts idle":
+        indices = torch.arange(7).expand(300, 7).contiguous()
+        tensors["weights"] = uniform(300, 7, seed=2, dtype=torch.float32)
+    elif kind == "most idle":
         indices = torch.where(indices < 6, 6, indices)
     found = dk.expert_ffn(**tensors, indices=indices, path="grouped")
     wide = {name: tensor.double() for name, tensor in tensors.items()}
     assert_near(found, reference.expert_ffn(**wide, indices=indices, activation=torch.nn.functional.silu))
     dense = view and kind == "as good as dense"
     assert (len(units), len(masked)) == ((0, 1) if dense else (1, 0))
+    assert len(spans) == (view and kind in ("a span", "one expert has everything", "most idle"))
 
 
 @pytest.mark.parametrize("kind", ["one expert has everything", "most experts idle", "down_proj stored by rows of all experts"])
@@ -271,17 +276,17 @@ def assert_runs(runs, slots, E):
     experts = [e for run in runs for e in range(run.first, run.first + run.experts)]
     counts = slots.offsets.diff().tolist()
     assert experts == list(range(E))
-    assert all(run.rows >= max(counts[run.first : run.first + run.experts]) for run in runs)
+    assert all(run.rows >= max(counts[run.first : run.first + run.experts]) for run in runs if not run.span)
     layout, starts, first = lay_out(slots.offsets, runs), [], 0
     for run in runs:
-        starts += [first + n * run.rows for n in range(run.experts)]
-        first += run.experts * run.rows
-    assert layout.total == padded_rows(runs)
-    expected = [starts[e] + n for e, count in enumerate(counts) for n in range(count)]
+        starts += [None if run.span else first + n * run.rows for n in range(run.experts)]
+        first += run.rows if run.span else run.experts * run.rows
+    assert layout.total == padded_rows(runs) == first
+    expected = [first if starts[e] is None else starts[e] + n for e, count in enumerate(counts) for n in range(count)]
     assert layout.place.tolist() == expected
-    spread = layout.spread(slots.token, -1)
-    assert torch.equal(spread[layout.place], slots.token[: len(expected)])
-    assert int((spread == -1).sum()) == layout.total - len(expected)
+    spread, own = layout.spread(slots.token, -1), layout.place < first
+    assert torch.equal(spread[layout.place[own]], slots.token[: len(expected)][own])
+    assert int((spread == -1).sum()) == layout.total - int(own.sum())
     slot_of = layout.slot_of(slots.source)
     assert torch.equal(slot_of[slots.source[: len(expected)]], layout.place)
     assert (slot_of[slots.source[len(expected) :]] == layout.total).all()
@@ -297,31 +302,44 @@ def test_even_runs_hold_every_expert(T, E, K, seed, skew):
         assert worth_padding(int(count.sum()), padded_rows(runs), int(count.max()), float((count == 0).double().mean()), 2, 2.0)
 
 
-def cheapest(rows, call, e=0):
+def cheapest(rows, call, tokens, e=0):
     """By trying all partitions."""
     if e == len(rows):
         return 0.0
-    found, length = [], 1
-    while e + length <= len(rows):
-        most = max(rows[e : e + length])
-        if length == 1 or length * most <= 2048:
-            found.append((call + length * most if most else 0) + cheapest(rows, call, e + length))
-        length *= 2
+    found = []
+    for length in range(1, len(rows) - e + 1):
+        most, rest = max(rows[e : e + length]), cheapest(rows, call, tokens, e + length)
+        if length == 1 or (length.bit_count() == 1 and length * most <= 2048):
+            found.append((call + length * most if most else 0) + rest)
+        if tokens:
+            found.append(call + length * dense_rows(tokens) + rest)
     return min(found)
 
 
-@given(
-    st.integers(1, 400), st.integers(1, 9), st.integers(1, 6), st.integers(0, 10**6), st.floats(0, 3), st.sampled_from([1, 4096])
-)
-def test_the_best_runs_are_the_cheapest(T, E, K, seed, skew, H):
+@pytest.mark.parametrize("spans", [False, True])
+@pytest.mark.parametrize("H", [1, 4096])
+@given(st.integers(1, 400), st.integers(1, 8), st.integers(1, 6), st.integers(0, 10**6), st.floats(0, 3))
+def test_the_best_runs_are_the_cheapest(H, spans, T, E, K, seed, skew):
     slots, down = some_slots(T, E, K, seed, skew), torch.zeros(E, H, 64, dtype=torch.bfloat16)
-    runs, cost = best_runs(slots.offsets, down)
+    tokens = T if spans else 0
+    runs, cost = best_runs(slots.offsets, down, tokens)
     assert_runs(runs, slots, E)
-    assert all(run.rows == product_rows(run.rows, down) and run.experts.bit_count() == 1 for run in runs)
+    assert all(run.rows == (T if run.span else product_rows(run.rows, down)) for run in runs)
+    assert all(run.span or run.experts.bit_count() == 1 for run in runs)
     call = batched_call(64 * H, down.dtype)
     rows = [product_rows(count, down) for count in slots.offsets.diff().tolist()]
-    assert cost == pytest.approx(cheapest(rows, call))
-    assert cost == pytest.approx(sum(call + run.experts * run.rows for run in runs if run.rows))
+    assert cost == pytest.approx(cheapest(rows, call, tokens))
+    each = [call + run.experts * (dense_rows(T) if run.span else run.rows) for run in runs if run.rows]
+    assert cost == pytest.approx(sum(each))
+
+
+def test_experts_that_every_token_visits_are_a_span():
+    """As those are that alignment makes of the most important neurons: three, and the others share what is left."""
+    counts = torch.tensor([0, 512, 512, 510, *[75] * 21])
+    runs, _ = best_runs(counts.cumsum(0).int(), torch.zeros(24, 576, 64, dtype=torch.bfloat16), 512)
+    assert runs[0].span
+    assert 3 <= runs[0].experts <= 4  # another may go along
+    assert not any(run.span for run in runs[1:])
 
 
 def test_weights_stored_by_rows_of_all_experts_are_not_batched():

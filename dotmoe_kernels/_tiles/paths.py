@@ -98,9 +98,9 @@ def weights_first(experts: int, rows: int) -> bool:
     return not has_matrix_units(torch.bfloat16) or (experts > 1 and rows < _CPU_TURNED_ROWS)
 
 
-def masks_uneven(T: int, num_experts: int, cost: float) -> bool:
-    """Whether with matrix units the dense product of T tokens beats runs of a ``cost`` in rows."""
-    return T * num_experts * _CPU_DENSE_ROWS < cost
+def dense_rows(tokens: int) -> float:
+    """The rows of a run that take the time of an expert in a dense product of so many ``tokens``, with matrix units."""
+    return _CPU_DENSE_ROWS * tokens
 
 
 _CPU_DECODE_TOKENS = 2  # in 16 bits, without matrix units

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...._checks import compute_dtype
-from ...._tiles import expert_by_expert, has_matrix_units, masks_uneven, product_rows
+from ...._tiles import expert_by_expert, has_matrix_units, product_rows
 from ....dispatch import Slots, fits_bags, gather_tokens, sort_slots, sum_bags
 from ....permutation import has_dense_view
 from ...activations import find_activation
 from ...masked.cpu.dense import view_ffn
 from .padded import padded_ffn
 from .products import multiply, segments
-from .runs import best_runs, even_runs
+from .runs import Run, best_runs, even_runs
 
 
 def _expert_by_expert(
@@ -52,8 +52,9 @@ def grouped_ffn(
         weights = torch.ones(indices.shape, dtype=torch.float32, device=x.device)
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and E * indices.numel() * x.shape[1] > 0:
         if has_matrix_units(x.dtype):
-            runs, cost = best_runs(slots.offsets, down_proj)
-            if masks_uneven(len(x), E, cost) and has_dense_view(down_proj) and gate_up_proj.is_contiguous():
+            view = has_dense_view(down_proj) and gate_up_proj.is_contiguous()
+            runs, _ = best_runs(slots.offsets, down_proj, len(x) if view else 0)
+            if runs[0] == Run(0, E, len(x), span=True):
                 return view_ffn(x, gate_up_proj, down_proj, indices, weights, activation)
         else:
             runs = even_runs(slots.offsets, down_proj)

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from ...._tiles import weights_first
 from ....dispatch import Slots
+from ...masked.cpu.dense import Chosen, chosen_experts, token_rows
 from .runs import Run, batched, lay_out
 
 
@@ -28,7 +29,7 @@ def padded_ffn(
     runs: list[Run],
 ) -> Tensor:
     """x [T, H] -> [T, H]"""
-    layout = lay_out(slots.offsets, runs)
+    layout, (T, K) = lay_out(slots.offsets, runs), indices.shape
     total = layout.total
     token = layout.spread(slots.token, 0)  # a padding row repeats some token, and nobody reads it
     scale = None
@@ -36,15 +37,21 @@ def padded_ffn(
         scale = layout.spread(weights.reshape(-1)[slots.source].float(), 0)
     ys = x.new_empty(total + 1, x.shape[1])
     ys[total] = 0  # the row of an empty slot
-    start = 0
+    start, chosen, bags = 0, None, [layout.slot_of(slots.source).view(T, K)]
     for run in runs:
-        rows = slice(start, start + run.experts * run.rows)
+        rows = slice(start, start + run.rows * (1 if run.span else run.experts))
         start = rows.stop
-        if run.rows:
+        if run.span:
+            chosen = chosen or chosen_experts(indices, None if scale is None else weights, len(down_proj), x.dtype)
+            experts = slice(run.first, run.first + run.experts)
+            mask = Chosen(chosen.on[experts], None if chosen.r is None else chosen.r[experts])
+            token_rows(x, gate_up_proj[experts], down_proj[experts], mask, act, ys[rows])
+            bags.append(torch.arange(rows.start, rows.stop)[:, None])
+        elif run.rows:
             xs = x.index_select(0, token[rows])
             ways = _turned if weights_first(run.experts, run.rows) else _straight
             ways(run, xs, gate_up_proj, down_proj.transpose(1, 2), None if scale is None else scale[rows], act, ys[rows])
-    return functional.embedding_bag(layout.slot_of(slots.source).view(indices.shape), ys, mode="sum")
+    return functional.embedding_bag(torch.cat(bags, 1), ys, mode="sum")
 
 
 _Scale = Tensor | None  # [n] float32

@@ -4,7 +4,8 @@ A 16-bit product has a fixed cost that outweighs a few rows; a batched one has i
 fullest, zeros or anything behind their own. Two rules:
 
     even_runs     runs of equal length, where experts have about as many rows: without matrix units
-    best_runs     the cheapest partition of the experts into runs of 1, 2, 4, ...: with them
+    best_runs     the cheapest partition of the experts into runs of 1, 2, 4, ...: with them; and into spans, of which every token
+                  visits so many experts that they are one dense product with a mask
 
 Few lengths and few numbers of rows (``product_rows``) keep the number of different products small: each is compiled once.
 """
@@ -12,21 +13,23 @@ Few lengths and few numbers of rows (``product_rows``) keep the number of differ
 from __future__ import annotations
 
 from itertools import pairwise
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...._tiles import batched_call, batches_experts, most_idle, most_padding, padded_experts, product_rows
+from ...._tiles import batched_call, batches_experts, dense_rows, most_idle, most_padding, padded_experts, product_rows
 
 
 class Run(NamedTuple):
-    """Experts ``first`` to ``first + experts``, of ``rows`` rows each."""
+    """Experts ``first`` to ``first + experts``, of ``rows`` rows each; of a ``span``, one row a token for all of them."""
 
     first: int
     experts: int
     rows: int
+    span: bool = False
 
 
 def even_runs(offsets: Tensor, down_proj: Tensor) -> list[Run]:
@@ -48,8 +51,8 @@ def worth_padding(used: int, total: int, most: int, idle: float, width: int, lim
     return used > 0 and idle <= most_idle(width) and (total <= limit * used or most <= 16)
 
 
-def best_runs(offsets: Tensor, down_proj: Tensor) -> tuple[list[Run], float]:
-    """(the runs, their cost in rows of one expert). offsets: [E + 1]."""
+def best_runs(offsets: Tensor, down_proj: Tensor, tokens: int = 0) -> tuple[list[Run], float]:
+    """(the runs, their cost in rows of one expert). offsets: [E + 1]; tokens: of a span, 0: without spans."""
     E, H, s = down_proj.shape
     call = batched_call(H * s, down_proj.dtype)
     apart = down_proj.stride(0) >= H * s  # else a batched product copies each expert's weights out first
@@ -58,7 +61,9 @@ def best_runs(offsets: Tensor, down_proj: Tensor) -> tuple[list[Run], float]:
     while apart and 2 ** len(most) <= E:
         half = 2 ** (len(most) - 1)
         most.append([max(pair) for pair in zip(most[-1], most[-1][half:], strict=False)])
-    costs, lengths = [0.0] * (E + 1), [1] * E  # of the experts from e on; of the run that begins with e
+    costs, lengths = [0.0] * (E + 1), [1] * E  # of the experts from e on; of the run that begins with e, 0: of a span
+    wide = dense_rows(tokens) if tokens else inf  # of an expert in a span
+    opened = [inf] * E + [0.0]  # of the experts from e on, the first of them in a span that an earlier one began
     for e in range(E - 1, -1, -1):
         least = costs[e + 1] + (call + rows[e] if rows[e] else 0)
         for k in range(1, len(most)):
@@ -68,26 +73,33 @@ def best_runs(offsets: Tensor, down_proj: Tensor) -> tuple[list[Run], float]:
             cost = costs[e + length] + (call + length * most[k][e] if most[k][e] else 0)
             if cost < least:
                 least, lengths[e] = cost, length
-        costs[e] = least
+        inside = wide + min(opened[e + 1], costs[e + 1])
+        if call + inside < least:
+            least, lengths[e] = call + inside, 0
+        costs[e], opened[e] = least, inside
     runs, e = [], 0
     while e < E:
-        length = lengths[e]
-        runs.append(Run(e, length, max(rows[e : e + length])))
+        length, span = lengths[e], lengths[e] == 0
+        if span:
+            length = 1
+            while e + length < E and opened[e + length] <= costs[e + length]:
+                length += 1
+        runs.append(Run(e, length, tokens if span else max(rows[e : e + length]), span))
         e += length
     return runs, costs[0]
 
 
 class Layout(NamedTuple):
-    """Where slots lie in the padded rows."""
+    """Where slots lie in the padded rows; one in a span lies nowhere, at ``total``."""
 
     total: int
     place: Tensor  # [S'] of the slots in use, as they are sorted
 
     def spread(self, values: Tensor, fill: int) -> Tensor:
         """values [S or S'] of the slots -> [total], ``fill`` between them."""
-        out = values.new_full((self.total,), fill)
+        out = values.new_full((self.total + 1,), fill)
         out[self.place] = values[: len(self.place)]
-        return out
+        return out[:-1]
 
     def slot_of(self, source: Tensor) -> Tensor:
         """source [S] of ``Slots`` -> [S]: the row of a routed pair; total: of an empty slot."""
@@ -97,12 +109,15 @@ class Layout(NamedTuple):
 
 
 def lay_out(offsets: Tensor, runs: list[Run]) -> Layout:
-    experts, rows = np.array([run.experts for run in runs]), np.array([run.rows for run in runs])
-    padded = np.repeat(rows, experts)
-    bounds = offsets.numpy()
-    shift = np.cumsum(padded) - padded - bounds[:-1]  # [E]: of an expert's rows
-    place = np.repeat(shift, np.diff(bounds)) + np.arange(bounds[-1])
-    return Layout(int(padded.sum()), torch.from_numpy(place))
+    """Run after run, a span's rows too."""
+    bounds, first, starts = offsets.numpy(), 0, list[int]()
+    for run in runs:
+        starts += [-1 if run.span else first + n * run.rows for n in range(run.experts)]
+        first += run.rows * (1 if run.span else run.experts)
+    begin, counts = np.array(starts, dtype=np.int64), np.diff(bounds)
+    place = np.repeat(begin - bounds[:-1], counts) + np.arange(bounds[-1])
+    place[np.repeat(begin < 0, counts)] = first
+    return Layout(first, torch.from_numpy(place))
 
 
 def batched(run: Run, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

@@ -63,17 +63,12 @@ def _forward(
     """``view_ffn`` without a gradient. For a few tokens neurons are rows until the mask is applied: with the weights first a CPU's
     product takes half the time of the one that ``linear`` makes, which packs them anew."""
     (E, H, s), T = down_proj.shape, len(x)
+    chosen = chosen_experts(indices, weights, E, x.dtype)
     if tokens_first(T):
-        gate, up = torch.mm(x, gate_up_proj.reshape(-1, H).T).view(T, E, 2, s).unbind(2)  # [T, E, s] each
-        hidden = act(gate).mul_(up)
-        on, r = _chosen(indices, weights, E, x.dtype)
-        if r is not None:
-            hidden.mul_(r.T[:, :, None])
-        hidden.view(_BITS[x.element_size()]).bitwise_and_(on.T[:, :, None])
-        return _down(hidden.view(T, E * s), down_proj)
+        return token_rows(x, gate_up_proj, down_proj, chosen, act)
     gate, up = torch.mm(gate_up_proj.reshape(-1, H), x.T).view(E, 2, s, T).unbind(1)  # [E, s, T] each
     hidden, bits = act(gate).mul_(up), _BITS[x.element_size()]
-    on, r = _chosen(indices, weights, E, x.dtype)
+    on, r = chosen
     if r is not None:
         hidden.mul_(r[:, None])  # weights in float32: rounded to 16 bits they would count as another error
     on = on[:, None] if T <= _NARROW else on.repeat_interleave(s, 0).view(E, s, T)  # a row at a time has few vectors
@@ -85,8 +80,33 @@ def _forward(
     return _down(rows, down_proj)
 
 
-def _chosen(indices: Tensor, weights: Tensor | None, E: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """(all bits where an expert is a token's [E, T], as integers of a number's size; R^T [E, T], None where it is 1 there)."""
+class Chosen(NamedTuple):
+    """What tokens chose of some experts."""
+
+    on: Tensor  # [E, T] all bits where an expert is a token's, as integers of a number's size
+    r: Tensor | None  # R^T [E, T]; None: 1 where it is on
+
+
+def token_rows(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    chosen: Chosen,
+    act: Callable[[Tensor], Tensor],
+    out: Tensor | None = None,
+) -> Tensor:
+    """x [T, H] -> [T, H] of some experts with a dense view, tokens as rows: the dense FFN's products, and the mask."""
+    (E, H, s), T = down_proj.shape, len(x)
+    gate, up = torch.mm(x, gate_up_proj.reshape(-1, H).T).view(T, E, 2, s).unbind(2)  # [T, E, s] each
+    hidden = act(gate).mul_(up)
+    if chosen.r is not None:
+        hidden.mul_(chosen.r.T[:, :, None])
+    hidden.view(_BITS[x.element_size()]).bitwise_and_(chosen.on.T[:, :, None])
+    return torch.mm(hidden.view(T, E * s), down_proj.transpose(1, 2).reshape(E * s, H), out=out)
+
+
+def chosen_experts(indices: Tensor, weights: Tensor | None, E: int, dtype: torch.dtype) -> Chosen:
+    """Of indices [T, K]."""
     T, bits = len(indices), _BITS[dtype.itemsize]
     if T * E <= _FEW and has_values(indices) and (weights is None or weights.dtype == torch.float32):
         chosen = indices.numpy()
@@ -94,11 +114,11 @@ def _chosen(indices: Tensor, weights: Tensor | None, E: int, dtype: torch.dtype)
         on[chosen, np.arange(T)[:, None]] = -1
         unit = weights is None or bool((weights.detach().numpy() == 1).all())
         if unit and np.count_nonzero(on[:E]) == np.count_nonzero(chosen < E):  # no expert twice a token
-            return torch.from_numpy(on[:E]), None
+            return Chosen(torch.from_numpy(on[:E]), None)
     r = expert_mask(indices, weights, E, torch.promote_types(dtype, torch.float32)).T
     named = r != 0
     unit = has_values(r) and bool((r == named).all())
-    return named.to(bits).neg_(), None if unit else r
+    return Chosen(named.to(bits).neg_(), None if unit else r)
 
 
 def _down(hidden: Tensor, down_proj: Tensor) -> Tensor:
