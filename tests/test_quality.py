@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from bench.quality import clusterings, pruning, transports
-from bench.quality.ablations import ablations
+from bench.quality.ablations import ablations, varied
 from bench.quality.layers import VariantFFN, neurons, shared_neurons
 from bench.quality.measuring import measure
 from bench.quality.methods import METHODS, Job
@@ -130,6 +130,43 @@ def test_the_shared_forward_is_the_sum_of_its_experts():
         on = [*layer.routing.indices[t].tolist(), *range(layer.num_experts, layer.num_experts + layer.shared)]
         chosen = torch.isin(layer.expert_of, torch.tensor(on))
         torch.testing.assert_close(y[t], (inner[t] * chosen) @ layer.down_proj.T, rtol=1e-4, atol=1e-4)
+
+
+def first_layer(**attributes):
+    work = job()
+    layers = varied(**attributes)(work).layers
+    Transport(layers, work.options).refresh(1.0)
+    return next(iter(layers.values()))
+
+
+def test_a_bias_evens_the_load_and_stays():
+    """Of inputs with a common part, which gives the first experts every token; without a gradient nothing moves."""
+    layer = first_layer(bias_rate=2e-3)
+    x = torch.randn(400, tiny.H) + 3 * torch.nn.functional.normalize(layer.router_weight[0].detach(), dim=0)
+    layer(x)
+    before, mean = layer.routing.load.max(), 1 / layer.num_experts
+    for _ in range(300):
+        layer(x)
+    with torch.no_grad():
+        layer(x)
+        bias, chosen = layer.bias, layer.routing.indices
+        layer(x)
+    assert torch.equal(layer.bias, bias)
+    assert before > 1.5 * mean
+    assert layer.routing.load.max() < 1.15 * mean
+    logits = x @ layer.router_weight.T
+    assert torch.equal(chosen.sort(1).values, (logits + bias).topk(layer.top_k).indices.sort(1).values)
+    assert torch.allclose(layer.routing.probs, logits.softmax(1), atol=1e-5)  # the gradient's, without it
+
+
+def test_a_sharper_balance_term_sees_what_the_logits_choose():
+    x, plain, sharp = torch.randn(400, tiny.H) + 1, first_layer(), first_layer(sharpness=100.0)
+    assert torch.equal(plain(x), sharp(x))
+    soft = sharp.num_experts * (sharp.routing.load * sharp.routing.probs.mean(0)).sum()
+    assert float(plain.routing.balance_loss) == pytest.approx(float(soft), rel=1e-4)
+    first = torch.nn.functional.one_hot(sharp.routing.indices[:, 0], sharp.num_experts).float().mean(0)
+    hard = sharp.num_experts * (sharp.routing.load * first).sum()
+    assert float(sharp.routing.balance_loss) == pytest.approx(float(hard), rel=0.05)
 
 
 def test_a_cut_finds_the_blocks_of_a_graph():

@@ -16,6 +16,7 @@ from .methods import DOT, Job, Made, Method, adopt, package
 from .transports import NoCapacity, OptimalRounding, RowSoftmax
 
 _TERMS = ("kl", "ce", "z", "balance", "hidden")
+_BIAS_RATE, _SHARPNESS = 0.005, 4.0
 _HIDDEN = 4.0  # the weight of the fifth term where a setting has none
 
 
@@ -53,6 +54,22 @@ def _structural() -> list[Method]:
             "soft-router",
             "LapSum's truncated soft top-k instead of top-K (SoftMoE, arXiv 2606.17952)",
             package("dot", router="soft"),
+        ),
+        arm(
+            "soft-router-less",
+            "the same with three quarters of K: its mean is above its K, and so about as many experts as dot has",
+            package("dot", router="soft", share=0.75),
+        ),
+        arm(
+            "bias",
+            f"experts chosen by logit and bias, which moves {_BIAS_RATE:g} a step against the load (arXiv 2408.15664)",
+            varied(bias_rate=_BIAS_RATE),
+            options={"balance": 0.0},
+        ),
+        arm(
+            "sharp-balance",
+            f"the balance term sees the softmax of {_SHARPNESS:g} times the logits",
+            varied(sharpness=_SHARPNESS),
         ),
         arm("softmax-weights", "the chosen experts weighted by softmax, times K, instead of 1", varied(weighting="softmax")),
     ]

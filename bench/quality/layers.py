@@ -12,6 +12,7 @@ from torch import Tensor
 from dotmoe_kernels.alignment.module import AlignmentFFN
 from dotmoe_kernels.experts import masked_ffn
 from dotmoe_kernels.experts.activations import find_activation
+from dotmoe_kernels.reference import Routing
 from dotmoe_kernels.routing import route_top_k
 
 
@@ -21,6 +22,9 @@ class VariantFFN(AlignmentFFN):
     shared = 0
     weighting = "unit"  # or "softmax": of the chosen experts' logits, times K, so that their mean is 1
     balanced = True
+    bias_rate = 0.0  # of a step: how far an expert's bias moves, by which it is chosen and which has no gradient
+    sharpness = 1.0  # the balance loss sees the softmax of the logits times this
+    bias: Tensor | None = None  # [E]; stays when the training is over
 
     def set_shared(self, expert_of: Tensor, router_weight: Tensor, shared: int) -> None:
         """expert_of [F] in [0, E); router_weight [E - shared, H]; of the K experts a token, ``shared`` are those."""
@@ -36,6 +40,11 @@ class VariantFFN(AlignmentFFN):
         logits = torch.nan_to_num(x.float() @ self.seen_weight().T)  # [T, E]
         unit = self.weighting == "unit"
         self.routing = route_top_k(logits, self.top_k, weights="unit" if unit else "renormalized", mask=self.mask)
+        if self.bias_rate:
+            self.routing = self._with_bias(logits, self.routing)
+        if self.sharpness != 1:
+            sharp = route_top_k(logits * self.sharpness, self.top_k, mask=self.mask)
+            self.routing = self.routing._replace(balance_loss=sharp.balance_loss)
         indices, probs = self.routing.indices, self.routing.probs
         weights = None if unit else self.routing.weights * self.top_k
         if self.shared:
@@ -59,6 +68,14 @@ class VariantFFN(AlignmentFFN):
         )
         self._watch(y)
         return y.view(hidden.shape)
+
+    def _with_bias(self, logits: Tensor, routing: Routing) -> Routing:
+        """Another choice: by the logits and a bias, which a step of the training moves against the load of its batch."""
+        bias = logits.new_zeros(self.num_experts) if self.bias is None else self.bias
+        chosen = route_top_k(logits.detach() + bias, self.top_k, mask=self.mask)
+        if torch.is_grad_enabled():
+            self.bias = bias + self.bias_rate * torch.sign(chosen.load.mean() - chosen.load)
+        return routing._replace(indices=chosen.indices, load=chosen.load)
 
     def _watch(self, y: Tensor) -> None:
         assert self.routing is not None

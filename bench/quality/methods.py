@@ -93,11 +93,12 @@ class Method:
 # --- routed --------------------------------------------------------------------------------------------------------------
 
 
-def package(method: str, *, router: str = "top_k") -> Callable[[Job], Made]:
-    """A method of ``convert``, built as it builds it."""
+def package(method: str, *, router: str = "top_k", share: float = 1.0) -> Callable[[Job], Made]:
+    """A method of ``convert``, built as it builds it; with ``share`` of the setting's K."""
 
     def make(job: Job) -> Made:
-        config = DotMoeConfig(num_experts=job.topology.num_experts, top_k=job.topology.top_k, router=router)
+        top_k = max(1, round(share * job.topology.top_k))
+        config = DotMoeConfig(num_experts=job.topology.num_experts, top_k=top_k, router=router)
         return Made(_build_layers(job.model, job.ffns, config, method, job.options, job.train), [])
 
     return make
