@@ -57,11 +57,16 @@ def padded_experts(num_experts: int, rows: int) -> int:
     return max(1, min(num_experts, _CPU_PADDED_ROWS // max(rows, 1)))
 
 
+def in_batches(x: torch.Tensor) -> bool:
+    """Whether the experts' products with rows like ``x`` are batched ones of few sizes: on a CPU in 16 bits."""
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+
+
 def product_rows(n: int, x: torch.Tensor) -> int:
     """Rows to which ``n`` of an expert are filled up for a product like ``x``. On a CPU in 16 bits at most a fifth more: oneDNN
     compiles a kernel for every size that is not in its cache of 1024, in the time of ten such products, and routing makes sizes
     without end."""
-    if n <= _CPU_FEW_ROWS or x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+    if n <= _CPU_FEW_ROWS or not in_batches(x):
         return n
     step = max(4, 1 << n.bit_length() - 4)  # eight sizes an octave
     return -(-n // step) * step

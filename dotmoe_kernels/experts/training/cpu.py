@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..._checks import compute_dtype
+from ..._tiles import in_batches
 from ..activations import find_activation
 from ..grouped.cpu.runs import Run, batched, best_runs, lay_out
 
@@ -70,8 +71,7 @@ class _Slots(NamedTuple):
 
 def _slots(x: Tensor, down_proj: Tensor, weights: Tensor, source: Tensor, offsets: Tensor) -> _Slots:
     wide, flat, K = compute_dtype(x), weights.reshape(-1), max(weights.shape[1], 1)
-    empty = weights.numel() * x.shape[1] * len(down_proj) == 0
-    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16) or empty:
+    if not in_batches(x) or weights.numel() * x.shape[1] * len(down_proj) == 0:
         return _Slots(x, _token(source, K), source, flat[source][:, None].to(wide), list(_runs(offsets, x)))
     batches, runs, end = best_runs(offsets, down_proj)[0], [], 0
     for batch in batches:

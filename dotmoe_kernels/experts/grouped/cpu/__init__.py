@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...._checks import compute_dtype
-from ...._tiles import expert_by_expert, has_matrix_units, product_rows
+from ...._tiles import expert_by_expert, has_matrix_units, in_batches, product_rows
 from ....dispatch import Slots, fits_bags, gather_tokens, sort_slots, sum_bags
 from ....permutation import has_dense_view
 from ...activations import find_activation
@@ -50,7 +50,7 @@ def grouped_ffn(
     slots, act = sort_slots(indices, E), find_activation(activation).forward
     if weights is None:
         weights = torch.ones(indices.shape, dtype=torch.float32, device=x.device)
-    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and E * indices.numel() * x.shape[1] > 0:
+    if in_batches(x) and E * indices.numel() * x.shape[1] > 0:
         if has_matrix_units(x.dtype):
             view = has_dense_view(down_proj) and gate_up_proj.is_contiguous()
             runs, _ = best_runs(slots.offsets, down_proj, len(x) if view else 0)
