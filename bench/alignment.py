@@ -313,7 +313,7 @@ class Step:
         self.trained: list[nn.Parameter] = [*routers, *affinities]  # type: ignore[list-item]
         rates = {"lr": self.config.router_rate}, {"lr": self.config.affinity_lr}
         groups = [{"params": p, **rate} for p, rate in zip((routers, affinities), rates, strict=True)]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=self.config.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=self.config.weight_decay)
         self.tokens = torch.randint(size.vocabulary, (4 * size.batch, size.length), generator=generator(1)).to(device)
         self.done = 0
         with all_experts(self.layers):

@@ -273,6 +273,40 @@ def test_a_balance_loss_by_a_hook():
 # --- gradients in and out ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("micro", [None, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gaps", [False, True])
+def test_the_fused_optimizer_is_the_plain_one(gaps, dtype, micro, monkeypatch):
+    """It goes along memory, so that weights stored transposed need gradients stored alike; with gaps it is not taken."""
+    used, plain, found = [], torch.optim.AdamW, []
+
+    def optimizer(fused):
+        def make(*arguments, **options):
+            used.append(options["fused"])
+            made = plain(*arguments, **(options | {"fused": options["fused"] and fused}))
+            made.register_step_pre_hook(lambda one, *_: matching(one))
+            return made
+
+        def matching(one):
+            parameters = [p for group in one.param_groups for p in group["params"]]
+            assert any(not p.is_contiguous() for p in parameters)
+            assert gaps or all(p.grad.stride() == p.stride() for p in parameters)
+
+        return make
+
+    for fused in (True, False):
+        model = sparse(dtype=dtype)
+        gate = next(iter(moe_blocks(model).values())).gate
+        weight = gate.weight.data.float()
+        gate.weight = torch.nn.Parameter(torch.cat([weight] * 2, 1)[:, : weight.shape[1]] if gaps else weight.T.contiguous().T)
+        monkeypatch.setattr(torch.optim, "AdamW", optimizer(fused))
+        dk.finetune(model, sequences(8), dk.FinetuneConfig(steps=3, batch_size=4, micro_batch_size=micro, lr=1e-2, router_lr=1e-2))
+        found.append(list(model.parameters()))
+    assert used == [not gaps] * 2
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
 @ROUTERS
 def test_micro_batches_add_up(router):
     whole, parts, batch = sparse(router, dtype=torch.float64), sparse(router, dtype=torch.float64), sequences(BATCH)

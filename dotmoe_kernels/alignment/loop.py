@@ -99,7 +99,7 @@ class _Run:
         self.hidden = HiddenStates(model, layers) if config.hidden else None
         self.terms = (*_TERMS, *(() if self.hidden is None else ("hidden",)), "grad_norm")
         self.loads = ExpertLoads(layers)
-        self.optimizer = torch.optim.AdamW(self._groups(), weight_decay=config.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(self._groups(), weight_decay=config.weight_decay)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.head = self._find_head()
         options = {k: v for k, v in dataclasses.asdict(config).items() if self.soft is not None or k not in SOFT_OPTIONS}

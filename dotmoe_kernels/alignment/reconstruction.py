@@ -122,7 +122,7 @@ def _fit(
     if layer.affinity is not None:
         groups.append({"params": [layer.affinity.requires_grad_()], "lr": 0.0, "peak": config.affinity_lr})
     trained = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
 
     def refresh(step: int, rounding: bool = True) -> None:
         transport.refresh(config.tau(step), rounding=rounding)

@@ -33,7 +33,7 @@ from ..alignment.checkpoints import (
 )
 from ..alignment.ranks import Ranks, computing_device, find_ranks
 from ..alignment.schedule import ends, learning_rate, shuffled_rows
-from ..alignment.sharding import Divided, part_of, recomputed, whole
+from ..alignment.sharding import Divided, is_divided, part_of, recomputed, whole
 from ..alignment.stopping import Stop, stopped
 from ..evaluation import perplexity
 from ..models.block import moe_blocks
@@ -271,7 +271,9 @@ def _optimizer(model: DotMoeForCausalLM, trained: list[nn.Parameter], config: Fi
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0, "peak": rate},
         {"params": [p for p in trained if id(p) in gates], "weight_decay": config.weight_decay, "peak": config.router_lr},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=True)
+    # the fused form goes along memory: a gradient must lie there as its parameter, which autograd sees to where that has no gaps
+    fused = all(is_divided(p) or p.stride() == torch.empty_like(p, device="meta").stride() for p in trained)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=fused)
 
 
 def _blank(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
