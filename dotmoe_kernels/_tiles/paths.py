@@ -98,9 +98,9 @@ def batches_experts(experts: int, rows: int) -> bool:
     return experts * rows <= _CPU_PADDED_ROWS
 
 
-def weights_first(experts: int, rows: int) -> bool:
+def weights_first(experts: int, rows: int, dtype: torch.dtype) -> bool:
     """Whether the first product of a run has its weights on the left."""
-    return not has_matrix_units(torch.bfloat16) or (experts > 1 and rows < _CPU_TURNED_ROWS)
+    return not has_matrix_units(dtype) or (experts > 1 and rows < _CPU_TURNED_ROWS)
 
 
 def dense_rows(tokens: int) -> float:

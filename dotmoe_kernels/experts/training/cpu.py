@@ -73,7 +73,7 @@ def _slots(x: Tensor, down_proj: Tensor, weights: Tensor, source: Tensor, offset
     wide, flat, K = compute_dtype(x), weights.reshape(-1), max(weights.shape[1], 1)
     if not in_batches(x) or weights.numel() * x.shape[1] * len(down_proj) == 0:
         return _Slots(x, _token(source, K), source, flat[source][:, None].to(wide), list(_runs(offsets, x)))
-    batches, runs, end = best_runs(offsets, down_proj)[0], [], 0
+    batches, runs, end = best_runs(offsets, down_proj), [], 0
     for batch in batches:
         start, end = end, end + batch.experts * batch.rows
         experts = slice(batch.first, batch.first + batch.experts)

@@ -53,7 +53,7 @@ def grouped_ffn(
     if in_batches(x) and E * indices.numel() * x.shape[1] > 0:
         if has_matrix_units(x.dtype):
             view = has_dense_view(down_proj) and gate_up_proj.is_contiguous()
-            runs, _ = best_runs(slots.offsets, down_proj, len(x) if view else 0)
+            runs = best_runs(slots.offsets, down_proj, len(x) if view else 0)
             if runs[0] == Run(0, E, len(x), span=True):
                 return view_ffn(x, gate_up_proj, down_proj, indices, weights, activation)
         else:

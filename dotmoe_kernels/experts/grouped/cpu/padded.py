@@ -49,7 +49,7 @@ def padded_ffn(
             bags.append(torch.arange(rows.start, rows.stop)[:, None])
         elif run.rows:
             xs = x.index_select(0, token[rows])
-            ways = _turned if weights_first(run.experts, run.rows) else _straight
+            ways = _turned if weights_first(run.experts, run.rows, x.dtype) else _straight
             ways(run, xs, gate_up_proj, down_proj.transpose(1, 2), None if scale is None else scale[rows], act, ys[rows])
     return functional.embedding_bag(torch.cat(bags, 1), ys, mode="sum")
 

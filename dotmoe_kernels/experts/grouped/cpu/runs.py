@@ -51,8 +51,8 @@ def worth_padding(used: int, total: int, most: int, idle: float, width: int, lim
     return used > 0 and idle <= most_idle(width) and (total <= limit * used or most <= 16)
 
 
-def best_runs(offsets: Tensor, down_proj: Tensor, tokens: int = 0) -> tuple[list[Run], float]:
-    """(the runs, their cost in rows of one expert). offsets: [E + 1]; tokens: of a span, 0: without spans."""
+def best_runs(offsets: Tensor, down_proj: Tensor, tokens: int = 0) -> list[Run]:
+    """Those of the least cost, counted in rows. offsets: [E + 1]; tokens: of a span, 0: without spans."""
     E, H, s = down_proj.shape
     call = batched_call(H * s, down_proj.dtype)
     apart = down_proj.stride(0) >= H * s  # else a batched product copies each expert's weights out first
@@ -86,7 +86,7 @@ def best_runs(offsets: Tensor, down_proj: Tensor, tokens: int = 0) -> tuple[list
                 length += 1
         runs.append(Run(e, length, tokens if span else max(rows[e : e + length]), span))
         e += length
-    return runs, costs[0]
+    return runs
 
 
 class Layout(NamedTuple):

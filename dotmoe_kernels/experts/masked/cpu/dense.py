@@ -102,7 +102,7 @@ def token_rows(
     if chosen.r is not None:
         hidden.mul_(chosen.r.T[:, :, None])
     hidden.view(_BITS[x.element_size()]).bitwise_and_(chosen.on.T[:, :, None])
-    return torch.mm(hidden.view(T, E * s), down_proj.transpose(1, 2).reshape(E * s, H), out=out)
+    return _down(hidden.view(T, E * s), down_proj, out)
 
 
 def chosen_experts(indices: Tensor, weights: Tensor | None, E: int, dtype: torch.dtype) -> Chosen:
@@ -121,12 +121,9 @@ def chosen_experts(indices: Tensor, weights: Tensor | None, E: int, dtype: torch
     return Chosen(named.to(bits).neg_(), None if unit else r)
 
 
-def _down(hidden: Tensor, down_proj: Tensor) -> Tensor:
+def _down(hidden: Tensor, down_proj: Tensor, out: Tensor | None = None) -> Tensor:
     """hidden [T, F] -> [T, H]"""
-    H = down_proj.shape[1]
-    if down_proj.transpose(0, 1).is_contiguous():
-        return functional.linear(hidden, down_proj.transpose(0, 1).reshape(H, -1))
-    return hidden @ down_proj.transpose(1, 2).reshape(-1, H)
+    return torch.mm(hidden, down_proj.transpose(1, 2).reshape(-1, down_proj.shape[1]), out=out)
 
 
 def _gates(r: Tensor, expert_of: Tensor) -> Tensor:
