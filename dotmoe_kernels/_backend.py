@@ -126,6 +126,14 @@ def is_direct(*tensors: Tensor | None) -> bool:
     return is_plain(*tensors) and not wants_gradient(*tensors)
 
 
+def runs_as_written(x: Tensor) -> bool:
+    """Whether PyTorch's operators on ``x`` run one after another on a CPU, now and with values that can be looked at, and nobody
+    differentiates or casts: no kernel, no graph."""
+    if type(x) is not Tensor or not x.is_cpu or _interpreting or torch.is_grad_enabled():
+        return False
+    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+
+
 # --- launches -----------------------------------------------------------------------------------------------------------
 
 

@@ -114,7 +114,8 @@ _CPU_DECODE_TOKENS = 2  # in 16 bits, without matrix units
 # outweighs their copies, where experts have about as many rows
 _CPU_CALLS, _CPU_DENSE_RATE = 200_000, 1.5
 _CPU_EVEN_ROWS = 48
-_CPU_FEW_TOKENS, _CPU_PACKED = 16, 2**22  # of the masked path: what its last product makes of the hidden rows and the weights
+_CPU_FEW_TOKENS = 16
+_CPU_PACKED = 2**22  # of the masked path: what its last product makes of the hidden rows and the weights
 _CPU_TOKENS_FIRST = 128  # of the masked path
 _CPU_GATHERED = 2**20  # elements up to which a copy of 16-bit weights costs less than a product's call for each expert
 
@@ -167,6 +168,11 @@ def down_by_expert(T: int, elements: int, dtype: torch.dtype) -> bool:
 def tokens_first(T: int) -> bool:
     """Whether the masked path on a CPU has tokens as rows, as the dense FFN has, rather than neurons: the mask alone is on top."""
     return T >= _CPU_TOKENS_FIRST
+
+
+def few_tokens(T: int) -> bool:
+    """Whether so many tokens on a CPU leave a model's routed FFN bound by its calls, and so worth a way of their own."""
+    return T <= _CPU_FEW_TOKENS
 
 
 def turns_rows(elements: int) -> bool:

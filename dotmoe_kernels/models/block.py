@@ -18,15 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from .._autograd import wants_gradient
+from .._backend import runs_as_written
 from .._checks import compute_dtype, require, require_same
-from .._tiles import multiplies_into_float32
+from .._tiles import few_tokens, multiplies_into_float32, pick_path
 from ..experts import check_path, routed_ffn
 from ..experts.activations import find_activation
+from ..experts.decode.cpu.token import TokenExperts
+from ..experts.masked.cpu.dense import few_ffn
 from ..permutation import neuron_order, pack_experts, unpack_experts
 from ..routing import choose
 from ..routing.budgets import SoftRouter
+from ..routing.cpu import top_of_one
 from .surgery import DenseFFN
 
 
@@ -55,16 +60,24 @@ class DotMoeRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts + num_zero_experts, hidden_size))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = compute_dtype(x)
         with _without_autocast(x):
-            if x.dtype == self.weight.dtype and multiplies_into_float32(x) and not wants_gradient(x, self.weight):
-                logits = torch.mm(x, self.weight.T, out_dtype=dtype)  # the same, without copies in float32
-            else:
-                logits = F.linear(x.to(dtype), self.weight.to(dtype))  # [T, E]
+            logits = self.logits(x)
             if self.bypass:
                 everyone = torch.arange(self.num_experts, device=x.device).expand(len(logits), self.num_experts)
-                return logits, torch.ones_like(everyone, dtype=dtype), everyone
+                return logits, torch.ones_like(everyone, dtype=logits.dtype), everyone
             return logits, *choose(logits, self.top_k, self.soft, self.num_zero_experts)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [T, H] -> [T, E], outside autocast."""
+        weight, dtype = self.weight, compute_dtype(x)
+        if x.dtype == weight.dtype and multiplies_into_float32(x) and not wants_gradient(x, weight):
+            return torch.mm(x, weight.T, out_dtype=dtype)  # the same, without copies in float32
+        return F.linear(x.to(dtype), weight.to(dtype))
+
+    def choose_alone(self, x: Tensor) -> list[int]:
+        """x [1, H] on a CPU -> the experts whose outputs add up to this token's, best first: those of ``forward`` where there is
+        neither a soft router nor a gradient."""
+        return [e for e in top_of_one(self.logits(x)[0], self.top_k) if e < self.num_experts]
 
     @property
     def mean_active(self) -> float:
@@ -99,6 +112,7 @@ class DotMoeExperts(nn.Module):
         self.activation, self.path = activation, path
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
         self.down_rows = nn.Parameter(torch.empty(num_experts, expert_size, hidden_size))
+        self._token = TokenExperts()
 
     @property
     def down_proj(self) -> Tensor:
@@ -116,6 +130,29 @@ class DotMoeExperts(nn.Module):
         with _without_autocast(x):
             return routed_ffn(x, gate_up, down, indices, weights, self.activation, self.path)
 
+    def fits_alone(self, x: Tensor, top_k: int) -> bool:
+        """Whether a few tokens x [T, H], plain ones on a CPU, have a way of their own: ``forward_alone`` or ``forward_few``."""
+        if not self._token.fits(x, self.gate_up_proj, self.down_rows):
+            return False
+        if len(x) == 1:
+            return self.path in ("auto", "decode")
+        if self.path != "auto":
+            return self.path == "masked"
+        sizes = len(x), self.num_experts, self.expert_size, top_k, self.hidden_size
+        return pick_path(*sizes, x.dtype, "cpu", dense_view=True).path == "masked"
+
+    def forward_alone(self, x: Tensor, experts: list[int]) -> Tensor:
+        """x [1, H] on a CPU -> y [H] or [1, H], the sum of these experts' outputs; without autocast or a gradient."""
+        return self._token(x[0], experts, self.activation)
+
+    def forward_few(self, x: Tensor, logits: Tensor, top_k: int) -> Tensor:
+        """x [T, H], logits [T, E + N] on a CPU -> y [T, H], the sums of the chosen experts' outputs; likewise."""
+        return few_ffn(x, self.gate_up_proj, self.down_proj, logits, top_k, self.activation)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._token.forget()  # the parameters are about to move
+        return super()._apply(*args, **kwargs)
+
     def interleave_storage(self) -> None:
         """Make both parameters contiguous; keeps the Parameter objects, and does nothing where they are."""
         with torch.no_grad():
@@ -127,6 +164,7 @@ class DotMoeExperts(nn.Module):
         """Takes the tensors of a file as well."""
         if f"{prefix}down_proj" in state_dict:
             state_dict[f"{prefix}down_rows"] = state_dict.pop(f"{prefix}down_proj").transpose(1, 2)
+        self._token.forget()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.interleave_storage()  # with assign=True the loaded tensor replaces ours
 
@@ -179,8 +217,28 @@ class DotMoeBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
+        if self._alone(x):
+            gate, experts = self.gate, self.experts
+            if len(x) == 1:
+                y = experts.forward_alone(x, gate.choose_alone(x))
+            else:
+                y = experts.forward_few(x, gate.logits(x), gate.top_k)
+            return y.view(hidden_states.shape)
         _, weights, indices = self.gate(x)
         return self.experts(x, indices, weights).view(hidden_states.shape)
+
+    def _alone(self, x: Tensor) -> bool:
+        """Whether x [T, H], a few tokens, goes from the router to the experts' sum without the tensors between them: on a CPU,
+        without a gradient, and where nobody sees, changes or replaces what happens there."""
+        if not (runs_as_written(x) and few_tokens(len(x))):  # in this order: in a graph T may be open
+            return False
+        gate, experts = self.gate, self.experts
+        if type(gate) is not DotMoeRouter or type(experts) is not DotMoeExperts or has_global_hooks():
+            return False
+        for module in (gate, experts):
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+                return False
+        return gate.soft is None and not gate.bypass and experts.fits_alone(x, gate.top_k)
 
     @classmethod
     def from_dense(

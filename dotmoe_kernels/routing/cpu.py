@@ -71,6 +71,12 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
     return indices
 
 
+def top_of_one(scores: Tensor, k: int) -> list[int]:
+    """As ``top_indices``, of scores [E] whose values are at hand: of few a list is sorted before NumPy's calls have begun."""
+    values = scores.tolist()
+    return sorted(range(len(values)), key=values.__getitem__, reverse=True)[:k]
+
+
 def count_experts(indices: Tensor, num_experts: int) -> Tensor:
     """[E] int64: how often each expert is named in ``indices`` [T, K]; index E counts nowhere."""
     slots = indices.reshape(-1)

@@ -13,6 +13,7 @@ from torch.nn import functional
 from ...._autograd import first_order, wants_gradient
 from ...._checks import has_values
 from ...._tiles import down_by_expert, tokens_first, turns_rows
+from ....routing.cpu import top_indices
 from ...activations import find_activation
 
 _FEW = 16384  # of [T, E], up to which NumPy's calls, cheaper than torch's, count for more than vectors
@@ -27,6 +28,14 @@ def expert_mask(indices: Tensor, weights: Tensor | None, num_experts: int, dtype
     return r.scatter_add_(1, indices.long(), w)[:, :num_experts]
 
 
+def few_ffn(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, logits: Tensor, top_k: int, activation: str) -> Tensor:
+    """``view_ffn`` of a few tokens' largest logits, each with weight 1, on a CPU and without a gradient: x [T, H], logits
+    [T, E + N], of which the last N are of no expert."""
+    on = _bits_on(top_indices(logits, top_k).numpy(), logits.shape[1], x.dtype)
+    chosen = Chosen(torch.from_numpy(on[: len(down_proj)]), None)
+    return _forward(x, gate_up_proj, down_proj, chosen, find_activation(activation).forward)
+
+
 def view_ffn(
     x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, indices: Tensor, weights: Tensor | None, activation: str
 ) -> Tensor:
@@ -37,7 +46,8 @@ def view_ffn(
     E, width, H = gate_up_proj.shape
     T, s = len(x), width // 2
     if not wants_gradient(x, gate_up_proj, down_proj, weights):
-        return _forward(x, gate_up_proj, down_proj, indices, weights, find_activation(activation).forward)
+        chosen = chosen_experts(indices, weights, E, x.dtype)
+        return _forward(x, gate_up_proj, down_proj, chosen, find_activation(activation).forward)
     used = indices < E
     x = torch.where(used.any(1, keepdim=True), x, 0)  # the weights' gradient multiplies every token
     product = functional.linear(x, gate_up_proj.reshape(-1, H)).view(T * E, width)
@@ -52,18 +62,10 @@ def view_ffn(
     return _down(spread[:-1].view(T, E * s), down_proj)
 
 
-def _forward(
-    x: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    indices: Tensor,
-    weights: Tensor | None,
-    act: Callable[[Tensor], Tensor],
-) -> Tensor:
+def _forward(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, chosen: Chosen, act: Callable[[Tensor], Tensor]) -> Tensor:
     """``view_ffn`` without a gradient. For a few tokens neurons are rows until the mask is applied: with the weights first a CPU's
     product takes half the time of the one that ``linear`` makes, which packs them anew."""
     (E, H, s), T = down_proj.shape, len(x)
-    chosen = chosen_experts(indices, weights, E, x.dtype)
     if tokens_first(T):
         return token_rows(x, gate_up_proj, down_proj, chosen, act)
     gate, up = torch.mm(gate_up_proj.reshape(-1, H), x.T).view(E, 2, s, T).unbind(1)  # [E, s, T] each
@@ -105,13 +107,19 @@ def token_rows(
     return _down(hidden.view(T, E * s), down_proj, out)
 
 
+def _bits_on(indices: np.ndarray, rows: int, dtype: torch.dtype) -> np.ndarray:
+    """[rows, T] of indices [T, K], all of which are below ``rows``."""
+    on = np.zeros((rows, len(indices)), f"i{dtype.itemsize}")
+    on[indices, np.arange(len(indices))[:, None]] = -1
+    return on
+
+
 def chosen_experts(indices: Tensor, weights: Tensor | None, E: int, dtype: torch.dtype) -> Chosen:
     """Of indices [T, K]."""
     T, bits = len(indices), _BITS[dtype.itemsize]
     if T * E <= _FEW and has_values(indices) and (weights is None or weights.dtype == torch.float32):
         chosen = indices.numpy()
-        on = np.zeros((E + 1, T), f"i{dtype.itemsize}")
-        on[chosen, np.arange(T)[:, None]] = -1
+        on = _bits_on(chosen, E + 1, dtype)
         unit = weights is None or bool((weights.detach().numpy() == 1).all())
         if unit and np.count_nonzero(on[:E]) == np.count_nonzero(chosen < E):  # no expert twice a token
             return Chosen(torch.from_numpy(on[:E]), None)

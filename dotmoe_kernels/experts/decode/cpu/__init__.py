@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._checks import compute_dtype
-from ..._tiles import decodes_each, gathers_experts, sums_rows
-from ...dispatch import sort_slots
-from ..activations import find_activation
-from ..grouped.cpu.products import segments
+from ...._checks import compute_dtype
+from ...._tiles import decodes_each, gathers_experts, sums_rows
+from ....dispatch import sort_slots
+from ...activations import find_activation
+from ...grouped.cpu.products import segments
 
 
 def _hidden_of_one(x: Tensor, gate_up_proj: Tensor, experts: list[int]) -> Tensor:
