@@ -178,6 +178,9 @@ def test_what_replaces_a_forward_is_called(ways):
         assert torch.equal(block(x), torch.zeros(1, H))
     del block.gate.forward
     check(block, x, ways, "alone")
+    block.forward = block.forward  # as accelerate does, which brings weights and takes them away
+    check(block, x, ways, "apart")
+    del block.forward
 
     class Other(type(block.experts)):
         def forward(self, x, indices, weights):
@@ -204,6 +207,16 @@ def test_gradients_autocast_and_every_expert(ways):
     assert given.grad.abs().sum() > 0
     soft = block_of(soft=SoftRouter(2.0, 0.5, 0.05, 3))
     check(soft, x, ways, "apart")
+
+
+def test_parameters_of_another_kind(ways):
+    class Elsewhere(torch.nn.Parameter):
+        def data_ptr(self):
+            raise RuntimeError("lies nowhere")
+
+    block, x = block_of(), tokens(1)
+    block.experts.down_rows = Elsewhere(block.experts.down_rows.data, requires_grad=False)
+    check(block, x, ways, "apart")
 
 
 def test_other_dtypes_are_refused_as_ever():

@@ -238,6 +238,8 @@ class DotMoeBlock(nn.Module):
         for module in (gate, experts):
             if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
                 return False
+        if "forward" in self.__dict__:  # who brings the weights and takes them away again: views would hold on to them
+            return False
         return gate.soft is None and not gate.bypass and experts.fits_alone(x, gate.top_k)
 
     @classmethod

@@ -11,7 +11,7 @@ from threading import local
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...._backend import is_plain
 from ...._tiles import sums_rows
@@ -77,8 +77,9 @@ class TokenExperts:
         self._matrices = None
 
     def fits(self, x: Tensor, gate_up_proj: Tensor, down_rows: Tensor) -> bool:
-        """Whether a call takes these: a plain x, and weights in its dtype that are plain too and contiguous. Looks at new weights
-        alone."""
+        """Whether a call takes these: a plain x, and contiguous plain parameters in its dtype. Looks at new ones alone."""
+        if not type(gate_up_proj) is type(down_rows) is nn.Parameter:  # others may lie nowhere, or in several places
+            return False
         places, kept = (gate_up_proj.data_ptr(), down_rows.data_ptr()), self._matrices
         if kept is None or kept.places != places or kept.dtype != gate_up_proj.dtype:
             self._matrices = kept = None
@@ -99,7 +100,8 @@ class TokenExperts:
         Returns:
             y [H] or [1, H]
         """
-        if not experts or self._matrices is None:
+        assert self._matrices is not None, "not asked whether they fit"
+        if not experts:
             return torch.zeros_like(x)
         _, _, up, down, weight = self._matrices
         H, s = down[0].shape
