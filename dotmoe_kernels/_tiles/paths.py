@@ -172,7 +172,7 @@ def tokens_first(T: int) -> bool:
 
 def few_tokens(T: int) -> bool:
     """Whether so many tokens on a CPU leave a model's routed FFN bound by its calls, and so worth a way of their own."""
-    return T <= _CPU_FEW_TOKENS
+    return 0 < T <= _CPU_FEW_TOKENS
 
 
 def turns_rows(elements: int) -> bool:

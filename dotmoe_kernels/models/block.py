@@ -31,7 +31,7 @@ from ..experts.masked.cpu.dense import few_ffn
 from ..permutation import neuron_order, pack_experts, unpack_experts
 from ..routing import choose
 from ..routing.budgets import SoftRouter
-from ..routing.cpu import top_of_one
+from ..routing.cpu import largest
 from .surgery import DenseFFN
 
 
@@ -73,11 +73,6 @@ class DotMoeRouter(nn.Module):
         if x.dtype == weight.dtype and multiplies_into_float32(x) and not wants_gradient(x, weight):
             return torch.mm(x, weight.T, out_dtype=dtype)  # the same, without copies in float32
         return F.linear(x.to(dtype), weight.to(dtype))
-
-    def choose_alone(self, x: Tensor) -> list[int]:
-        """x [1, H] on a CPU -> the experts whose outputs add up to this token's, best first: those of ``forward`` where there is
-        neither a soft router nor a gradient."""
-        return [e for e in top_of_one(self.logits(x)[0], self.top_k) if e < self.num_experts]
 
     @property
     def mean_active(self) -> float:
@@ -130,24 +125,25 @@ class DotMoeExperts(nn.Module):
         with _without_autocast(x):
             return routed_ffn(x, gate_up, down, indices, weights, self.activation, self.path)
 
-    def fits_alone(self, x: Tensor, top_k: int) -> bool:
-        """Whether a few tokens x [T, H], plain ones on a CPU, have a way of their own: ``forward_alone`` or ``forward_few``."""
+    def few_tokens_path(self, x: Tensor, top_k: int) -> str:
+        """The path by which ``forward_few`` takes x [T, H], plain ones on a CPU, or "" where it does not."""
         if not self._token.fits(x, self.gate_up_proj, self.down_rows):
-            return False
-        if len(x) == 1:
-            return self.path in ("auto", "decode")
-        if self.path != "auto":
-            return self.path == "masked"
-        sizes = len(x), self.num_experts, self.expert_size, top_k, self.hidden_size
-        return pick_path(*sizes, x.dtype, "cpu", dense_view=True).path == "masked"
+            return ""
+        path = self.path
+        if path == "auto":
+            sizes = len(x), self.num_experts, self.expert_size, top_k, self.hidden_size
+            path = "decode" if len(x) == 1 else pick_path(*sizes, x.dtype, "cpu", dense_view=True).path
+        return path if path in ("decode", "masked") else ""
 
-    def forward_alone(self, x: Tensor, experts: list[int]) -> Tensor:
-        """x [1, H] on a CPU -> y [H] or [1, H], the sum of these experts' outputs; without autocast or a gradient."""
-        return self._token(x[0], experts, self.activation)
-
-    def forward_few(self, x: Tensor, logits: Tensor, top_k: int) -> Tensor:
-        """x [T, H], logits [T, E + N] on a CPU -> y [T, H], the sums of the chosen experts' outputs; likewise."""
-        return few_ffn(x, self.gate_up_proj, self.down_proj, logits, top_k, self.activation)
+    def forward_few(self, x: Tensor, logits: Tensor, top_k: int, path: str) -> Tensor:
+        """x [T, H], logits [T, E + N] -> y of T H elements: the sums of the ``top_k`` experts' outputs, by the path that
+        ``few_tokens_path`` gave; without autocast or a gradient."""
+        if path == "masked":
+            return few_ffn(x, self.gate_up_proj, self.down_proj, logits, top_k, self.activation)
+        E, sums = self.num_experts, []
+        for token, z in zip(x.unbind(), logits.tolist(), strict=True):
+            sums.append(self._token(token, [e for e in largest(z, top_k) if e < E], self.activation))
+        return sums[0] if len(sums) == 1 else torch.stack(sums)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._token.forget()  # the parameters are about to move
@@ -217,30 +213,26 @@ class DotMoeBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
-        if self._alone(x):
-            gate, experts = self.gate, self.experts
-            if len(x) == 1:
-                y = experts.forward_alone(x, gate.choose_alone(x))
-            else:
-                y = experts.forward_few(x, gate.logits(x), gate.top_k)
-            return y.view(hidden_states.shape)
-        _, weights, indices = self.gate(x)
-        return self.experts(x, indices, weights).view(hidden_states.shape)
+        gate, experts = self.gate, self.experts
+        if path := self._few_tokens_path(x):
+            return experts.forward_few(x, gate.logits(x), gate.top_k, path).view(hidden_states.shape)
+        _, weights, indices = gate(x)
+        return experts(x, indices, weights).view(hidden_states.shape)
 
-    def _alone(self, x: Tensor) -> bool:
-        """Whether x [T, H], a few tokens, goes from the router to the experts' sum without the tensors between them: on a CPU,
-        without a gradient, and where nobody sees, changes or replaces what happens there."""
+    def _few_tokens_path(self, x: Tensor) -> str:
+        """By which path x [T, H], a few tokens, goes from the router's logits to the experts' sum without the tensors between them:
+        on a CPU, without a gradient, and where nobody sees, changes or replaces what happens there. "": not so."""
         if not (runs_as_written(x) and few_tokens(len(x))):  # in this order: in a graph T may be open
-            return False
+            return ""
         gate, experts = self.gate, self.experts
         if type(gate) is not DotMoeRouter or type(experts) is not DotMoeExperts or has_global_hooks():
-            return False
+            return ""
         for module in (gate, experts):
             if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-                return False
-        if "forward" in self.__dict__:  # who brings the weights and takes them away again: views would hold on to them
-            return False
-        return gate.soft is None and not gate.bypass and experts.fits_alone(x, gate.top_k)
+                return ""
+        if gate.soft is not None or gate.bypass or "forward" in self.__dict__:  # who brings weights and takes them away replaces it
+            return ""
+        return experts.few_tokens_path(x, gate.top_k)
 
     @classmethod
     def from_dense(

@@ -71,10 +71,9 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
     return indices
 
 
-def top_of_one(scores: Tensor, k: int) -> list[int]:
-    """As ``top_indices``, of scores [E] whose values are at hand: of few a list is sorted before NumPy's calls have begun."""
-    values = scores.tolist()
-    return sorted(range(len(values)), key=values.__getitem__, reverse=True)[:k]
+def largest(scores: list[float], k: int) -> list[int]:
+    """As ``top_indices``, of one token's: of few a list is sorted before NumPy's calls have begun."""
+    return sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:k]
 
 
 def count_experts(indices: Tensor, num_experts: int) -> Tensor:

@@ -98,7 +98,7 @@ class TokenExperts:
             activation: an ACT2FN name.
 
         Returns:
-            y [H] or [1, H]
+            y [H]
         """
         assert self._matrices is not None, "not asked whether they fit"
         if not experts:
@@ -112,7 +112,7 @@ class TokenExperts:
         if sums_rows(len(experts), H * s, x.dtype):
             numbers, start = _numbered(len(up), s)
             rows = torch.cat([numbers[e] for e in experts])
-            return torch.embedding_bag(weight, rows, start, False, 0, False, hidden.view(-1))[0]
+            return torch.embedding_bag(weight, rows, start, False, 0, False, hidden.view(-1))[0][0]
         y = torch.mv(down[experts[0]], hidden[0])
         for h, e in zip(hidden[1:].unbind(), experts[1:], strict=True):
             y.addmv_(down[e], h)
