@@ -181,9 +181,6 @@ def test_what_replaces_a_forward_is_called(ways):
         assert torch.equal(block(x), torch.zeros(1, H))
     del block.gate.forward
     check(block, x, ways, "alone")
-    block.forward = block.forward  # as accelerate does, which brings weights and takes them away
-    check(block, x, ways, "apart")
-    del block.forward
 
     class Other(type(block.experts)):
         def forward(self, x, indices, weights):
@@ -256,12 +253,33 @@ def test_weights_that_moved_are_seen(ways):
     check(block, tokens(1, torch.bfloat16), ways, "alone")
 
 
-def test_old_weights_are_let_go():
-    block = block_of()
+def _moved(block):
+    block.to(torch.bfloat16)
+
+
+def _given_up(block):
+    """As by who brings weights for a call and takes them away again."""
+    for name, parameter in block.experts._parameters.items():
+        block.experts._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def _loaded(block):
+    block.load_state_dict(block_of(seed=6).state_dict(), assign=True)
+
+
+@pytest.mark.parametrize("path", ["decode", "masked"])
+@pytest.mark.parametrize("change", [_moved, _given_up, _loaded, None], ids=["moved", "given up", "loaded", "gone"])
+def test_old_weights_are_let_go(change, path):
+    blocks = [block_of()]
+    blocks[0].path = path
     with torch.no_grad():
-        block(tokens(1))
-        old = [weakref.ref(t.untyped_storage()) for t in (block.experts.gate_up_proj, block.experts.down_rows)]
-        block.to(torch.bfloat16)
+        blocks[0](tokens(1))
+        old = [weakref.ref(t.untyped_storage()) for t in (blocks[0].experts.gate_up_proj, blocks[0].experts.down_rows)]
+        assert all(storage() is not None for storage in old)
+        if change is None:
+            blocks.clear()
+        else:
+            change(blocks[0])
     assert all(storage() is None for storage in old)
 
 

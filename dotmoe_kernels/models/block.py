@@ -160,7 +160,6 @@ class DotMoeExperts(nn.Module):
         """Takes the tensors of a file as well."""
         if f"{prefix}down_proj" in state_dict:
             state_dict[f"{prefix}down_rows"] = state_dict.pop(f"{prefix}down_proj").transpose(1, 2)
-        self._token.forget()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.interleave_storage()  # with assign=True the loaded tensor replaces ours
 
@@ -230,9 +229,7 @@ class DotMoeBlock(nn.Module):
         for module in (gate, experts):
             if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
                 return ""
-        if gate.soft is not None or gate.bypass or "forward" in self.__dict__:  # who brings weights and takes them away replaces it
-            return ""
-        return experts.few_tokens_path(x, gate.top_k)
+        return "" if gate.soft is not None or gate.bypass else experts.few_tokens_path(x, gate.top_k)
 
     @classmethod
     def from_dense(

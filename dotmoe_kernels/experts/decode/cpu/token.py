@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from threading import local
 from typing import NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ class _Matrices(NamedTuple):
     """Views of the weights, an expert each, and where those lie."""
 
     places: tuple[int, int]
+    owners: tuple[ReferenceType[nn.Parameter], ...]  # the parameters: with the first that goes, the views go
     dtype: torch.dtype
     up: Sequence[Tensor]  # [2s, H] each, gate above up
     down: Sequence[Tensor]  # [H, s] each
@@ -63,8 +65,8 @@ def _numbered(experts: int, width: int) -> tuple[tuple[Tensor, ...], Tensor]:
 
 
 class TokenExperts:
-    """The experts of one layer for one token. Holds views of [E, 2s, H] and [E, s, H], made anew where these have moved; a copy, or
-    what a file holds, begins without."""
+    """The experts of one layer for one token. Holds views of [E, 2s, H] and [E, s, H] as long as these parameters live where they
+    are: whoever brings weights and takes them away again gets their memory back. A copy, or what a file holds, begins without."""
 
     def __init__(self) -> None:
         self._matrices: _Matrices | None = None
@@ -85,8 +87,9 @@ class TokenExperts:
             self._matrices = kept = None
             up, down = gate_up_proj.detach(), down_rows.detach()
             if up.is_cpu and up.is_contiguous() and down.is_contiguous() and is_plain(up, down) and up.numel():
-                rows = down.view(-1, down.shape[2])
-                self._matrices = kept = _Matrices(places, up.dtype, up.unbind(), down.transpose(1, 2).unbind(), rows)
+                owners = tuple(ref(weights, lambda _: self.forget()) for weights in (gate_up_proj, down_rows))
+                views = up.unbind(), down.transpose(1, 2).unbind(), down.view(-1, down.shape[2])
+                self._matrices = kept = _Matrices(places, owners, up.dtype, *views)
         return kept is not None and kept.dtype == x.dtype
 
     def __call__(self, x: Tensor, experts: Sequence[int], activation: str) -> Tensor:
@@ -103,7 +106,7 @@ class TokenExperts:
         assert self._matrices is not None, "not asked whether they fit"
         if not experts:
             return torch.zeros_like(x)
-        _, _, up, down, weight = self._matrices
+        up, down, weight = self._matrices[-3:]
         H, s = down[0].shape
         room = _rooms.of(len(experts), 2 * s, x.dtype)
         for row, e in zip(room.rows, experts, strict=True):
