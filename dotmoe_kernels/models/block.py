@@ -127,13 +127,12 @@ class DotMoeExperts(nn.Module):
 
     def few_tokens_path(self, x: Tensor, top_k: int) -> str:
         """The path by which ``forward_few`` takes x [T, H], plain ones on a CPU, or "" where it does not."""
-        if not self._token.fits(x, self.gate_up_proj, self.down_rows):
-            return ""
         path = self.path
         if path == "auto":
             sizes = len(x), self.num_experts, self.expert_size, top_k, self.hidden_size
             path = "decode" if len(x) == 1 else pick_path(*sizes, x.dtype, "cpu", dense_view=True).path
-        return path if path in ("decode", "masked") else ""
+        fits = path in ("decode", "masked") and self._token.fits(x, self.gate_up_proj, self.down_rows)
+        return path if fits else ""
 
     def forward_few(self, x: Tensor, logits: Tensor, top_k: int, path: str) -> Tensor:
         """x [T, H], logits [T, E + N] -> y of T H elements: the sums of the ``top_k`` experts' outputs, by the path that
