@@ -50,6 +50,9 @@ def test_every_arm_has_a_source_and_says_what_it_does():
 def test_an_ablation_differs_from_dot():
     base = AlignmentConfig(backward="implicit", centre=True)
     names = {arm.name for arm in ablations(base)}
+    assert {
+        name for parts in PRESETS.values() for part in parts if isinstance(part.ablations, tuple) for name in part.ablations
+    } <= names
     assert {"unrolled", "no-centre", "hidden"} <= names
     assert not {"implicit", "centre", "no-hidden"} & names
     assert "no-hidden" in {arm.name for arm in ablations(AlignmentConfig(hidden=4.0))}

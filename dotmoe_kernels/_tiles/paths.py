@@ -114,7 +114,7 @@ _CPU_DECODE_TOKENS = 2  # in 16 bits, without matrix units
 # outweighs their copies, where experts have about as many rows
 _CPU_CALLS, _CPU_DENSE_RATE = 200_000, 1.5
 _CPU_EVEN_ROWS = 48
-_CPU_FEW_TOKENS = 16
+_CPU_FEW_TOKENS = 16  # a layer's calls take longer than what they add to the bytes of its weights
 _CPU_PACKED = 2**22  # of the masked path: what its last product makes of the hidden rows and the weights
 _CPU_TOKENS_FIRST = 128  # of the masked path
 _CPU_GATHERED = 2**20  # elements up to which a copy of 16-bit weights costs less than a product's call for each expert

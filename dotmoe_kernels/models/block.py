@@ -130,6 +130,7 @@ class DotMoeExperts(nn.Module):
         path = self.path
         if path == "auto":
             sizes = len(x), self.num_experts, self.expert_size, top_k, self.hidden_size
+            # one token: what ``pick_path`` says too, in the time of a product
             path = "decode" if len(x) == 1 else pick_path(*sizes, x.dtype, "cpu", dense_view=True).path
         fits = path in ("decode", "masked") and self._token.fits(x, self.gate_up_proj, self.down_rows)
         return path if fits else ""
